@@ -1,0 +1,160 @@
+"""What the stages, the data and the export pass to one another.
+
+Shape legend, used all over the package:
+
+    B batch            H history frames      F future latent frames   R control steps per latent frame
+    V camera views     K tracked points      S touch sensors          L instruction bytes
+    A action chunk     D padded action dims  P padded proprioception  h, w image rows and columns
+    C channels         N tokens              W width of a network
+
+Time: the newest history frame is "now" (t). History frames lie R control steps apart (t - 2R, t - R, t); future latent
+frame f covers the steps t + fR + 1 .. t + (f + 1)R, and the future streams are sampled at its last step. Poses are
+camera-to-base 4x4 (OpenCV axes, metres), points are metres in the base frame, wrenches N and N·m in the sensor frame.
+Presence masks (`has_*`) are True where the robot has that sense; what they hide never reaches the network.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+"""Version of shards and checkpoints; readers refuse any other."""
+
+MODES = ("policy", "forward_dynamics", "inverse_dynamics", "video_prediction", "joint")
+STREAMS = ("video", "camera", "points", "force")
+"""Predicted streams, in token order within a latent frame; actions are the fifth and live in stage 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """The names and sizes that data, model and runtime must agree on. Stored in every checkpoint and artefact."""
+
+    cameras: tuple[str, ...] = ("front", "wrist")
+    sensors: tuple[str, ...] = ("wrist", "left_finger", "right_finger")
+    embodiments: tuple[str, ...] = ("sawyer",)
+    height: int = 64
+    width: int = 64
+    fps: float = 20.0
+    history: int = 3
+    stride: int = 4
+    future: int = 2
+    chunk: int = 8
+    points: int = 4
+    taxels: tuple[int, int, int] = (3, 4, 4)
+    proprio: int = 18
+    action: int = 8
+    text: int = 96
+
+    @property
+    def window(self) -> int:
+        """Control steps from now to the end of the future."""
+        return self.future * self.stride
+
+
+class Observation(NamedTuple):
+    """Everything sensed up to now; the input of every mode."""
+
+    rgb: Tensor  # (B, H, V, 3, h, w) uint8
+    intrinsics: Tensor  # (B, H, V, 3, 3) float32, pixels of this image
+    camera_to_base: Tensor  # (B, H, V, 4, 4) float32
+    points: Tensor  # (B, H, K, 3) float32, metres, base frame
+    visible: Tensor  # (B, H, K) bool
+    wrench: Tensor  # (B, H, R, S, 6) float32, N and N·m: the R steps that end at each history frame
+    taxels: Tensor  # (B, H, S, C, rows, columns) float32, N
+    proprio: Tensor  # (B, H, P) float32
+    text: Tensor  # (B, L) int64, UTF-8 byte + 1; 0 is padding
+    embodiment: Tensor  # (B,) int64, index into ClipSpec.embodiments
+    has_rgb: Tensor  # (B, V) bool
+    has_camera: Tensor  # (B, V) bool
+    has_points: Tensor  # (B, K) bool
+    has_wrench: Tensor  # (B, S) bool
+    has_taxels: Tensor  # (B, S) bool
+    has_proprio: Tensor  # (B,) bool
+    has_text: Tensor  # (B,) bool
+
+
+class Future(NamedTuple):
+    """What came next: targets in training and evaluation, conditions in the dynamics modes."""
+
+    rgb: Tensor  # (B, F*R, V, 3, h, w) uint8
+    camera_to_base: Tensor  # (B, F, V, 4, 4) float32
+    points: Tensor  # (B, F, K, 3) float32
+    visible: Tensor  # (B, F, K) bool
+    wrench: Tensor  # (B, F, S, 6) float32: mean over the R steps of the latent frame
+    actions: Tensor  # (B, A, D) float32, units of the embodiment; actions[:, 0] is executed now
+    valid: Tensor  # (B, F) bool, False past the end of the episode
+    action_valid: Tensor  # (B, A) bool, False past the end of the episode
+    action_dims: Tensor  # (B, D) bool, True for the dimensions this embodiment has
+
+
+class Batch(NamedTuple):
+    """One training or evaluation batch."""
+
+    observation: Observation
+    future: Future
+    frame: Tensor  # (B, H) int64, number of each history frame in the dataset, for caches of frozen features
+    key: list[str]  # sample key and step, for error messages
+
+
+class Fused(NamedTuple):
+    """Output of stage 1: the context that stages 2 and 3 read by cross-attention."""
+
+    tokens: Tensor  # (B, N, W)
+    mask: Tensor  # (B, N) bool, True = present
+
+
+class Understanding(NamedTuple):
+    """What the heads of stage 1 read out of one observation."""
+
+    camera_to_base: Tensor  # (B, V, 4, 4), each from the newest image of that view alone
+    fov: Tensor  # (B, V) vertical field of view in radians
+    points: Tensor  # (B, K, 3) metres, base frame
+    wrench: Tensor  # (B, S, 6) N and N·m
+
+
+class WorldState(NamedTuple):
+    """The normalised streams of stage 2 over some latent frames T."""
+
+    video: Tensor  # (B, T, V, C, h', w') latents
+    camera: Tensor  # (B, T, V, 9) translation and 6D rotation
+    points: Tensor  # (B, T, K, 3)
+    force: Tensor  # (B, T, S, 6)
+
+
+class ActionChunk(NamedTuple):
+    """A chunk of actions in normalised units, with the dimensions the embodiment has."""
+
+    actions: Tensor  # (B, A, D)
+    dims: Tensor  # (B, D) bool
+
+
+class Prediction(NamedTuple):
+    """What a mode predicts, in physical units. Streams that the mode was given come back as they were given."""
+
+    rgb: Tensor  # (B, F*R, V, 3, h, w) float32 in [0, 1]
+    camera_to_base: Tensor  # (B, F, V, 4, 4)
+    points: Tensor  # (B, F, K, 3)
+    wrench: Tensor  # (B, F, S, 6)
+    actions: Tensor  # (B, A, D)
+
+
+class Encoder(Protocol):
+    """Stage 1."""
+
+    def __call__(self, observation: Observation) -> Fused: ...
+
+
+class Policy(Protocol):
+    """Anything that closes the loop: flat named observations in, a chunk of actions in physical units out.
+
+    Observation names: `rgb.<camera>` (h, w, 3) uint8, `intrinsics.<camera>` (3, 3), `camera_to_base.<camera>` (4, 4),
+    `points` (K, 3), `visible` (K,), `wrench` (S, 6), `taxels` (S, C, rows, columns), `proprio` (P,), `instruction` str.
+    `observe` takes one control step; image and pose names may be missing from steps that are not history frames.
+    """
+
+    def reset(self) -> None: ...
+
+    def observe(self, observation: dict) -> None: ...
+
+    def act(self) -> "object": ...
