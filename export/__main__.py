@@ -1,0 +1,152 @@
+"""Command line of export: `python -m export build ...` and `python -m export drive ...`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+Export a trained policy for a robot, and drive the simulated arm with what was exported.
+
+  python -m export build checkpoint=RUN_DIR out=DIR data=ROOT [key=value ...]
+  python -m export drive DIR [key=value ...]
+
+`python -m export COMMAND --help` lists the settings of a command.
+"""
+
+BUILD_HELP = """\
+Write an artefact folder: the action path (observation history -> action chunk, flow steps unrolled, normalisation
+inside) as ONNX and TorchScript, golden observations, runtime.py (needs numpy and onnxruntime only) and manifest.json.
+
+  python -m export build checkpoint=runs/tiny out=artefacts/tiny data=data/metaworld
+
+Every artefact is first compared with the checkpoint on held-out observations, with all senses and with some of them
+masked. If any action value differs by more than the tolerance, nothing is written.
+
+Settings and their defaults:
+"""
+
+DRIVE_HELP = """\
+Let an exported policy drive the simulated Meta-World arm from start states that no demonstration used; prints success
+per task with 95 % Wilson intervals and writes the same as JSON.
+
+  python -m export drive artefacts/tiny trials=20
+  python -m export drive artefacts/tiny tasks=[reach-v3,push-v3] mask=[camera,points,touch]
+
+Settings and their defaults:
+"""
+
+CONFIG = Path(__file__).parent.parent / "configs" / "export.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 after a failure, 2 after a wrong command line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words.pop(0) if words else "--help"
+    if command in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if command not in ("build", "drive"):
+        print(f"unknown command {command!r}; expected build or drive\n\n{HELP}", end="", file=sys.stderr)
+        return 2
+    if any(word in ("-h", "--help") for word in words):
+        print((BUILD_HELP if command == "build" else DRIVE_HELP) + _defaults(command), end="")
+        return 0
+    from worldmodel.errors import ConfigError, WorldModelError
+
+    try:
+        settings = _settings(command, words)
+    except ConfigError as error:
+        print(f"python -m export {command}: {error}", file=sys.stderr)
+        return 2
+    try:
+        _build(settings) if command == "build" else _drive(settings)
+    except (WorldModelError, ValueError) as error:
+        print(f"python -m export {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _build(settings: dict[str, Any]) -> None:
+    """Loads checkpoint and observations, exports, and says what was written."""
+    from export.build import BuildOptions, build_artefact
+    from export.observations import held_out_observations
+    from worldmodel.model import load_model
+
+    model = load_model(settings.pop("checkpoint"))
+    out, data, count = settings.pop("out"), settings.pop("data"), settings.pop("observations")
+    options = BuildOptions(**{**settings, **{name: tuple(settings[name]) for name in ("formats", "optional")}})
+    print(f"exporting {' and '.join(options.formats)} and checking parity; this takes a minute", flush=True)
+    errors = build_artefact(model, out, held_out_observations(data, model.spec, count), options)
+    print(f"\n| {out} | bytes | max abs error |\n| --- | ---: | ---: |")
+    for path in sorted(Path(out).iterdir()):
+        error = f"{errors[path.name]:.2g}" if path.name in errors else ""
+        print(f"| {path.name} | {path.stat().st_size:,} | {error} |")
+
+
+def _drive(settings: dict[str, Any]) -> None:
+    """Runs the closed loop and prints its table."""
+    from export.drive import OnnxPolicyFactory
+    from export.runtime import load_manifest
+    from worldmodel.closed_loop import MetaworldScenes, run_closed_loop
+    from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
+
+    folder = Path(settings["artefact"])
+    spec = load_manifest(folder)["spec"]
+    result = run_closed_loop(
+        OnnxPolicyFactory(folder, mask=tuple(settings["mask"]), seed=settings["seed"]),
+        settings["tasks"] or list(TRAIN_TASKS),
+        trials=settings["trials"],
+        seed=settings["seed"],
+        replan=settings["replan"],
+        image_every=spec["stride"],
+        workers=settings["workers"],
+        make_scene=MetaworldScenes(spec["height"], tuple(spec["cameras"])),
+    )
+    out = Path(settings["out"] or folder / "closed_loop.json")
+    result.write(out)
+    print(f"{result.table()}\n\nwritten to {out}")
+
+
+def _defaults(command: str) -> str:
+    """The command's section of configs/export.yaml with its comments."""
+    section: list[str] = []
+    inside = False
+    for line in CONFIG.read_text(encoding="utf-8").splitlines():
+        if line[:1].strip():
+            inside = line.startswith(f"{command}:")
+        elif inside:
+            section.append(line)
+    return "\n".join(section) + "\n"
+
+
+def _settings(command: str, words: list[str]) -> dict[str, Any]:
+    """Defaults with the words of the command line merged in.
+
+    Raises:
+        ConfigError: an unknown key, a word that is no key=value, or a required key that is missing.
+    """
+    from omegaconf import OmegaConf
+
+    from worldmodel.errors import ConfigError
+
+    section = OmegaConf.load(CONFIG)[command]
+    valid = [str(key) for key in section]
+    # The artefact folder is what `drive` is about: it may be given without its key.
+    if command == "drive" and words and "=" not in words[0]:
+        words = [f"artefact={words[0]}", *words[1:]]
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or key not in valid:
+            raise ConfigError(f"{word!r}: expected key=value with a key of {', '.join(valid)}")
+    merged = OmegaConf.merge(section, OmegaConf.from_dotlist(words))
+    missing = [key for key in valid if OmegaConf.is_missing(merged, key)]
+    if missing:
+        raise ConfigError(f"missing {' '.join(f'{key}=...' for key in missing)}; see --help")
+    settings = OmegaConf.to_container(merged, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

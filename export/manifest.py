@@ -1,0 +1,135 @@
+"""manifest.json: all that a robot needs to know to feed an artefact and to trust it."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from export.parity import ParityResult
+from export.runtime import MANIFEST_SCHEMA, SENSES
+from export.wrappers import ActionModel, input_specs
+from worldmodel.errors import ExportError
+
+
+def build_manifest(
+    model: ActionModel,
+    folder: Path,
+    *,
+    onnx: str,
+    opset: int,
+    dynamic: bool,
+    optional: Sequence[str],
+    parity: ParityResult,
+    git: dict[str, Any],
+) -> dict[str, Any]:
+    """The manifest of the files that lie in `folder`.
+
+    Args:
+        model: the exported model.
+        folder: where the finished files lie; each is listed with its size and sha256.
+        onnx: name of the ONNX file, which the runtime opens.
+        opset: its operator set.
+        dynamic: whether the batch dimension is open; otherwise it is 1.
+        optional: senses that a robot may lack, of `runtime.SENSES`; the runtime masks them instead of refusing.
+        parity: what `check_parity` found.
+        git: from `git_state`.
+
+    Raises:
+        ExportError: `optional` names something that is no sense.
+    """
+    unknown = sorted(set(optional) - set(SENSES))
+    if unknown:
+        raise ExportError(f"optional: unknown senses {unknown}, expected some of {list(SENSES)}")
+    spec = model.spec
+    batch: int | str = "batch" if dynamic else 1
+    return {
+        "schema_version": MANIFEST_SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "onnx": onnx,
+        "opset": opset,
+        "inputs": [
+            {
+                "name": row.name,
+                "shape": [batch, *row.shape],
+                "dtype": str(row.dtype).removeprefix("torch."),
+                "unit": row.unit,
+                "frame": row.frame,
+                "description": row.description,
+            }
+            for row in input_specs(spec)
+        ],
+        "output": {
+            "name": "actions",
+            "shape": [batch, spec.chunk, spec.action],
+            "dtype": "float32",
+            "unit": "robot's own, see embodiments",
+            "description": "row 0 is executed now, one row per control step; dimensions beyond the robot's are padding",
+        },
+        "spec": asdict(spec),
+        "control": {
+            "fps": spec.fps,
+            "horizon": spec.chunk,
+            "history": spec.history,
+            "stride": spec.stride,
+            "history_steps": [-spec.stride * back for back in reversed(range(spec.history))],
+            "before_start": "the first frame of the episode repeats",
+        },
+        "embodiments": [_embodiment(model, index, name) for index, name in enumerate(spec.embodiments)],
+        "optional": list(optional),
+        "instruction": {"encoding": "UTF-8 byte + 1, padded with 0", "length": spec.text},
+        "flow_steps": model.metadata.get("flow_steps"),
+        "statistics": model.statistics,
+        "statistics_hash": model.statistics_hash,
+        "tasks": model.metadata.get("tasks"),
+        "checkpoint": {key: model.metadata.get(key) for key in ("schema_version", "data", "created", "step")},
+        "git": git,
+        "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
+        "parity": asdict(parity),
+        "files": {path.name: file_entry(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes manifest.json; refuses values that are no JSON, NaN among them."""
+    try:
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"manifest.json: {error}") from error
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Revision of the sources and whether they were changed since; None for both outside a git checkout."""
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        revision, changes = (
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"revision": None, "dirty": None}
+    return {"revision": revision, "dirty": bool(changes)}
+
+
+def _embodiment(model: ActionModel, index: int, name: str) -> dict[str, Any]:
+    """Index, state width and action names of one robot."""
+    statistics = model.statistics.get(name)
+    if statistics is None:
+        raise ExportError(f"statistics: no embodiment {name!r}, there are {sorted(model.statistics)}")
+    return {
+        "name": name,
+        "index": index,
+        "proprio_dims": len(statistics["proprio"]["mean"]),
+        "action_names": list(model.action_names),
+    }

@@ -1,0 +1,374 @@
+"""Closed-loop success: a policy drives the simulated arm, many trials in parallel processes.
+
+Start states come from `SeedSequence([seed, CLOSED_LOOP_STREAM, crc32(task), trial, attempt])`. Generation draws from
+`SeedSequence([seed, split, task, episode])`, four words with a small second one, so no trial can ever start from the
+random stream of a recorded episode; and a trial is the same whichever other tasks run and however many workers there
+are.
+"""
+
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from tqdm import tqdm
+
+from worldmodel.contracts import Policy
+from worldmodel.errors import ConfigError, ContractError
+
+CLOSED_LOOP_STREAM = 0x10C0_10C0
+"""Second seed word of every trial; splits, the second word of recorded episodes, count from 0."""
+
+MAX_STEPS = 125
+"""Control steps of a trial at 20 Hz: the benchmark's 500 simulator steps at 80 Hz."""
+
+MAX_REDRAWS = 50
+
+
+class Scene(Protocol):
+    """A simulated task, `worldmodel.data.sources.metaworld.MetaworldScene` for one."""
+
+    def reset(self, rng: np.random.Generator, images: bool = True) -> dict[str, Any]:
+        """Draws a start state and observes it, names as in `contracts.Policy`."""
+        ...
+
+    def step(self, action: np.ndarray, images: bool = True) -> tuple[dict[str, Any], bool]:
+        """Executes one action for one control step; the observation after it and whether the task is solved."""
+        ...
+
+
+@runtime_checkable
+class ScenePolicy(Protocol):
+    """A policy that reads the scene itself, as a scripted expert does, and not only what the robot senses."""
+
+    def attach(self, scene: Any) -> None:
+        """Called with the scene of each trial after its reset."""
+        ...
+
+
+PolicyFactory = Callable[[], Policy]
+"""Builds the policy inside a worker. Must be picklable: a frozen dataclass with `__call__`, or a function."""
+
+SceneFactory = Callable[[str], Scene]
+"""Builds the scene of a task inside a worker. Must be picklable."""
+
+
+@dataclass(frozen=True)
+class MetaworldScenes:
+    """Scene factory for Meta-World tasks."""
+
+    pixels: int = 64
+    cameras: tuple[str, ...] = ("front", "wrist")
+
+    def __call__(self, task: str) -> Scene:
+        """The scene of one task, by its Meta-World name."""
+        from worldmodel.data.sources.metaworld import MetaworldScene
+
+        return MetaworldScene(task, pixels=self.pixels, cameras=self.cameras)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rollout."""
+
+    task: str
+    trial: int
+    success: bool
+    steps: int
+    """Control steps until success, or all of them."""
+    redrawn: int
+    """Start states rejected because they were solved already."""
+    frames: list[np.ndarray] = field(default_factory=list, repr=False, compare=False)
+    """(h, w, 3) uint8 images of the first camera, where recorded."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All trials of one task."""
+
+    task: str
+    trials: int
+    successes: int
+    success: float
+    interval: tuple[float, float]
+    """95 % Wilson interval of the success rate."""
+    mean_steps: float
+    redrawn: int
+    outcomes: list[bool]
+
+
+@dataclass(frozen=True)
+class ClosedLoopResult:
+    """Success per task, with what is needed to run it again."""
+
+    seed: int
+    replan: int
+    max_steps: int
+    tasks: list[TaskResult]
+    frames: dict[str, list[list[np.ndarray]]] = field(default_factory=dict, repr=False)
+    """Recorded rollouts per task."""
+
+    @property
+    def mean_success(self) -> float:
+        """Mean of the tasks' success rates."""
+        return sum(task.success for task in self.tasks) / len(self.tasks)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the pooled success rate."""
+        return wilson_interval(sum(task.successes for task in self.tasks), sum(task.trials for task in self.tasks))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and lists, without the recorded images."""
+        return {
+            "mean_success": self.mean_success,
+            "interval": list(self.interval),
+            "seed": self.seed,
+            "seed_stream": CLOSED_LOOP_STREAM,
+            "replan": self.replan,
+            "max_steps": self.max_steps,
+            "tasks": [{**vars(task), "interval": list(task.interval)} for task in self.tasks],
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Writes `to_json` to a file."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def table(self) -> str:
+        """A Markdown table of the success rates."""
+        lines = ["| task | success | 95 % interval | trials | mean steps |", "| --- | ---: | ---: | ---: | ---: |"]
+        for task in self.tasks:
+            low, high = task.interval
+            lines.append(
+                f"| {task.task} | {task.success:.0%} | {low:.0%}-{high:.0%} | {task.trials} | {task.mean_steps:.0f} |"
+            )
+        low, high = self.interval
+        trials = sum(task.trials for task in self.tasks)
+        return "\n".join([*lines, f"| **mean** | **{self.mean_success:.1%}** | {low:.0%}-{high:.0%} | {trials} | |"])
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a success rate.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+
+    Raises:
+        ConfigError: no trials, or more successes than trials.
+    """
+    if trials <= 0 or not 0 <= successes <= trials:
+        raise ConfigError(f"wilson_interval: {successes} successes of {trials} trials; expected 0 <= successes <= trials")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = successes / trials
+    scale = 1 + z * z / trials
+    centre = (rate + z * z / (2 * trials)) / scale
+    half = z * np.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / scale
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def trial_generator(seed: int, task: str, trial: int, attempt: int) -> np.random.Generator:
+    """The random stream of one start state; see the top of this file."""
+    words = [seed, CLOSED_LOOP_STREAM, zlib.crc32(task.encode()), trial, attempt]
+    return np.random.default_rng(np.random.SeedSequence(words))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How a trial runs."""
+
+    seed: int = 0
+    replan: int = 4
+    """Actions of a chunk that are executed before the policy is asked again."""
+    max_steps: int = MAX_STEPS
+    image_every: int = 4
+    """Images are rendered on every that many steps from the start; 0 for a policy that needs none."""
+    record: int = 0
+    """Trials per task whose images are kept."""
+    hold: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    """The action that leaves the arm where it is; a start state that it solves is drawn again."""
+
+    def __post_init__(self) -> None:
+        if self.replan < 1 or self.max_steps < 1:
+            raise ConfigError(f"closed loop: replan {self.replan}, max_steps {self.max_steps}; expected at least 1")
+        if self.image_every and self.replan % self.image_every:
+            raise ConfigError(
+                f"closed loop: image_every {self.image_every} does not divide replan {self.replan}: "
+                "the policy would act without an image of now"
+            )
+
+    def __call__(self, scene: Scene, policy: Policy, task: str, trial: int) -> Trial:
+        """Runs one trial.
+
+        Raises:
+            ContractError: the policy answers a chunk of the wrong shape or non-finite actions; or every start state
+                drawn was solved already.
+        """
+        rng, redrawn = self._start(scene, task, trial)
+        frames: list[np.ndarray] = []
+        recording = trial < self.record
+        policy.reset()
+        observation = scene.reset(rng, images=bool(self.image_every) or recording)
+        if isinstance(policy, ScenePolicy):
+            policy.attach(scene)
+        chunk = np.zeros((0, 0))
+        for step in range(self.max_steps):
+            if recording:
+                frames += [value for key, value in observation.items() if key.startswith("rgb.")][:1]
+            policy.observe(observation)
+            if step % self.replan == 0:
+                chunk = np.asarray(policy.act())
+                if chunk.ndim != 2 or len(chunk) < self.replan or not np.isfinite(chunk).all():
+                    raise ContractError(
+                        f"{task}, trial {trial}, step {step}: actions {list(chunk.shape)}, all finite: "
+                        f"{bool(np.isfinite(chunk).all())}; expected at least {self.replan} finite rows"
+                    )
+            wanted = bool(self.image_every) and (step + 1) % self.image_every == 0
+            wanted |= recording and (step + 1) % self.replan == 0
+            observation, success = scene.step(chunk[step % self.replan], images=wanted)
+            if success:
+                return Trial(task, trial, True, step + 1, redrawn, frames)
+        return Trial(task, trial, False, self.max_steps, redrawn, frames)
+
+    def _start(self, scene: Scene, task: str, trial: int) -> tuple[np.random.Generator, int]:
+        """A generator whose start state is not solved yet, and how many were rejected before it."""
+        for attempt in range(MAX_REDRAWS):
+            scene.reset(trial_generator(self.seed, task, trial, attempt), images=False)
+            # Standing still must not solve the task. The scene tells only after a step, so this state is drawn twice.
+            _, solved = scene.step(np.array(self.hold, np.float32), images=False)
+            if not solved:
+                return trial_generator(self.seed, task, trial, attempt), attempt
+        raise ContractError(f"{task}, trial {trial}: all of {MAX_REDRAWS} start states were solved already")
+
+
+def run_closed_loop(
+    make_policy: PolicyFactory,
+    tasks: Sequence[str],
+    *,
+    trials: int = 20,
+    seed: int = 0,
+    replan: int = 4,
+    max_steps: int = MAX_STEPS,
+    image_every: int = 4,
+    record: int = 0,
+    workers: int | None = None,
+    make_scene: SceneFactory | None = None,
+    progress: bool = True,
+) -> ClosedLoopResult:
+    """Runs `trials` rollouts of every task, in parallel processes.
+
+    Args:
+        make_policy: builds the policy in each worker; must be picklable.
+        tasks: names of the tasks.
+        trials: rollouts per task.
+        seed: of the start states.
+        replan: control steps between two calls of the policy.
+        max_steps: control steps after which a trial has failed.
+        image_every: see `Rollout.image_every`.
+        record: trials per task whose images come back in `frames`.
+        workers: processes, one per core by default; 0 runs everything in this process.
+        make_scene: builds the scene of a task; Meta-World at 64 pixels by default.
+        progress: shows a bar.
+
+    Raises:
+        ConfigError: no tasks or trials, or settings that do not fit together.
+        ContractError: see `Rollout`.
+    """
+    if not tasks or trials < 1:
+        raise ConfigError(f"closed loop: {len(tasks)} tasks, {trials} trials; expected at least one of each")
+    rollout = Rollout(seed=seed, replan=replan, max_steps=max_steps, image_every=image_every, record=record)
+    factory = make_scene or MetaworldScenes()
+    jobs = [(task, trial) for task in tasks for trial in range(trials)]
+    workers = min(len(jobs), (os.cpu_count() or 1) if workers is None else workers)
+    results: list[Trial] = []
+    with tqdm(total=len(jobs), desc="closed loop", unit="trial", disable=not progress) as bar:
+        for result in _run(jobs, rollout, make_policy, factory, workers):
+            results.append(result)
+            bar.update()
+            bar.set_postfix(success=f"{sum(r.success for r in results) / len(results):.0%}")
+    return _summary(results, tasks, rollout)
+
+
+def _run(
+    jobs: list[tuple[str, int]], rollout: Rollout, make_policy: PolicyFactory, make_scene: SceneFactory, workers: int
+) -> Iterator[Trial]:
+    """Trials in the order they finish."""
+    if workers == 0:
+        worker = _Worker(rollout, make_policy, make_scene)
+        yield from (worker(task, trial) for task, trial in jobs)
+        return
+    # Spawned, since GL contexts and the threads of torch do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    arguments = (rollout, make_policy, make_scene)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
+        futures = [pool.submit(_run_in_worker, task, trial) for task, trial in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Worker:
+    """A policy and the scene of the task it last ran."""
+
+    def __init__(self, rollout: Rollout, make_policy: PolicyFactory, make_scene: SceneFactory) -> None:
+        self.rollout = rollout
+        self.policy = make_policy()
+        self.make_scene = make_scene
+        self.task: str | None = None
+        self.scene: Scene | None = None
+
+    def __call__(self, task: str, trial: int) -> Trial:
+        """Runs one trial; the scene is built anew only when the task changes."""
+        if self.scene is None or self.task != task:
+            self.scene, self.task = None, task
+            self.scene = self.make_scene(task)
+        return self.rollout(self.scene, self.policy, task, trial)
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(rollout: Rollout, make_policy: PolicyFactory, make_scene: SceneFactory) -> None:
+    """Prepares a worker process; each works on one thread, so that workers do not fight over cores."""
+    import torch
+
+    global _worker
+    torch.set_num_threads(1)
+    _worker = _Worker(rollout, make_policy, make_scene)
+
+
+def _run_in_worker(task: str, trial: int) -> Trial:
+    """Runs one trial in a worker process."""
+    assert _worker is not None
+    return _worker(task, trial)
+
+
+def _summary(results: list[Trial], tasks: Sequence[str], rollout: Rollout) -> ClosedLoopResult:
+    """Trials grouped by task, in the order asked for."""
+    rows: list[TaskResult] = []
+    frames: dict[str, list[list[np.ndarray]]] = {}
+    for task in tasks:
+        mine = sorted((result for result in results if result.task == task), key=lambda result: result.trial)
+        successes = sum(result.success for result in mine)
+        rows.append(
+            TaskResult(
+                task=task,
+                trials=len(mine),
+                successes=successes,
+                success=successes / len(mine),
+                interval=wilson_interval(successes, len(mine)),
+                mean_steps=sum(result.steps for result in mine) / len(mine),
+                redrawn=sum(result.redrawn for result in mine),
+                outcomes=[result.success for result in mine],
+            )
+        )
+        if recorded := [result.frames for result in mine if result.frames]:
+            frames[task] = recorded
+    return ClosedLoopResult(rollout.seed, rollout.replan, rollout.max_steps, rows, frames)
