@@ -1,0 +1,1 @@
+"""Data: record schema, shards, statistics, sources, validation and the clip dataset."""

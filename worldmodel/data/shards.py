@@ -1,0 +1,258 @@
+"""Shards: deterministic WebDataset tar files, their index, and a reader that seeks by the index.
+
+`index.json` stands beside the shards: schema version, what generated them, tasks, splits, held-out tasks, and per
+shard its name, size, sha256 and one entry per sample with the byte range in the tar.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.schema import Episode, decode, encode
+from worldmodel.errors import DataError
+
+INDEX = "index.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One episode of a dataset, as the index knows it."""
+
+    key: str
+    shard: str
+    offset: int  # bytes from the start of the shard
+    size: int  # bytes of all members with their headers
+    crc32: int  # of that byte range
+    episode_id: str
+    length: int  # steps
+    task: str
+    split: str
+    embodiment: str
+    success: bool
+    initial_state: str  # digest of the first step's points and proprioception, for the leakage check
+    start: int = 0  # number of the episode's first frame, counted over the whole dataset
+
+
+class ByteCache:
+    """Least-recently-used cache bounded by the bytes of what it holds; safe to share between threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any, make: Callable[[], T], size: Callable[[T], int]) -> T:
+        """The value of `key`, made on a miss; a value larger than the whole cache is returned without being kept."""
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key][0]
+        value = make()
+        nbytes = size(value)
+        with self._lock:
+            if key not in self._items and nbytes <= self.limit:
+                self._items[key] = (value, nbytes)
+                self.used += nbytes
+            while self.used > self.limit:
+                self.used -= self._items.popitem(last=False)[1][1]
+        return value
+
+
+def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any]:
+    """Write `samples` (key, episode) to `path` at once and return the shard's record for the index.
+
+    The bytes depend on the samples only: times, owners and order are fixed.
+
+    Raises:
+        DataError: a key holds a dot, a slash or is used twice.
+    """
+    import webdataset
+
+    buffer = io.BytesIO()
+    writer = webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="worldmodel", group="worldmodel")
+    entries, ends = [], [0]
+    for key, episode in samples:
+        if "." in key or "/" in key or key in {entry["key"] for entry in entries}:
+            raise DataError(f"{path.name}: key {key!r} must be unique and hold no dot and no slash")
+        writer.write({"__key__": key, **encode(episode)})
+        ends.append(writer.tarstream.offset)
+        meta = episode.meta
+        names = ("episode_id", "length", "task", "split", "embodiment", "success")
+        entries.append({"key": key, "offset": ends[-2], "size": ends[-1] - ends[-2]}
+                       | {name: meta[name] for name in names} | {"initial_state": initial_state(episode)})
+    writer.close()
+    data = buffer.getvalue()
+    for entry in entries:
+        entry["crc32"] = zlib.crc32(data[entry["offset"] : entry["offset"] + entry["size"]])
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    return {"name": path.name, "samples": len(entries), "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(), "entries": entries}
+
+
+def initial_state(episode: Episode) -> str:
+    """Digest of the task and the first step's points and proprioception, rounded to a micrometre."""
+    digest = hashlib.sha256(str(episode.meta["task"]).encode())
+    for value in (episode.points, episode.proprio):
+        if value is not None:
+            digest.update(np.round(value[0].astype(np.float64), 6).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_index(root: Path, shards: list[dict[str, Any]], heldout_tasks: list[str], extra: dict[str, Any]) -> None:
+    """Write `index.json` for finished shards; `extra` says how the data came about."""
+    entries = [entry for shard in shards for entry in shard["entries"]]
+    splits: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        counts = splits.setdefault(entry["split"], {"episodes": 0, "steps": 0, "successes": 0})
+        counts["episodes"] += 1
+        counts["steps"] += entry["length"]
+        counts["successes"] += bool(entry["success"])
+    index = {
+        "schema_version": SCHEMA_VERSION,
+        "embodiments": sorted({entry["embodiment"] for entry in entries}),
+        "tasks": sorted({entry["task"] for entry in entries}),
+        "heldout_tasks": sorted(heldout_tasks),
+        "splits": splits,
+        **extra,
+        "shards": shards,
+    }
+    write_json(root / INDEX, index)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in `path`; `what` says in the message what the file is and how to get it."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; {what}") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not readable JSON ({error}); {what}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must hold a JSON object, got {type(value).__name__}; {what}")
+    return value
+
+
+class ShardReader:
+    """Random access to the episodes of a dataset folder.
+
+    Args:
+        root: folder with `index.json` and shards.
+        cache_bytes: bound of the cache of decoded episodes.
+
+    Raises:
+        DataError: no index, another schema version, or a shard whose size is not the index's.
+    """
+
+    def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30) -> None:
+        self.root = Path(root)
+        self.index = read_json(self.root / INDEX, "the index of a dataset; `python -m worldmodel.data generate` "
+                               "writes it when all shards are finished")
+        version = self.index.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{self.root / INDEX}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; "
+                            "generate or convert the data again")
+        self._cache = ByteCache(cache_bytes)
+        self.entries: list[Entry] = []
+        try:
+            self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
+            start = 0
+            for shard in self.index["shards"]:
+                self._check_size(shard)
+                for fields in shard["entries"]:
+                    self.entries.append(Entry(**fields, shard=shard["name"], start=start))
+                    start += fields["length"]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self.root / INDEX}: field missing or of the wrong kind ({error})") from error
+        self.frames = start
+        """Frames of the whole dataset: `Entry.start` counts up to it."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, i: int, *, images: bool = True) -> Episode:
+        """Episode `i`, checked; without `images` its `rgb` may be empty. Do not write to its arrays.
+
+        Raises:
+            DataError: naming shard, key and field of what is wrong.
+        """
+        return self._cache.get((i, images), lambda: self._decode(i, images), lambda episode: episode.nbytes)
+
+    def members(self, i: int) -> dict[str, bytes]:
+        """The stored members of episode `i` by extension."""
+        entry = self.entries[i]
+        where = f"{entry.shard}: key {entry.key}"
+        try:
+            with open(self.root / entry.shard, "rb") as shard:
+                shard.seek(entry.offset)
+                data = shard.read(entry.size)
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({error})") from error
+        if len(data) != entry.size:
+            raise DataError(f"{where}: truncated, {len(data)} of {entry.size} bytes; restore or regenerate the shard")
+        if zlib.crc32(data) != entry.crc32:
+            raise DataError(f"{where}: altered, its checksum is not the index's; restore or regenerate the shard")
+        members: dict[str, bytes] = {}
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+                for member in archive:
+                    key, _, extension = member.name.partition(".")
+                    if key != entry.key or not member.isfile() or "/" in member.name:
+                        raise DataError(f"{where}: unexpected member {member.name!r}; every member must be a plain "
+                                        f"file named {entry.key}.<field>")
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    members[extension] = content.read()
+        except tarfile.TarError as error:
+            raise DataError(f"{where}: not a valid tar section ({error}); regenerate the shard") from error
+        return members
+
+    def records(self) -> list[dict[str, Any]]:
+        """The entries as plain dictionaries."""
+        return [asdict(entry) for entry in self.entries]
+
+    def _decode(self, i: int, images: bool) -> Episode:
+        entry = self.entries[i]
+        where = f"{entry.shard}: key {entry.key}"
+        episode = decode(self.members(i), where, images=images)
+        for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
+            if episode.meta[name] != getattr(entry, name):
+                raise DataError(f"{where}: meta.json: {name} {episode.meta[name]!r}, the index says "
+                                f"{getattr(entry, name)!r}; write the index again")
+        return episode
+
+    def _check_size(self, shard: dict[str, Any]) -> None:
+        path = self.root / shard["name"]
+        if Path(shard["name"]).name != shard["name"]:
+            raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
+        size = path.stat().st_size if path.is_file() else -1
+        if size == shard["bytes"]:
+            return
+        if size < 0:
+            raise DataError(f"{path}: shard is missing; the index lists it with {shard['bytes']} bytes")
+        lost = [e["key"] for e in shard["entries"] if e["offset"] + e["size"] > size]
+        first = f", first damaged key {lost[0]}" if lost else ""
+        raise DataError(f"{path}: {size} bytes, the index says {shard['bytes']}{first}: the shard is truncated or "
+                        "altered; restore it or generate it again")

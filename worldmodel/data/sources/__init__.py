@@ -1,0 +1,1 @@
+"""Where demonstrations come from: one file per simulator or import format."""

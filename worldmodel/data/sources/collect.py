@@ -1,0 +1,54 @@
+"""Record one demonstration by running a scene's scripted expert."""
+
+from typing import Any
+
+import numpy as np
+
+from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.schema import Episode
+from worldmodel.data.sources.metaworld import MAX_STEPS, MetaworldScene
+
+
+def collect_episode(
+    scene: MetaworldScene, rng: np.random.Generator, *, max_steps: int = MAX_STEPS, tail: int = 4
+) -> Episode:
+    """Run the expert until `tail` steps after its first success, or for `max_steps`.
+
+    T observations and T actions: action i is the one held after observation i. Failed episodes are returned too, with
+    `meta["success"]` False. The caller adds `episode_id` and `split` to the metadata.
+    """
+    observation = scene.reset(rng)
+    expert = scene.expert()
+    observations, actions = [], []
+    remaining, success = max_steps, False
+    while remaining:
+        action = expert.act()
+        observations.append(observation)
+        actions.append(action)
+        remaining -= 1
+        if remaining:
+            observation, done = scene.step(action)
+            if done and not success:
+                success, remaining = True, min(remaining, tail)
+    return _episode(scene, observations, np.stack(actions), success)
+
+
+def _episode(
+    scene: MetaworldScene, observations: list[dict[str, Any]], actions: np.ndarray, success: bool
+) -> Episode:
+    def series(name: str) -> np.ndarray:
+        return np.stack([observation[name] for observation in observations])
+
+    meta = {**scene.metadata(), "schema_version": SCHEMA_VERSION, "length": len(actions), "success": success}
+    return Episode(
+        meta=meta,
+        rgb={camera: series(f"rgb.{camera}") for camera in scene.cameras},
+        intrinsics={camera: series(f"intrinsics.{camera}") for camera in scene.cameras},
+        camera_to_base={camera: series(f"camera_to_base.{camera}") for camera in scene.cameras},
+        points=series("points"),
+        visible=series("visible"),
+        wrench=series("wrench"),
+        taxels=series("taxels")[:, observations[0]["has_taxels"]],
+        proprio=series("proprio"),
+        action=actions,
+    )

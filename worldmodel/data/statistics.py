@@ -1,0 +1,122 @@
+"""Per-embodiment statistics of every numeric field, from the train split only, and their hash."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.schema import Episode
+from worldmodel.data.shards import ShardReader, read_json, write_json
+from worldmodel.errors import DataError
+
+STATISTICS = "stats.json"
+FIELDS = ("proprio", "action", "wrench", "taxels", "points", "camera_translation")
+"""Shapes: proprio (P,), action (D,), wrench (S, 6), taxels (C, 1, 1) pooled over sensors and cells, points (3,) pooled
+over points, camera_translation (3,) pooled over cameras; `count` is the number of values behind each number."""
+_MEASURES = ("mean", "std", "min", "max", "q01", "q99", "count")
+
+
+def compute_statistics(reader: ShardReader) -> dict[str, Any]:
+    """Statistics of the train split of `reader`, as `stats.json` holds them.
+
+    Raises:
+        DataError: there is no train episode.
+    """
+    columns: dict[str, dict[str, list[np.ndarray]]] = {}
+    for i, entry in enumerate(reader.entries):
+        if entry.split == "train":
+            fields = columns.setdefault(entry.embodiment, {})
+            for name, value in _columns(reader.read(i, images=False)).items():
+                fields.setdefault(name, []).append(value)
+    if not columns:
+        raise DataError(f"{reader.root}: no episode of split 'train', so no statistics; splits: "
+                        f"{sorted(reader.index['splits'])}")
+    embodiments = {embodiment: {name: _measure(values, embodiment, name) for name, values in fields.items()}
+                   for embodiment, fields in columns.items()}
+    return {"schema_version": SCHEMA_VERSION, "split": "train", "embodiments": embodiments}
+
+
+def _columns(episode: Episode) -> dict[str, np.ndarray]:
+    """Fields of one episode as (samples, *shape of the statistic)."""
+    columns: dict[str, np.ndarray] = {}
+    for name in ("proprio", "action", "wrench"):
+        value = getattr(episode, name)
+        if value is not None:
+            columns[name] = value
+    if episode.taxels is not None:
+        channels = episode.taxels.shape[2]
+        columns["taxels"] = np.moveaxis(episode.taxels, 2, -1).reshape(-1, channels, 1, 1)
+    if episode.points is not None:
+        columns["points"] = episode.points.reshape(-1, 3)
+    if episode.camera_to_base:
+        columns["camera_translation"] = np.concatenate([pose[:, :3, 3] for pose in episode.camera_to_base.values()])
+    return columns
+
+
+def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, Any]:
+    if len(shapes := {value.shape[1:] for value in values}) > 1:
+        raise DataError(f"embodiment {embodiment!r}: field {name!r} has several shapes {sorted(shapes)}; episodes of "
+                        "one embodiment must agree")
+    column = np.concatenate(values).astype(np.float64)
+    std = column.std(0)
+    # A dimension that hardly moves would blow up when divided by its own spread.
+    floor = max(1e-3, 0.01 * float(std.max()))
+    low, high = np.quantile(column, (0.01, 0.99), axis=0)
+    measures = {"mean": column.mean(0), "std": np.maximum(std, floor), "min": column.min(0), "max": column.max(0),
+                "q01": low, "q99": high}
+    # Nine digits carry every float32 and hide the last bits, in which summation order shows.
+    digits: dict[str, Any] = {key: _rounded(value) for key, value in measures.items()}
+    return {**digits, "count": len(column)}
+
+
+def _rounded(value: np.ndarray) -> Any:
+    return np.vectorize(lambda number: float(f"{number:.9g}"), otypes=[float])(value).tolist()
+
+
+def statistics_hash(statistics: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of `statistics`; checkpoints carry it."""
+    canonical = json.dumps(statistics, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_statistics(root: str | Path) -> dict[str, Any]:
+    """Compute and write `stats.json` for the dataset in `root`, and return it."""
+    statistics = compute_statistics(ShardReader(root, cache_bytes=0))
+    write_json(Path(root) / STATISTICS, statistics)
+    return statistics
+
+
+def load_statistics(root: str | Path) -> dict[str, Any]:
+    """The statistics beside the shards in `root`.
+
+    Raises:
+        DataError: missing, of another schema version, or incomplete.
+    """
+    path = Path(root) / STATISTICS
+    statistics = read_json(path, "`python -m worldmodel.data stats DIR` writes it")
+    version = statistics.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; compute it again")
+    for embodiment, fields in statistics.get("embodiments", {}).items():
+        for name, measures in fields.items():
+            if missing := [measure for measure in _MEASURES if measure not in measures]:
+                raise DataError(f"{path}: {embodiment}.{name}: missing {missing}; compute it again")
+    return statistics
+
+
+def field_statistics(statistics: dict[str, Any], embodiment: str, name: str) -> dict[str, np.ndarray]:
+    """mean, std, min, max, q01, q99 (float32) and count of one field.
+
+    Raises:
+        DataError: unknown embodiment or field; the message lists the known ones.
+    """
+    embodiments = statistics["embodiments"]
+    if embodiment not in embodiments:
+        raise DataError(f"statistics have no embodiment {embodiment!r}; they have {sorted(embodiments)}")
+    if name not in embodiments[embodiment]:
+        raise DataError(f"statistics of {embodiment!r} have no field {name!r}; they have "
+                        f"{sorted(embodiments[embodiment])}")
+    return {key: np.asarray(value, np.float32) for key, value in embodiments[embodiment][name].items()}
