@@ -130,7 +130,7 @@ def _settings(command: str, words: list[str]) -> dict[str, Any]:
 
     from worldmodel.errors import ConfigError
 
-    section = OmegaConf.load(CONFIG)[command]
+    section = OmegaConf.select(OmegaConf.load(CONFIG), command)
     valid = [str(key) for key in section]
     # The artefact folder is what `drive` is about: it may be given without its key.
     if command == "drive" and words and "=" not in words[0]:

@@ -37,7 +37,7 @@ class BuildOptions:
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or "onnx" not in self.formats:
-            raise ConfigError(f"formats: got {list(self.formats)}; expected onnx, which the runtime needs, of {FORMATS}")
+            raise ConfigError(f"formats: got {list(self.formats)}; expected some of {FORMATS}, onnx among them")
 
 
 def build_artefact(

@@ -52,6 +52,11 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != MANIFEST_SCHEMA:
         raise RuntimeContractError(f"{path}: schema_version is {version!r}, this runtime reads {MANIFEST_SCHEMA}")
+    needed = {"control", "embodiments", "files", "inputs", "onnx", "optional", "spec"}
+    if lacking := sorted(needed - set(manifest)):
+        raise RuntimeContractError(f"{path}: has no {lacking}")
+    if manifest["onnx"] not in manifest["files"]:
+        raise RuntimeContractError(f"{path}: onnx is {manifest['onnx']!r}, expected one of {sorted(manifest['files'])}")
     for name, entry in manifest["files"].items():
         if Path(name).name != name:
             raise RuntimeContractError(f"{path}: file {name!r} does not lie in the artefact folder")
@@ -73,6 +78,8 @@ def encode_instruction(text: str, length: int) -> np.ndarray:
     Raises:
         RuntimeContractError: the text is longer than the model reads.
     """
+    if not isinstance(text, str):
+        raise RuntimeContractError(f"instruction: got {type(text).__name__}, expected str")
     encoded = text.encode("utf-8")
     if len(encoded) > length:
         raise RuntimeContractError(f"instruction: {len(encoded)} bytes, expected at most {length}: {text!r}")
@@ -158,10 +165,11 @@ class OnnxPolicy:
             RuntimeContractError: an unknown name, or a value of the wrong shape, type or range.
         """
         step: dict[str, np.ndarray] = {}
+        text = self._text
         for key, value in observation.items():
             if key == "instruction":
                 encode_instruction(value, self._text_length)
-                self._text = value
+                text = value
                 continue
             if key not in self._shapes:
                 near = difflib.get_close_matches(key, self._shapes, n=1)
@@ -170,6 +178,7 @@ class OnnxPolicy:
             step[key] = _checked(key, value, *self._shapes[key])
         if ("points" in step) != ("visible" in step) or len(step.get("points", ())) != len(step.get("visible", ())):
             raise RuntimeContractError("points, visible: expected both, with one flag per point")
+        self._text = text
         self._ring.append(step)
 
     def inputs(self) -> dict[str, np.ndarray]:
@@ -251,7 +260,7 @@ class OnnxPolicy:
     def _sensors(self, key: str, frames: list[int]) -> np.ndarray:
         """(S,) bool: which sensors measure, all of them unless the observations say otherwise."""
         flags = [self._ring[index][key] for index in frames if key in self._ring[index]]
-        return np.logical_and.reduce(flags) if flags else np.bool_(True)
+        return np.all(np.stack(flags), axis=0) if flags else np.ones(self._shapes[key][0], bool)
 
     def _gather(self, key: str, steps: list[int], sense: str, camera: str | None = None) -> np.ndarray | None:
         """Stacks `key` over ring positions; None where the sense is hidden or absent and may be."""
@@ -321,8 +330,8 @@ def _checked(key: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.nda
         error = float(np.abs(rotation @ rotation.T - np.eye(3)).max())
         if error > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0 or not np.array_equal(array[3], (0, 0, 0, 1)):
             raise RuntimeContractError(
-                f"{key}: not a rigid transform (max |R Rᵀ - I| {error:.2g}, det {np.linalg.det(rotation):.3f}, last row "
-                f"{array[3].tolist()}); expected det +1, at most {ROTATION_TOLERANCE}, [0, 0, 0, 1]"
+                f"{key}: not a rigid transform (max |R Rᵀ - I| {error:.2g}, det {np.linalg.det(rotation):.3f}, "
+                f"last row {array[3].tolist()}); expected det +1, at most {ROTATION_TOLERANCE}, [0, 0, 0, 1]"
             )
     if key.startswith("intrinsics.") and (array[0, 0] <= 0 or array[1, 1] <= 0 or array[2, 2] != 1):
         raise RuntimeContractError(

@@ -163,7 +163,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
         ConfigError: no trials, or more successes than trials.
     """
     if trials <= 0 or not 0 <= successes <= trials:
-        raise ConfigError(f"wilson_interval: {successes} successes of {trials} trials; expected 0 <= successes <= trials")
+        raise ConfigError(f"wilson_interval: {successes} successes of {trials} trials; expected 0 to trials")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     rate = successes / trials
     scale = 1 + z * z / trials

@@ -97,6 +97,29 @@ class Batch(NamedTuple):
     key: list[str]  # sample key and step, for error messages
 
 
+class Senses(NamedTuple):
+    """An observation in the network's own units; the input of stages 1 and 2."""
+
+    rgb: Tensor  # (B, V, 3, h, w) in [-1, 1], newest frame
+    rays: Tensor  # (B, H, V, 6, h', w') Pluecker rays through the latent cells, base frame
+    camera: Tensor  # (B, H, V, 9) standardised translation and 6D rotation
+    points: Tensor  # (B, H, K, 3) standardised
+    visible: Tensor  # (B, H, K) bool
+    force: Tensor  # (B, H, R, S, 6) compressed wrench
+    taxels: Tensor  # (B, H, S, C, rows, columns) compressed
+    proprio: Tensor  # (B, H, P) standardised
+    effector: Tensor  # (B, H, 3) end effector position in the units of `points`
+    text: Tensor  # (B, L)
+    embodiment: Tensor  # (B,)
+    has_rgb: Tensor  # (B, V) and so on, as in Observation
+    has_camera: Tensor
+    has_points: Tensor
+    has_wrench: Tensor
+    has_taxels: Tensor
+    has_proprio: Tensor
+    has_text: Tensor
+
+
 class Fused(NamedTuple):
     """Output of stage 1: the context that stages 2 and 3 read by cross-attention."""
 
@@ -142,7 +165,7 @@ class Prediction(NamedTuple):
 class Encoder(Protocol):
     """Stage 1."""
 
-    def __call__(self, observation: Observation) -> Fused: ...
+    def __call__(self, senses: Senses) -> Fused: ...
 
 
 class Policy(Protocol):

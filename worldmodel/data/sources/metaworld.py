@@ -41,7 +41,7 @@ FORCE_NOTE = (
     "and their direction, not for claims about force."
 )
 
-_FRONT_POSITION, _FRONT_TARGET, _FRONT_FOVY = (0.60, 0.08, 0.55), (0.0, 0.65, 0.12), 46.0
+_FRONT_POSITION, _FRONT_TARGET, _FRONT_FOVY = (0.60, 0.08, 0.55), (0.0, 0.65, 0.12), 41.0
 _WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY = (0.12, -0.02, 0.04), (-0.02, 0.01, -0.09), 75.0
 _HAND_TO_WORLD = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
 """The hand's nominal orientation (the weld keeps it within a few degrees): its x axis points down."""
