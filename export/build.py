@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.manifest import build_manifest, git_state, write_manifest
+from export.manifest import RobotNames, build_manifest, git_state, write_manifest
 from export.onnx import OnnxRunner, write_onnx
 from export.parity import TOLERANCE, Runner, check_parity, make_examples, write_golden
 from export.torchscript import TorchScriptRunner, write_torchscript
@@ -41,7 +41,11 @@ class BuildOptions:
 
 
 def build_artefact(
-    model: ActionModel, out: str | Path, observations: Sequence[tuple[str, Observation]], options: BuildOptions
+    model: ActionModel,
+    out: str | Path,
+    observations: Sequence[tuple[str, Observation]],
+    robots: Mapping[str, RobotNames],
+    options: BuildOptions,
 ) -> dict[str, float]:
     """Exports a model and proves every artefact equal to it before anything appears at `out`.
 
@@ -49,6 +53,7 @@ def build_artefact(
         model: in any mode; it is switched to inference.
         out: the artefact folder.
         observations: held-out observations of batch 1 with a name each, for messages.
+        robots: names and units of every embodiment of the model.
         options: formats and checks.
 
     Returns:
@@ -89,6 +94,7 @@ def build_artefact(
             optional=options.optional,
             parity=parity,
             git=git_state(package),
+            robots=robots,
         )
         write_manifest(folder, manifest)
         folder.chmod(0o755)

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,17 @@ from export.parity import ParityResult
 from export.runtime import MANIFEST_SCHEMA, SENSES
 from export.wrappers import ActionModel, input_specs
 from worldmodel.errors import ExportError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobotNames:
+    """What the dimensions of one embodiment are called and measured in."""
+
+    action_names: tuple[str, ...]
+    proprio_names: tuple[str, ...]
+    action_units: tuple[str, ...] = ()
+    proprio_units: tuple[str, ...] = ()
+    sensor_frames: dict[str, str] = field(default_factory=dict)
 
 
 def build_manifest(
@@ -26,6 +37,7 @@ def build_manifest(
     optional: Sequence[str],
     parity: ParityResult,
     git: dict[str, Any],
+    robots: Mapping[str, RobotNames],
 ) -> dict[str, Any]:
     """The manifest of the files that lie in `folder`.
 
@@ -38,9 +50,11 @@ def build_manifest(
         optional: senses that a robot may lack, of `runtime.SENSES`; the runtime masks them instead of refusing.
         parity: what `check_parity` found.
         git: from `git_state`.
+        robots: names and units of every embodiment of the model.
 
     Raises:
-        ExportError: `optional` names something that is no sense.
+        ExportError: `optional` names something that is no sense; or an embodiment has no statistics, no names, or
+            names that do not fit its statistics.
     """
     unknown = sorted(set(optional) - set(SENSES))
     if unknown:
@@ -67,7 +81,7 @@ def build_manifest(
             "name": "actions",
             "shape": [batch, spec.chunk, spec.action],
             "dtype": "float32",
-            "unit": "robot's own, see embodiments",
+            "unit": "see action_units of the embodiment",
             "description": "row 0 is executed now, one row per control step; dimensions beyond the robot's are padding",
         },
         "spec": asdict(spec),
@@ -79,14 +93,13 @@ def build_manifest(
             "history_steps": [-spec.stride * back for back in reversed(range(spec.history))],
             "before_start": "the first frame of the episode repeats",
         },
-        "embodiments": [_embodiment(model, index, name) for index, name in enumerate(spec.embodiments)],
+        "embodiments": [_embodiment(model, robots, index) for index in range(len(spec.embodiments))],
         "optional": list(optional),
         "instruction": {"encoding": "UTF-8 byte + 1, padded with 0", "length": spec.text},
-        "flow_steps": model.metadata.get("flow_steps"),
+        "flow_steps": model.action_steps,
         "statistics": model.statistics,
         "statistics_hash": model.statistics_hash,
-        "tasks": model.metadata.get("tasks"),
-        "checkpoint": {key: model.metadata.get(key) for key in ("schema_version", "data", "created", "step")},
+        "checkpoint": {key: model.metadata.get(key) for key in ("schema_version", "training")},
         "git": git,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
         "parity": asdict(parity),
@@ -122,14 +135,17 @@ def git_state(folder: Path) -> dict[str, Any]:
     return {"revision": revision, "dirty": bool(changes)}
 
 
-def _embodiment(model: ActionModel, index: int, name: str) -> dict[str, Any]:
-    """Index, state width and action names of one robot."""
-    statistics = model.statistics.get(name)
-    if statistics is None:
-        raise ExportError(f"statistics: no embodiment {name!r}, there are {sorted(model.statistics)}")
-    return {
-        "name": name,
-        "index": index,
-        "proprio_dims": len(statistics["proprio"]["mean"]),
-        "action_names": list(model.action_names),
-    }
+def _embodiment(model: ActionModel, robots: Mapping[str, RobotNames], index: int) -> dict[str, Any]:
+    """Index, names and units of one robot."""
+    name = model.spec.embodiments[index]
+    for what, known in (("statistics", model.statistics), ("names of actions and proprioception", robots)):
+        if name not in known:
+            raise ExportError(f"embodiment {name!r}: no {what}; there are those of {sorted(known)}")
+    robot, statistics = robots[name], model.statistics[name]
+    for field, names in (("proprio", robot.proprio_names), ("action", robot.action_names)):
+        if len(names) != len(statistics[field]["mean"]):
+            raise ExportError(
+                f"embodiment {name!r}: {len(names)} {field} names {list(names)}, but its statistics have "
+                f"{len(statistics[field]['mean'])} dimensions"
+            )
+    return {"name": name, "index": index, "proprio_dims": len(robot.proprio_names), **asdict(robot)}

@@ -15,10 +15,18 @@ class ActionModel(Protocol):
     """What export needs of a model; `worldmodel.model.WorldModel` has it."""
 
     spec: ClipSpec
-    statistics: dict[str, Any]
-    statistics_hash: str
-    action_names: list[str]
     metadata: dict[str, Any]
+    action_steps: int
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Statistics of the training data, per embodiment."""
+        ...
+
+    @property
+    def statistics_hash(self) -> str:
+        """sha256 of the statistics."""
+        ...
 
     def act(self, observation: Observation, noise: Tensor) -> Tensor:
         """(B, A, D) actions in the robot's units from an observation and (B, A, D) standard normal noise."""

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.manifest import RobotNames
 from export.wrappers import random_inputs
 from worldmodel.contracts import ClipSpec, Observation
 
 SPEC = ClipSpec(height=8, width=8, points=3, proprio=5, action=6, text=32, taxels=(2, 2, 2))
-ACTION_NAMES = ["x", "y", "z", "grip"]
+ROBOTS = {"sawyer": RobotNames(action_names=("x", "y", "z", "grip"), proprio_names=tuple("abcde"))}
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
@@ -27,8 +28,8 @@ class FakeModel(nn.Module):
         statistics = {"proprio": {"mean": [0.0] * 5, "std": [1.0] * 5}, "action": {"mean": [0.0] * 4, "std": [1.0] * 4}}
         self.statistics: dict[str, Any] = {"sawyer": statistics}
         self.statistics_hash = "0" * 64
-        self.action_names = ACTION_NAMES
-        self.metadata: dict[str, Any] = {"schema_version": 1, "tasks": ["reach-v3"], "flow_steps": 2}
+        self.action_steps = 2
+        self.metadata: dict[str, Any] = {"schema_version": 1, "training": {"tasks": ["reach-v3"]}}
         width = self._features(Observation(*random_inputs(spec, 1)[:-1])).shape[1]
         actions = spec.chunk * spec.action
         self.read = nn.Linear(width, actions)

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_fakes import SPEC, FakeModel, fake_observations
+from export_fakes import ROBOTS, SPEC, FakeModel, fake_observations
 from torch import Tensor
 
 from export import build
 from export.__main__ import main
 from export.build import BuildOptions, build_artefact
+from export.manifest import RobotNames
 from export.onnx import OnnxRunner, write_onnx
 from export.parity import VARIANTS, check_parity, make_examples
 from export.torchscript import TorchScriptRunner
@@ -26,7 +27,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artefacts") / "fake"
-    errors = build_artefact(FakeModel(), out, fake_observations(), BuildOptions())
+    errors = build_artefact(FakeModel(), out, fake_observations(), ROBOTS, BuildOptions())
     assert set(errors) == {"policy.onnx", "policy.pt"}
     assert max(errors.values()) <= 1e-5
     return out
@@ -37,9 +38,9 @@ def test_manifest_describes_every_input_and_file(artefact: Path) -> None:
     assert [entry["name"] for entry in manifest["inputs"]] == list(INPUT_NAMES)
     assert manifest["inputs"][0]["shape"] == [1, 3, 2, 3, 8, 8]
     assert manifest["output"]["shape"] == [1, SPEC.chunk, SPEC.action]
-    assert manifest["embodiments"] == [
-        {"name": "sawyer", "index": 0, "proprio_dims": 5, "action_names": ["x", "y", "z", "grip"]}
-    ]
+    (robot,) = manifest["embodiments"]
+    assert (robot["name"], robot["index"], robot["proprio_dims"]) == ("sawyer", 0, 5)
+    assert robot["action_names"] == ["x", "y", "z", "grip"]
     assert manifest["control"]["history_steps"] == [-8, -4, 0]
     assert manifest["flow_steps"] == 2
     assert manifest["parity"]["comparisons"] == 2 * len(VARIANTS)
@@ -102,7 +103,7 @@ def test_parity_failure_names_the_artefact_and_leaves_nothing(tmp_path: Path, mo
 
     monkeypatch.setattr(build, "OnnxRunner", Wrong)
     with pytest.raises(ExportError, match=r"policy\.onnx: output 'actions' differs .* 0\.001 on episode0@0"):
-        build_artefact(FakeModel(), tmp_path / "out", fake_observations(), BuildOptions(formats=("onnx",)))
+        build_artefact(FakeModel(), tmp_path / "out", fake_observations(), ROBOTS, BuildOptions(formats=("onnx",)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,10 +122,10 @@ def test_parity_fails_on_non_finite_answers(bad: float) -> None:
 def test_existing_folders_are_respected(artefact: Path, tmp_path: Path) -> None:
     options = BuildOptions(formats=("onnx",))
     with pytest.raises(ExportError, match="force=true"):
-        build_artefact(FakeModel(), artefact, fake_observations(1), options)
+        build_artefact(FakeModel(), artefact, fake_observations(1), ROBOTS, options)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ExportError, match=r"no manifest\.json"):
-        build_artefact(FakeModel(), tmp_path, fake_observations(1), BuildOptions(force=True))
+        build_artefact(FakeModel(), tmp_path, fake_observations(1), ROBOTS, BuildOptions(force=True))
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
@@ -133,9 +134,16 @@ def test_force_replaces_an_artefact(tmp_path: Path) -> None:
     out.mkdir()
     (out / "manifest.json").write_text("{}")
     (out / "stale.bin").write_text("old")
-    build_artefact(FakeModel(), out, fake_observations(1), BuildOptions(formats=("onnx",), force=True))
+    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",), force=True))
     assert not (out / "stale.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_names_must_fit_the_statistics(tmp_path: Path) -> None:
+    robots = {"sawyer": RobotNames(action_names=("x", "y"), proprio_names=tuple("abcde"))}
+    with pytest.raises(ExportError, match=r"'sawyer': 2 action names \['x', 'y'\], but its statistics have 4"):
+        build_artefact(FakeModel(), tmp_path / "out", fake_observations(1), robots, BuildOptions(formats=("onnx",)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_name_what_is_wrong() -> None:
