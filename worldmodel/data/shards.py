@@ -161,12 +161,13 @@ class ShardReader:
     Args:
         root: folder with `index.json` and shards.
         cache_bytes: bound of the cache of decoded episodes.
+        check_sizes: False opens a damaged dataset too, to examine it.
 
     Raises:
         DataError: no index, another schema version, or a shard whose size is not the index's.
     """
 
-    def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30, check_sizes: bool = True) -> None:
         self.root = Path(root)
         self.index = read_json(self.root / INDEX, "the index of a dataset; `python -m worldmodel.data generate` "
                                "writes it when all shards are finished")
@@ -180,7 +181,8 @@ class ShardReader:
             self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
             start = 0
             for shard in self.index["shards"]:
-                self._check_size(shard)
+                if check_sizes:
+                    self.check_size(shard)
                 for fields in shard["entries"]:
                     self.entries.append(Entry(**fields, shard=shard["name"], start=start))
                     start += fields["length"]
@@ -243,7 +245,8 @@ class ShardReader:
                                 f"{getattr(entry, name)!r}; write the index again")
         return episode
 
-    def _check_size(self, shard: dict[str, Any]) -> None:
+    def check_size(self, shard: dict[str, Any]) -> None:
+        """Raise `DataError` if the file of `shard` (a record of the index) is not as long as the index says."""
         path = self.root / shard["name"]
         if Path(shard["name"]).name != shard["name"]:
             raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")

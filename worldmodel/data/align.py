@@ -1,0 +1,131 @@
+"""Bring one episode's streams to the names, order and padded sizes of a `ClipSpec`, with presence masks."""
+
+import difflib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from worldmodel.contracts import ClipSpec
+from worldmodel.data.schema import Episode
+from worldmodel.errors import ConfigError, DataError
+
+
+class Aligned(NamedTuple):
+    """Streams of one episode over T steps, padded; absent ones are zero and masked in `constant`."""
+
+    intrinsics: np.ndarray  # (T, V, 3, 3)
+    camera_to_base: np.ndarray  # (T, V, 4, 4)
+    points: np.ndarray  # (T, K, 3)
+    visible: np.ndarray  # (T, K)
+    wrench: np.ndarray  # (T, S, 6)
+    taxels: np.ndarray  # (T, S, C, rows, columns)
+    proprio: np.ndarray  # (T, P)
+    action: np.ndarray  # (T, D)
+    action_dims: np.ndarray  # (D,)
+    constant: dict[str, np.ndarray]  # text, embodiment and the presence masks of `Observation`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the series."""
+        return sum(value.nbytes for value in self if isinstance(value, np.ndarray))
+
+
+def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None], where: str) -> Aligned:
+    """`episode` in the names, order and sizes of `spec`.
+
+    Raises:
+        DataError: rate, embodiment or a size does not fit; the message says where and what `spec` has.
+    """
+    meta, t = episode.meta, episode.length
+    if meta["fps"] != spec.fps:
+        raise DataError(f"{where}: fps {meta['fps']}, the clips ask for {spec.fps}")
+    if meta["embodiment"] not in spec.embodiments:
+        raise DataError(f"{where}: embodiment {meta['embodiment']!r} is none of {list(spec.embodiments)}")
+    masks: dict[str, np.ndarray] = {}
+
+    intrinsics = np.broadcast_to(np.eye(3, dtype=np.float32), (t, len(spec.cameras), 3, 3)).copy()
+    poses = np.broadcast_to(np.eye(4, dtype=np.float32), (t, len(spec.cameras), 4, 4)).copy()
+    names = [camera_map.get(camera, camera) for camera in spec.cameras]
+    masks["has_rgb"] = np.array([name in meta.get("cameras", ()) and "rgb" not in meta.get("absent", ())
+                                 for name in names])
+    masks["has_camera"] = np.array([name in episode.camera_to_base for name in names])
+    for v, name in enumerate(names):
+        if name in episode.camera_to_base:
+            intrinsics[:, v], poses[:, v] = episode.intrinsics[name], episode.camera_to_base[name]
+
+    points, visible = np.zeros((t, spec.points, 3), np.float32), np.zeros((t, spec.points), bool)
+    masks["has_points"] = np.zeros(spec.points, bool)
+    if episode.points is not None and episode.visible is not None:
+        count = _fits(episode.points.shape[1], spec.points, "points", where)
+        points[:, :count], visible[:, :count] = episode.points, episode.visible
+        masks["has_points"][:count] = True
+
+    wrench = np.zeros((t, len(spec.sensors), 6), np.float32)
+    taxels = np.zeros((t, len(spec.sensors), *spec.taxels), np.float32)
+    masks["has_wrench"] = np.zeros(len(spec.sensors), bool)
+    masks["has_taxels"] = np.zeros(len(spec.sensors), bool)
+    sensors, with_taxels = meta.get("sensor_names", []), meta.get("taxel_sensors", [])
+    for s, name in enumerate(spec.sensors):
+        if episode.wrench is not None and name in sensors:
+            wrench[:, s], masks["has_wrench"][s] = episode.wrench[:, sensors.index(name)], True
+        if episode.taxels is not None and name in with_taxels:
+            if episode.taxels.shape[2:] != spec.taxels:
+                raise DataError(f"{where}: taxels: grid {episode.taxels.shape[2:]}, the clips ask for {spec.taxels}")
+            taxels[:, s], masks["has_taxels"][s] = episode.taxels[:, with_taxels.index(name)], True
+
+    proprio, action = np.zeros((t, spec.proprio), np.float32), np.zeros((t, spec.action), np.float32)
+    action_dims = np.zeros(spec.action, bool)
+    masks["has_proprio"] = np.array(episode.proprio is not None)
+    if episode.proprio is not None:
+        proprio[:, : _fits(episode.proprio.shape[1], spec.proprio, "proprio", where)] = episode.proprio
+    if episode.action is not None:
+        count = _fits(episode.action.shape[1], spec.action, "action", where)
+        action[:, :count], action_dims[:count] = episode.action, True
+
+    instruction = meta["instruction"]
+    masks["has_text"] = np.array(bool(instruction))
+    constant = {"text": text_ids(instruction, spec.text), **masks,
+                "embodiment": np.array(spec.embodiments.index(meta["embodiment"]), np.int64)}
+    return Aligned(intrinsics, poses, points, visible, wrench, taxels, proprio, action, action_dims, constant)
+
+
+def check_cameras(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None], where: str) -> None:
+    """Raise `DataError` with both lists and a suggested map if the data lack a camera of `spec`."""
+    if unknown := sorted(set(camera_map) - set(spec.cameras)):
+        raise DataError(f"camera_map names {unknown}, which are no cameras of the clips: {list(spec.cameras)}")
+    if "rgb" in episode.meta.get("absent", ()):
+        return
+    data = list(episode.meta["cameras"])
+    wanted = {camera: camera_map.get(camera, camera) for camera in spec.cameras}
+    if not (missing := [camera for camera, name in wanted.items() if name is not None and name not in data]):
+        return
+    free = [name for name in data if name not in wanted.values()]
+    suggestion: dict[str, str | None] = {}
+    for camera in missing:
+        close = difflib.get_close_matches(camera, free, n=1, cutoff=0.0)
+        suggestion[camera] = close[0] if close else None
+        free = [name for name in free if name not in close]
+    raise DataError(f"{where}: cameras {missing} are missing: the data have {data}, the clips ask for "
+                    f"{list(spec.cameras)}. If they are the same cameras, set camera_map={suggestion} "
+                    "(None marks a camera as absent)")
+
+
+def text_ids(text: str, length: int) -> np.ndarray:
+    """(L,) int64: UTF-8 byte + 1, padded with 0.
+
+    Raises:
+        ConfigError: the text needs more than `length` bytes.
+    """
+    data = text.encode()
+    if len(data) > length:
+        raise ConfigError(f"instruction of {len(data)} bytes does not fit the {length} of ClipSpec.text: {text!r}")
+    ids = np.zeros(length, np.int64)
+    ids[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int64) + 1
+    return ids
+
+
+def _fits(size: int, limit: int, field: str, where: str) -> int:
+    if size > limit:
+        raise DataError(f"{where}: {field}: {size} wide, the clips have room for {limit}; raise ClipSpec.{field}")
+    return size

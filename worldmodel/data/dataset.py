@@ -1,0 +1,187 @@
+"""Clips cut from recorded episodes: history, future and actions around every time step, as `contracts.Batch`.
+
+Shape legend: see `worldmodel.contracts`. Clips are numpy until `collate` makes a batch of tensors.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from worldmodel.contracts import Batch, ClipSpec, Future, Observation
+from worldmodel.data.align import Aligned, align, check_cameras
+from worldmodel.data.shards import ByteCache, Entry, ShardReader
+from worldmodel.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class Clip(NamedTuple):
+    """One item: the fields of `Observation` and `Future` without the batch axis."""
+
+    observation: dict[str, np.ndarray]
+    future: dict[str, np.ndarray]
+    frame: np.ndarray  # (H,) int64
+    key: str
+
+
+class ClipDataset(Dataset[Clip]):
+    """Every time step of the chosen episodes as one clip.
+
+    History before the start of an episode repeats its first frame. The future past its end repeats the last frame and
+    is marked in `valid` (False unless all R steps of the latent frame are inside) and `action_valid`.
+
+    Args:
+        reader: the dataset; several clip datasets may share one.
+        spec: names and sizes of the clips.
+        split: which split to take.
+        tasks: only these tasks; None is all of the split.
+        only_success: leave failed demonstrations out; their number is in `left_out` and logged.
+        images: False leaves all pictures out (`rgb` is (H, V, 3, 0, 0)), for models that read cached features.
+        future: False leaves future pictures out.
+        camera_map: name in the data for a camera of `spec`, or None for a camera the data lack.
+        cache_bytes: bound of the cache of episodes without pictures; pictures are in the reader's.
+
+    Raises:
+        DataError: no episode left, or cameras, rate or sizes that do not fit `spec`.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        spec: ClipSpec,
+        *,
+        split: str,
+        tasks: Sequence[str] | None = None,
+        only_success: bool = True,
+        images: bool = True,
+        future: bool = True,
+        camera_map: Mapping[str, str | None] | None = None,
+        cache_bytes: int = 1 << 28,
+    ) -> None:
+        self.reader, self.spec, self.split = reader, spec, split
+        self.images, self.future_images = images, images and future
+        self.camera_map = dict(camera_map or {})
+        if split not in reader.index["splits"]:
+            raise DataError(f"{reader.root}: no split {split!r}; it has {sorted(reader.index['splits'])}")
+        present = {entry.task for entry in reader.entries if entry.split == split}
+        if unknown := sorted(set(tasks or ()) - present):
+            raise DataError(f"{reader.root}: split {split!r} has no tasks {unknown}; it has {sorted(present)}")
+        of_split = [i for i, e in enumerate(reader.entries) if e.split == split and (tasks is None or e.task in tasks)]
+        self.episodes = [i for i in of_split if reader.entries[i].success or not only_success]
+        self.left_out = len(of_split) - len(self.episodes)
+        """Failed demonstrations that `only_success` left out."""
+        if self.left_out:
+            log.info("%s: %d of %d episodes of %r left out: not successful",
+                     reader.root, self.left_out, len(of_split), split)
+        if not self.episodes:
+            raise DataError(f"{reader.root}: no episode left in split {split!r} ({self.left_out} failed ones left out)")
+        lengths = [reader.entries[i].length for i in self.episodes]
+        self._ends = np.cumsum(lengths)
+        self._cache = ByteCache(cache_bytes)
+        first_of_each = {reader.entries[i].embodiment: i for i in reversed(self.episodes)}
+        for i in first_of_each.values():
+            check_cameras(reader.read(i, images=False), spec, self.camera_map, self._where(reader.entries[i]))
+            self._aligned(i)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def entries(self) -> list[Entry]:
+        """The index entries of the chosen episodes."""
+        return [self.reader.entries[i] for i in self.episodes]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Episode number in the reader and time step of clip `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        episode = int(np.searchsorted(self._ends, index, side="right"))
+        return self.episodes[episode], index - (int(self._ends[episode - 1]) if episode else 0)
+
+    def __getitem__(self, index: int) -> Clip:
+        i, step = self.locate(index)
+        entry, spec, data = self.reader.entries[i], self.spec, self._aligned(i)
+        last = entry.length - 1
+        history = history_steps(step, spec)
+        ends = step + spec.stride * np.arange(1, spec.future + 1)
+        future_steps = np.minimum(step + np.arange(1, spec.window + 1), last)
+        sampled = np.minimum(ends, last)
+        series = future_steps.reshape(spec.future, spec.stride)
+        chunk = step + np.arange(spec.chunk)
+        observation = {
+            "rgb": self._pictures(i, history, self.images),
+            "intrinsics": data.intrinsics[history],
+            "camera_to_base": data.camera_to_base[history],
+            "points": data.points[history],
+            "visible": data.visible[history],
+            "wrench": data.wrench[wrench_steps(history, spec)],
+            "taxels": data.taxels[history],
+            "proprio": data.proprio[history],
+            **data.constant,
+        }
+        future = {
+            "rgb": self._pictures(i, future_steps, self.future_images),
+            "camera_to_base": data.camera_to_base[sampled],
+            "points": data.points[sampled],
+            "visible": data.visible[sampled],
+            "wrench": data.wrench[series].mean(1),
+            "actions": data.action[np.minimum(chunk, last)],
+            "valid": ends <= last,
+            "action_valid": (chunk <= last) & data.action_dims.any(),
+            "action_dims": data.action_dims,
+        }
+        return Clip(observation, future, entry.start + history, f"{entry.key}@{step}")
+
+    def _pictures(self, i: int, steps: np.ndarray, wanted: bool) -> np.ndarray:
+        """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
+        spec = self.spec
+        if not wanted:
+            return np.zeros((len(steps), len(spec.cameras), 3, 0, 0), np.uint8)
+        episode = self.reader.read(i)
+        out = np.zeros((len(steps), len(spec.cameras), 3, spec.height, spec.width), np.uint8)
+        for v, camera in enumerate(spec.cameras):
+            images = episode.rgb.get(self.camera_map.get(camera, camera) or "")
+            if images is None:
+                continue
+            if images.shape[1:3] != (spec.height, spec.width):
+                raise DataError(f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[1:3]}, "
+                                f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's")
+            out[:, v] = images[steps].transpose(0, 3, 1, 2)
+        return out
+
+    def _aligned(self, i: int) -> Aligned:
+        def make() -> Aligned:
+            entry = self.reader.entries[i]
+            return align(self.reader.read(i, images=False), self.spec, self.camera_map, self._where(entry))
+
+        return self._cache.get(i, make, lambda aligned: aligned.nbytes)
+
+    def _where(self, entry: Entry) -> str:
+        return f"{entry.shard}: key {entry.key}"
+
+
+def history_steps(step: int, spec: ClipSpec) -> np.ndarray:
+    """(H,) time steps of the history frames at `step`; before the start they repeat step 0."""
+    return np.maximum(step - spec.stride * np.arange(spec.history - 1, -1, -1), 0)
+
+
+def wrench_steps(history: np.ndarray, spec: ClipSpec) -> np.ndarray:
+    """(H, R) time steps of the wrench series that end at each history frame."""
+    return np.maximum(history[:, None] - np.arange(spec.stride - 1, -1, -1), 0)
+
+
+def collate(clips: Sequence[Clip]) -> Batch:
+    """One batch of tensors from clips of one dataset."""
+
+    def stack(parts: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(np.stack([part[name] for part in parts])) for name in parts[0]}
+
+    return Batch(
+        observation=Observation(**stack([clip.observation for clip in clips])),
+        future=Future(**stack([clip.future for clip in clips])),
+        frame=torch.from_numpy(np.stack([clip.frame for clip in clips])),
+        key=[clip.key for clip in clips],
+    )
