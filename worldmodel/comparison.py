@@ -1,0 +1,119 @@
+"""Closed loop of several policies under one protocol, with results kept so that only what changed runs again."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldmodel.closed_loop import PolicyFactory, SceneFactory, run_closed_loop
+from worldmodel.data.shards import write_json
+from worldmodel.errors import ConfigError
+from worldmodel.stamp import package_versions
+from worldmodel.viz import encode_mp4, enlarged
+
+WEIGHTS = (".onnx", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One policy of a comparison: its name, what it observes in words, and how a worker builds it."""
+
+    policy: str
+    observes: str
+    factory: PolicyFactory
+    weights: Path
+    """Folder with its weights; their content decides whether a kept result is still its result."""
+    images: bool = True
+    """False for a policy that reads no pictures: none are rendered for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How every policy of a comparison is tried."""
+
+    tasks: tuple[str, ...]
+    trials: int = 20
+    seed: int = 0
+    replan: int = 4
+    image_every: int = 4
+    record: int = 1
+    """Trials per task whose pictures are kept for the report."""
+
+
+def compare(
+    contenders: Sequence[Contender],
+    protocol: Protocol,
+    folder: Path,
+    *,
+    make_scene: SceneFactory | None = None,
+    workers: int | None = None,
+) -> list[dict[str, Any]]:
+    """Try each policy, or read its kept result from `folder`; one dict of plain values per policy.
+
+    Each holds what `ClosedLoopResult.to_json` gives, with `policy`, `observes`, `reused` and `rollouts` (per task a
+    list of `success` and `video`, a data URI). Raises ConfigError if two policies have one name or weights are absent.
+    """
+    names = [contender.policy for contender in contenders]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"closed loop: policy names must differ, got {names}")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for contender in contenders:
+        path = folder / f"{result_key(contender, protocol)}.json"
+        reused = path.is_file()
+        if not reused:
+            print(f"{contender.policy}:", flush=True)
+            write_json(path, _try(contender, protocol, make_scene, workers))
+        results.append(
+            json.loads(path.read_text(encoding="utf-8"))
+            | {"policy": contender.policy, "observes": contender.observes, "reused": reused}
+        )
+    return results
+
+
+def result_key(contender: Contender, protocol: Protocol) -> str:
+    """Digest of the weights, the policy's settings, the protocol and the simulator's version."""
+    files = sorted(path for path in contender.weights.glob("*") if path.suffix in WEIGHTS)
+    if not files:
+        raise ConfigError(f"{contender.policy}: no weights ({', '.join(WEIGHTS)}) in {contender.weights}")
+    digest = sha256(repr((contender.factory, contender.images, protocol, sorted(package_versions().items()))).encode())
+    for path in files:
+        digest.update(sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:24]
+
+
+def _try(
+    contender: Contender, protocol: Protocol, make_scene: SceneFactory | None, workers: int | None
+) -> dict[str, Any]:
+    result = run_closed_loop(
+        contender.factory,
+        protocol.tasks,
+        trials=protocol.trials,
+        seed=protocol.seed,
+        replan=protocol.replan,
+        image_every=protocol.image_every if contender.images else 0,
+        record=protocol.record,
+        workers=workers,
+        make_scene=make_scene,
+    )
+    outcomes = {task.task: task.outcomes for task in result.tasks}
+    rollouts = {
+        task: [
+            {"success": outcomes[task][trial], "video": _video(frames)}
+            for trial, frames in enumerate(recorded)
+            if frames
+        ]
+        for task, recorded in result.frames.items()
+    }
+    return result.to_json() | {"rollouts": rollouts}
+
+
+def _video(frames: list[np.ndarray]) -> str:
+    """A data URI of the recorded pictures, five a second: one per replanning step, so at about real speed."""
+    data = encode_mp4(enlarged(np.stack(frames).transpose(0, 3, 1, 2)))
+    return "data:video/mp4;base64," + base64.b64encode(data).decode()

@@ -1,0 +1,281 @@
+"""The evaluation report: report.json for programs and report.html, one page that loads nothing else, for people."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from worldmodel.contracts import ClipSpec
+from worldmodel.figures import FIGURES, SampleClip
+from worldmodel.plots import interval_chart, line_chart, number
+from worldmodel.report_samples import sample_sections
+
+SPLIT_NAMES = {
+    "heldout_episodes": "Held-out episodes of training tasks",
+    "heldout_tasks": "Held-out tasks",
+}
+STREAM_NAMES = {
+    "video": "video", "camera": "camera pose", "points": "object trajectories", "force": "touch and force",
+    "action": "actions",
+}  # fmt: skip
+
+
+def write_report(results: dict, out_dir: str | Path) -> tuple[Path, Path]:
+    """Write report.json and report.html and return their paths.
+
+    `results` holds `title`, `stamp` (nested plain values), `offline` (what `evaluate_offline` returned, per split) and
+    `closed_loop` (a list of `ClosedLoopResult.to_json()` with `policy` and `observes` added; may be empty). The JSON
+    is `results` itself, with pictures left out and null where a value is not finite.
+    """
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "report.json", folder / "report.html"
+    data.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    page.write_text(render(results), encoding="utf-8")
+    return data, page
+
+
+def plain(value: Any) -> Any:
+    """Reduce results to what JSON can hold: pictures go, numbers that are not finite become null."""
+    if isinstance(value, SampleClip):
+        clip = value.clip
+        return {
+            "task": clip.task,
+            "episode": clip.episode,
+            "step": clip.step,
+            "kind": value.kind,
+            "psnr": plain(value.psnr),
+        }
+    if isinstance(value, ClipSpec):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def render(results: dict) -> str:
+    """Compose the page."""
+    offline, closed = results["offline"], results["closed_loop"]
+    sections = {"Summary": ("summary", _summary(offline))}
+    if closed:
+        sections["Closed loop"] = ("closed-loop", _closed_loop(closed))
+    sections["Over the horizon"] = ("horizon", _horizons(offline))
+    sections["By task"] = ("tasks", _tasks(offline))
+    sections["Predicted and true"] = ("samples", sample_sections(offline, SPLIT_NAMES))
+    sections["Protocol"] = ("protocol", _protocol(offline, results["stamp"]))
+    body = "".join(f'<section><h2 id="{name}">{title}</h2>{html}</section>' for title, (name, html) in sections.items())
+    links = "".join(f'<a href="#{name}">{title}</a>' for title, (name, _) in sections.items())
+    template = Template(files("worldmodel").joinpath("report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(f"{results['title']}: evaluation"),
+        verdict=_verdict(offline),
+        cards=_cards(offline, closed),
+        navigation=links,
+        sections=body,
+        footer="Every figure on this page is also in report.json beside it.",
+    )
+
+
+def headline_counts(result: dict) -> tuple[int, int]:
+    """How many headline figures beat all their trivial baselines, and how many there are with anything to learn."""
+    judged = [
+        f["beats_all"] for f in result["figures"] if f["headline"] and f["applicable"] and f["beats_all"] is not None
+    ]
+    return sum(judged), len(judged)
+
+
+def _verdict(offline: list[dict]) -> str:
+    parts = []
+    for result in offline:
+        won, judged = headline_counts(result)
+        parts.append(f"{won} of {judged} figures beat every trivial baseline on {SPLIT_NAMES[result['split']].lower()}")
+    return escape("; ".join(parts) + "." if parts else "No offline evaluation in this report.")
+
+
+def _cards(offline: list[dict], closed: list[dict]) -> str:
+    cards = []
+    for result in closed:
+        low, high = result["interval"]
+        trials = sum(task["trials"] for task in result["tasks"])
+        cards.append(
+            (
+                f"{result['mean_success']:.0%}",
+                f"{result['policy']}: closed-loop success, {low:.0%}–{high:.0%} over {trials} trials",
+            )
+        )
+    for result in offline:
+        won, judged = headline_counts(result)
+        where = SPLIT_NAMES[result["split"]].lower()
+        cards.append((f"{won} / {judged}", f"figures beat their baselines, {where} ({result['clips']} clips)"))
+    return "".join(f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in cards)
+
+
+def _summary(offline: list[dict]) -> str:
+    found = {f["name"]: f for result in offline for f in result["figures"] if f["headline"]}
+    if not found:
+        return '<p class="quiet">No offline evaluation in this report.</p>'
+    by_split = [{f["name"]: f for f in result["figures"]} for result in offline]
+    heads = [SPLIT_NAMES[result["split"]] for result in offline]
+    rows = []
+    for stream, title in STREAM_NAMES.items():
+        names = [name for name, figure in found.items() if figure["stream"] == stream]
+        if names:
+            rows.append(f'<tr class="group"><td colspan="{len(heads) + 1}">{title}</td></tr>')
+        for name in sorted(names, key=lambda n: list(FIGURES).index(n.split("/")[0])):
+            unit = f' <span class="interval">{escape(found[name]["unit"])}</span>' if found[name]["unit"] else ""
+            cells = "".join(
+                f'<td data-head="{head}">{_cell(split[name]) if name in split else "–"}</td>'
+                for head, split in zip(heads, by_split, strict=True)
+            )
+            rows.append(f"<tr><td>{escape(found[name]['label'])}{unit}</td>{cells}</tr>")
+    head = "".join(f"<th>{h}</th>" for h in ("Figure", *heads))
+    return (
+        "<p>Each figure with its 95 % bootstrap interval over episodes, and the trivial baselines it has to beat. "
+        '<i class="yes">✓</i> better, <i class="no">✗</i> not better; “clearly” where the interval of the paired '
+        "difference excludes zero.</p>"
+        f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _cell(figure: dict) -> str:
+    value, low, high = (number(figure["ours"][k]) for k in ("value", "low", "high"))
+    lines = [f'<span class="ours">{value}</span> <span class="interval">{low} – {high}</span>']
+    for baseline in figure["baselines"]:
+        text = f"{escape(baseline['name'])} {number(baseline['value'])}"
+        if figure["applicable"]:
+            mark = '<i class="yes">✓</i>' if baseline["beaten"] else '<i class="no">✗</i>'
+            text = f"{mark} {text}{', clearly' if baseline['clearly'] else ''}"
+        lines.append(f'<span class="versus">{text}</span>')
+    if not figure["applicable"]:
+        lines.append('<span class="versus">does not vary in this data: nothing to learn</span>')
+    return "".join(lines)
+
+
+def _closed_loop(closed: list[dict]) -> str:
+    rows = "".join(
+        f'<tr><td>{escape(r["policy"])}</td><td>{escape(r["observes"])}</td><td class="n">{r["mean_success"]:.1%}</td>'
+        f'<td class="n">{r["interval"][0]:.0%}–{r["interval"][1]:.0%}</td>'
+        f'<td class="n">{sum(t["successes"] for t in r["tasks"])} / {sum(t["trials"] for t in r["tasks"])}</td>'
+        f'<td class="n">{r["seed"]}</td></tr>'
+        for r in closed
+    )
+    tasks = list(dict.fromkeys(task["task"] for r in closed for task in r["tasks"]))
+    of = {r["policy"]: {t["task"]: t for t in r["tasks"]} for r in closed}
+    chart = interval_chart(
+        {
+            task: {name: (t[task]["success"], *t[task]["interval"]) for name, t in of.items() if task in t}
+            for task in tasks
+        },
+        list(of),
+    )
+    cells = "".join(
+        f"<tr><td>{escape(task)}</td>"
+        + "".join(f'<td class="n">{_trials(t[task]) if task in t else "–"}</td>' for t in of.values())
+        + "</tr>"
+        for task in tasks
+    )
+    heads = "".join(f'<th class="n">{escape(name)}</th>' for name in of)
+    first = closed[0]
+    return (
+        "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same start "
+        f"states; start states that are solved already are drawn again. A new chunk every {first['replan']} control "
+        f"steps, failure after {first['max_steps']}. Intervals are 95 % Wilson intervals.</p>"
+        '<div class="wide"><table><thead><tr><th>Policy</th><th>Observes</th><th class="n">Mean success</th>'
+        '<th class="n">Interval</th><th class="n">Trials</th><th class="n">Seed</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div><h3>Success by task</h3>{chart}"
+        f'<details><summary>Table</summary><div class="wide"><table><thead><tr><th>Task</th>{heads}</tr></thead>'
+        f"<tbody>{cells}</tbody></table></div></details>"
+    )
+
+
+def _trials(task: dict) -> str:
+    low, high = task["interval"]
+    return f'{task["successes"]} / {task["trials"]} <span class="interval">{low:.0%}–{high:.0%}</span>'
+
+
+def _horizons(offline: list[dict]) -> str:
+    parts = [
+        "<p>How each error grows with the distance into the future; a good model stays away from its baselines.</p>"
+    ]
+    for result in offline:
+        labels = {f["name"]: (f["label"], f["unit"]) for f in result["figures"]}
+        applicable = {f["name"]: f["applicable"] for f in result["figures"]}
+        plots = []
+        for name, lines in result["horizons"].items():
+            if not applicable[name]:
+                continue
+            series = {("model" if k == "ours" else k): v for k, v in lines.items() if k != "axis"}
+            label, unit = labels[name]
+            x = list(range(1, len(lines["ours"]) + 1))
+            plots.append(line_chart(x, series, lines["axis"], f"{label} [{unit}]" if unit else label))
+        parts.append(f'<h3>{SPLIT_NAMES[result["split"]]}</h3><div class="grid">{"".join(plots)}</div>')
+    return "".join(parts)
+
+
+def _tasks(offline: list[dict]) -> str:
+    parts = []
+    for result in offline:
+        shown = [f for f in result["figures"] if f["headline"] and f["applicable"]]
+        units = [f" [{f['unit']}]" if f["unit"] else "" for f in shown]
+        heads = "".join(f'<th class="n">{escape(f["label"] + u)}</th>' for f, u in zip(shown, units, strict=True))
+        rows = "".join(
+            f"<tr><td>{escape(task)}</td>"
+            + "".join(_task_cell(result["per_task"][f["name"]][task], f) for f in shown)
+            + "</tr>"
+            for task in result["tasks"]
+        )
+        parts.append(
+            f"<details><summary>{SPLIT_NAMES[result['split']]}: {len(result['tasks'])} tasks, {len(shown)} figures"
+            f'</summary><div class="wide"><table><thead><tr><th>Task</th>{heads}</tr></thead><tbody>{rows}</tbody>'
+            "</table></div></details>"
+        )
+    return "<p>Model above, strongest trivial baseline below it.</p>" + "".join(parts)
+
+
+def _task_cell(values: dict, figure: dict) -> str:
+    trivial: Iterable[float] = [values[b["name"]] for b in figure["baselines"] if b["trivial"]]
+    finite = [v for v in trivial if math.isfinite(v)]
+    best = (max if figure["higher_is_better"] else min)(finite) if finite else math.nan
+    ours = values["ours"]
+    better = ours > best if figure["higher_is_better"] else ours < best
+    mark = "" if math.isnan(ours) or math.isnan(best) else ' class="yes"' if better else ' class="no"'
+    return f'<td class="n"><span{mark}>{number(ours)}</span><span class="versus">{number(best)}</span></td>'
+
+
+def _protocol(offline: list[dict], stamp: dict) -> str:
+    entries = []
+    for result in offline:
+        settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["settings"].items())
+        text = (
+            f"{result['clips']} clips of {result['episodes']} episodes, {len(result['tasks'])} tasks; {settings}; "
+            f"{result['seconds']:g} s"
+        )
+        entries.append((SPLIT_NAMES[result["split"]], text))
+    config = stamp.get("config")
+    entries += [(key.replace("_", " "), _inline(value)) for key, value in stamp.items() if key != "config"]
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in entries)
+    block = (
+        f"<details><summary>Configuration</summary><pre>{escape(json.dumps(plain(config), indent=2))}</pre></details>"
+    )
+    return (
+        "<p>No evaluated episode, and no task of the held-out tasks, was trained on: checked against the index of the "
+        "data before anything was measured. Forecasts are single samples of the model, with noise from the seed; PSNR is "
+        f"that of the mean squared error. Field of view is vertical.</p><dl>{rows}</dl>{block if config else ''}"
+    )
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_inline(item) for item in value)
+    return str(value)
