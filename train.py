@@ -1,0 +1,48 @@
+"""Trains an experiment: `python train.py experiment=kairos_tiny`. `--help` lists what can be changed."""
+
+import sys
+
+HELP = """Trains one experiment, phase after phase, into a run folder that is also the checkpoint.
+
+usage: python train.py experiment=NAME [KEY=VALUE ...]
+
+  experiment=NAME          a file of configs/experiment: kairos_tiny (laptop CPU, minutes)
+  data.root=DIR            shards to train on (made by `python -m worldmodel.data generate ...`)
+  run_dir=DIR              where the run goes; the same folder again resumes it, or does nothing when it is done
+  seed=N                   seed of weights, data order and noise
+  phases.NAME.steps=N      length of a phase; any other field of a phase likewise
+  phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...
+  trainer=NAME             a file of configs/trainer: cpu (default), gpu
+  trainer.threads=N        CPU threads of torch
+  wandb.mode=MODE          offline (default), online or disabled
+
+The composed configuration is printed by `python train.py experiment=NAME --cfg job`.
+SIGTERM saves and exits with 143; the same command then resumes exactly where it stopped.
+"""
+
+
+def main() -> None:
+    """Composes the configuration with Hydra and runs the curriculum."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(HELP)
+        return
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    from worldmodel.config import register_resolvers
+
+    register_resolvers()
+
+    @hydra.main(version_base="1.3", config_path="configs", config_name="train")
+    def run(config: DictConfig) -> None:
+        from worldmodel.curriculum import train
+
+        resolved = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(resolved, dict)
+        print(f"checkpoint: {train({str(k): v for k, v in resolved.items()})}")
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Checkpoints that evaluation and export load: `model.safetensors` (weights) and `model.json` (everything else)."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from worldmodel.contracts import SCHEMA_VERSION, ClipSpec
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.model import WorldModel
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+def make_spec(values: Mapping[str, Any]) -> ClipSpec:
+    """A `ClipSpec` from plain lists and numbers. Raises `ConfigError` for a field it does not have."""
+    known = ClipSpec.__dataclass_fields__
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown field {unknown[0]!r} of spec; it has {', '.join(known)}")
+    return ClipSpec(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+
+
+def check_targets(config: Any, where: str = "model") -> None:
+    """Refuses a configuration that would build anything but classes of this package (a checkpoint may be hostile)."""
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        if target is not None and not str(target).startswith("worldmodel."):
+            raise ConfigError(f"{where}._target_ is {target!r}; only classes of worldmodel are built from a checkpoint")
+        for key, value in config.items():
+            check_targets(value, f"{where}.{key}")
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            check_targets(value, f"{where}[{i}]")
+
+
+def build_model(config: Mapping[str, Any], spec: ClipSpec, statistics: Mapping[str, Any]) -> WorldModel:
+    """Instantiates the model of a resolved `model` configuration for the data's spec and statistics."""
+    from hydra.utils import instantiate
+
+    check_targets(config)
+    # Objects of this run are handed over as they are: Hydra would turn a dataclass into a dictionary.
+    partial = {"_partial_": True, "_convert_": "all"}
+    normaliser = instantiate({**config["normaliser"], **partial})(spec=spec, statistics=statistics["embodiments"])
+    rest = {k: v for k, v in config.items() if k != "normaliser"}
+    return instantiate({**rest, **partial})(spec=spec, normaliser=normaliser)
+
+
+def describe(
+    config: Mapping[str, Any], spec: ClipSpec, statistics: Mapping[str, Any], digest: str, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of `model.json`: schema, spec, model configuration, statistics with hash, and what was trained on."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "spec": asdict(spec),
+        "config": dict(config),
+        "statistics": dict(statistics),
+        "statistics_hash": digest,
+        "training": dict(training),
+    }
+
+
+def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Writes weights and description, each by rename, so that an interrupted save leaves the old ones whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, folder / f"{WEIGHTS}.part")
+    (folder / f"{DESCRIPTION}.part").write_text(json.dumps(dict(metadata or model.metadata), indent=1))
+    for name in (WEIGHTS, DESCRIPTION):
+        os.replace(folder / f"{name}.part", folder / name)
+    return folder
+
+
+def load_model(folder: str | Path) -> WorldModel:
+    """Loads a checkpoint folder, in evaluation mode.
+
+    Raises `DataError` for missing files, another schema version, statistics that are not those the weights were
+    trained with, or tensors that do not fit.
+    """
+    from worldmodel.data.statistics import statistics_hash
+
+    folder = Path(folder)
+    for name in (WEIGHTS, DESCRIPTION):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder} is no checkpoint: {name} is missing (a run folder of train.py has it)")
+    metadata = json.loads((folder / DESCRIPTION).read_text())
+    version = metadata.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{folder / DESCRIPTION}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+    digest = statistics_hash(metadata["statistics"])
+    if digest != metadata["statistics_hash"]:
+        raise DataError(
+            f"{folder / DESCRIPTION}: statistics hash to {digest[:12]}, but the weights were trained with "
+            f"{metadata['statistics_hash'][:12]}; the statistics were changed after training"
+        )
+    model = build_model(metadata["config"], make_spec(metadata["spec"]), metadata["statistics"])
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise DataError(f"{folder / WEIGHTS} does not fit the model that {DESCRIPTION} describes: {error}") from error
+    model.metadata = metadata
+    return model.eval()

@@ -1,0 +1,230 @@
+"""One run of `train.py`: the phases of an experiment, in order, in one folder, resumed where they stopped.
+
+Run folder: `config.yaml`; `phases/NN-name/` with the weights after the phase (`model.safetensors`, `model.json`) or,
+while it runs, `last.ckpt`; `latents.safetensors` (frozen tokeniser's latents of every frame); `csv/`, `wandb/`,
+`samples/`; and at the end the checkpoint itself, `model.safetensors` with `model.json`.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
+from worldmodel.contracts import ClipSpec
+from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.data.shards import ShardReader
+from worldmodel.data.statistics import load_statistics, statistics_hash
+from worldmodel.errors import ConfigError
+from worldmodel.model import WorldModel
+from worldmodel.training import PARTS, Ingredient, MovingAverage, Phase, PhaseModule, SaveProgress, Throughput
+
+log = logging.getLogger(__name__)
+
+
+def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
+    """Phases in the order of the YAML, whose keys are their names. Raises `ConfigError` for an unknown field."""
+    phases = []
+    for name, values in config.items():
+        try:
+            mixture = tuple(
+                Ingredient(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})
+                for item in values.get("mixture", [])
+            )
+            rest = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "mixture"}
+            phases.append(Phase(name=name, mixture=mixture, **rest))
+        except TypeError as error:
+            raise ConfigError(f"phase {name!r}: {error}") from error
+    return phases
+
+
+def train(config: Mapping[str, Any]) -> Path:
+    """Runs or resumes an experiment from its resolved configuration; returns the run folder, which is a checkpoint.
+
+    Raises `ConfigError` if the folder holds a run of another configuration.
+    """
+    L.seed_everything(config["seed"], verbose=False)
+    torch.set_num_threads(config["trainer"]["threads"])
+    run = Path(config["run_dir"])
+    claim(run, config)
+    if (run / "model.safetensors").is_file():
+        log.info("%s is already trained; another run_dir or an empty one trains again", run)
+        return run
+    spec = make_spec(config["data"]["spec"])
+    statistics = load_statistics(config["data"]["root"])
+    reader = ShardReader(config["data"]["root"], cache_bytes=config["data"]["cache_bytes"])
+    model = build_model(config["model"], spec, statistics)
+    model.metadata = describe(
+        config["model"], spec, statistics, statistics_hash(statistics), training_record(config, reader)
+    )
+    for part in PARTS:
+        count = sum(p.numel() for p in getattr(model, part).parameters())
+        log.info("%-12s %10s parameters", part, f"{count:,}")
+    loggers = make_loggers(config, run)
+    phases = make_phases(config["phases"])
+    for number, phase in enumerate(phases):
+        folder = run / "phases" / f"{number}-{phase.name}"
+        if (folder / "model.safetensors").is_file():
+            log.info("phase %s is done", phase.name)
+            model.load_state_dict(load_model(folder).state_dict())
+            continue
+        started = time.perf_counter()
+        run_phase(model, phase, config, spec, reader, folder, loggers, run)
+        log.info("phase %s took %.0f s", phase.name, time.perf_counter() - started)
+    save_model(model, run)
+    for logger in loggers:
+        logger.finalize("success")
+    return run
+
+
+def claim(run: Path, config: Mapping[str, Any]) -> None:
+    """Notes the configuration in a new run folder, or checks that an old one was made with the same."""
+    run.mkdir(parents=True, exist_ok=True)
+    noted = run / "config.json"
+    own = json.loads(json.dumps({k: v for k, v in config.items() if k != "trainer"}))
+    if noted.is_file():
+        before = json.loads(noted.read_text())
+        if changed := sorted(set(differences(before, own))):
+            raise ConfigError(
+                f"{run} holds a run with other settings ({', '.join(changed[:6])}); choose another run_dir, or delete "
+                "the folder to train anew"
+            )
+    noted.write_text(json.dumps(own, indent=1))
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Dotted names of the settings in which two configurations differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}.{k}" if where else k)]
+    return [] if a == b else [where]
+
+
+def training_record(config: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
+    """What this model will have seen, so that an evaluation can refuse to call it held out."""
+    entries = [e for e in reader.entries if e.split == "train"]
+    return {
+        "seed": config["seed"],
+        "phases": {name: values["steps"] for name, values in config["phases"].items()},
+        "data_root": str(config["data"]["root"]),
+        "index_sha256": hashlib.sha256((Path(config["data"]["root"]) / "index.json").read_bytes()).hexdigest(),
+        "split": "train",
+        "tasks": sorted({e.task for e in entries}),
+        "episodes": [e.key for e in entries],
+    }
+
+
+def make_loggers(config: Mapping[str, Any], run: Path) -> list[Logger]:
+    """CSV always; wandb unless its mode is `disabled` (offline by default: nothing leaves the machine)."""
+    loggers: list[Logger] = [CSVLogger(run, name="csv", version="")]
+    if config["wandb"]["mode"] != "disabled":
+        settings = config["wandb"]
+        loggers.append(
+            WandbLogger(
+                project=settings["project"],
+                name=run.name,
+                save_dir=str(run),
+                offline=settings["mode"] == "offline",
+                config={k: v for k, v in config.items() if k in ("data", "model", "phases", "seed")},
+            )
+        )
+    return loggers
+
+
+def run_phase(
+    model: WorldModel,
+    phase: Phase,
+    config: Mapping[str, Any],
+    spec: ClipSpec,
+    reader: ShardReader,
+    folder: Path,
+    loggers: list[Logger],
+    run: Path,
+) -> None:
+    """Trains one phase, resuming from its `last.ckpt` if there is one, and leaves its averaged weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    latents = latent_cache(model, reader, spec, run) if phase.objective == "world" else None
+    module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
+    average = MovingAverage(decay=phase.ema)
+    settings = config["trainer"]
+    data = ClipDataModule(
+        root=config["data"]["root"],
+        spec=spec,
+        batch_size=phase.batch_size,
+        seed=config["seed"],
+        num_workers=settings["workers"],
+        cache_bytes=config["data"]["cache_bytes"],
+    )
+    last = folder / "last.ckpt"
+    trainer = L.Trainer(
+        max_steps=phase.steps,
+        accelerator=settings["accelerator"],
+        devices=settings["devices"],
+        precision=settings["precision"],
+        gradient_clip_val=phase.clip,
+        logger=loggers,
+        log_every_n_steps=20,
+        callbacks=[average, Throughput(), SaveProgress(path=last, every=settings["save_every"])],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    average.copy_to(module)
+    if phase.objective == "tokeniser":
+        model.autoencoder.set_scale(sample_latents(model, reader, spec))
+    save_model(model, folder)
+    last.unlink(missing_ok=True)
+
+
+def sample_latents(model: WorldModel, reader: ShardReader, spec: ClipSpec, clips: int = 256) -> Tensor:
+    """Raw latents (N, C, T, h', w') of clips spread evenly over the training data, to fix their scale."""
+    dataset = ClipDataset(reader, spec, split="train")
+    out = []
+    with torch.no_grad():
+        for i in range(0, len(dataset), max(len(dataset) // clips, 1)):
+            batch = collate([dataset[i]])
+            clip = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], 1)[0]
+            out.append(model.autoencoder.encode_raw(clip.permute(1, 2, 0, 3, 4).float() / 127.5 - 1.0))
+    return torch.cat(out)
+
+
+def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Path) -> Tensor:
+    """Single-frame latents (frames, V, C, h', w') of the training frames by dataset-wide number, from disk if current.
+
+    Valid for one tokeniser and one dataset, whose hash is kept beside it. Frames of other splits stay NaN.
+    """
+    from tqdm import tqdm
+
+    path = run / "latents.safetensors"
+    digest = hashlib.sha256(model.metadata["training"]["index_sha256"].encode())
+    for name, value in model.autoencoder.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    key = digest.hexdigest()[:16]
+    if path.is_file():
+        held = load_file(path)
+        if key in held:
+            return held[key]
+    entries = [(i, e) for i, e in enumerate(reader.entries) if e.split == "train"]
+    total = sum(e.length for e in reader.entries)
+    cache = torch.full((total, len(spec.cameras), model.autoencoder.channels, *model.grid), torch.nan)
+    model.autoencoder.eval()
+    with torch.no_grad():
+        for i, entry in tqdm(entries, desc="latents", unit="episode"):
+            episode = reader.read(i)
+            rgb = torch.stack([torch.from_numpy(episode.rgb[c]) for c in spec.cameras], 1)
+            flat = rgb.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            encoded = model.autoencoder.encode_frames(flat)
+            cache[entry.start : entry.start + entry.length] = encoded.unflatten(0, rgb.shape[:2])
+    save_file({key: cache}, path)
+    return cache

@@ -1,0 +1,104 @@
+"""Joins the tokens of every sense under presence masks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel.contracts import Fused, Senses
+from worldmodel.encoders.camera import CameraEncoder
+from worldmodel.encoders.heads import CameraHead, QueryHead
+from worldmodel.encoders.proprio import ProprioEncoder
+from worldmodel.encoders.rgb import ImageEncoder
+from worldmodel.encoders.tactile import TactileEncoder
+from worldmodel.encoders.text import ByteTextEncoder
+from worldmodel.encoders.trajectory import TrajectoryEncoder
+from worldmodel.nn import FeedForward, attend
+
+SENSES = ("rgb", "camera", "points", "touch", "proprio", "text")
+
+
+class FusionBlock(nn.Module):
+    """Pre-norm transformer block under a presence mask."""
+
+    def __init__(self, *, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_a, self.norm_f = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feed_forward = FeedForward(width=width, hidden=hidden)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, N, W), mask (B, N)."""
+        q, k, v = self.qkv(self.norm_a(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        x = x + self.out(attend(q, k, v, mask[:, None, None]).flatten(-2))
+        return x + self.feed_forward(self.norm_f(x))
+
+
+class FusionEncoder(nn.Module):
+    """Stage 1: one encoder per sense, a learned register that is always present, and a transformer over all tokens."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        hidden: int,
+        layers: int,
+        image: ImageEncoder,
+        text: ByteTextEncoder,
+        camera: CameraEncoder,
+        trajectory: TrajectoryEncoder,
+        tactile: TactileEncoder,
+        proprio: ProprioEncoder,
+        camera_head: CameraHead,
+        points_head: QueryHead,
+        force_head: QueryHead,
+    ) -> None:
+        super().__init__()
+        self.image, self.text, self.camera = image, text, camera
+        self.trajectory, self.tactile, self.proprio = trajectory, tactile, proprio
+        self.camera_head, self.points_head, self.force_head = camera_head, points_head, force_head
+        self.kind = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.02) for name in SENSES})
+        self.register = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.view = nn.Parameter(torch.randn(camera.slot.shape[1], 1, width) * 0.02)
+        self.blocks = nn.ModuleList(FusionBlock(width=width, heads=heads, hidden=hidden) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def image_tokens(self, rgb: Tensor) -> Tensor:
+        """Newest images (B, V, 3, h, w) -> tokens (B, V, cells, W) that know nothing but the image and its view."""
+        return self.image(rgb) + self.view
+
+    def forward(self, s: Senses, senses: Sequence[str] = SENSES, image_tokens: Tensor | None = None) -> Fused:
+        """Fuses the senses named in `senses`; others cost nothing. `image_tokens` may be handed in when computed."""
+        history = s.points.shape[1]
+        parts = [self.register.expand(s.text.shape[0], -1, -1)]
+        masks = [s.has_text.new_ones(s.text.shape[0], 1)]
+
+        def add(name: str, tokens: Tensor, mask: Tensor) -> None:
+            if name in senses:
+                parts.append(tokens + self.kind[name])
+                masks.append(mask)
+
+        if "rgb" in senses:
+            images = self.image_tokens(s.rgb) if image_tokens is None else image_tokens
+            images = images + self.camera.ray_features(s.rays[:, -1], s.has_camera)
+            add("rgb", images.flatten(1, 2), s.has_rgb.repeat_interleave(images.shape[2], dim=1))
+        if "camera" in senses:
+            add("camera", self.camera(s.camera).flatten(1, 2), s.has_camera.repeat(1, history))
+        if "points" in senses:
+            tokens = self.trajectory(s.points, s.visible, s.effector, s.has_proprio)
+            add("points", tokens.flatten(1, 2), s.has_points.repeat(1, history))
+        if "touch" in senses:
+            tokens = self.tactile(s.force, s.taxels, s.has_wrench, s.has_taxels)
+            add("touch", tokens.flatten(1, 2), (s.has_wrench | s.has_taxels).repeat(1, history))
+        if "proprio" in senses:
+            add("proprio", self.proprio(s.proprio, s.embodiment), s.has_proprio[:, None].expand(-1, history))
+        if "text" in senses:
+            tokens = self.text(s.text)
+            add("text", tokens, s.has_text[:, None].expand(-1, tokens.shape[1]))
+        x, mask = torch.cat(parts, 1), torch.cat(masks, 1)
+        for block in self.blocks:
+            x = block(x, mask)
+        return Fused(self.norm(x), mask)

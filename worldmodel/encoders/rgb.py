@@ -1,0 +1,29 @@
+"""Images to tokens: a small convolutional stem, one token per cell of its last map."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ImageEncoder(nn.Module):
+    """Strided convolutions (B, V, 3, h, w) -> (B, V, rows * columns, W), with a position embedding per cell."""
+
+    def __init__(self, *, width: int, channels: Sequence[int], size: tuple[int, int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 3
+        for out in channels:
+            layers += [nn.Conv2d(before, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
+            before = out
+        layers.append(nn.Conv2d(before, width, 3, padding=1))
+        self.stem = nn.Sequential(*layers)
+        scale = 2 ** len(channels)
+        self.rows, self.columns = size[0] // scale, size[1] // scale
+        self.position = nn.Parameter(torch.randn(self.rows * self.columns, width) * 0.02)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """rgb in [-1, 1]."""
+        b, v = rgb.shape[:2]
+        x = self.stem(rgb.flatten(0, 1)).flatten(2).mT
+        return (x + self.position).unflatten(0, (b, v))

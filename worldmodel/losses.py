@@ -1,0 +1,137 @@
+"""Training objectives of the phases. Every function returns named scalars; the caller weighs and adds them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldmodel.contracts import STREAMS, Batch, Observation, Senses, WorldState
+from worldmodel.data.transforms import hide, modality_dropout
+from worldmodel.geometry import intrinsics_to_fov
+from worldmodel.model import DENOISED, WorldModel
+from worldmodel.nn import repeat_rows
+from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
+
+
+def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
+    """Mean of value over the elements of a mask that broadcasts from the left; zero if nothing is present."""
+    weight = mask.reshape(*mask.shape, *([1] * (value.dim() - mask.dim()))).to(value.dtype).expand_as(value)
+    return (value * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def tokeniser_loss(
+    model: WorldModel, batch: Batch, kl_weight: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Reconstruction (L1 + squared error) of one view of each clip, its first frame counted as much as the rest."""
+    views = batch.future.rgb.shape[2]
+    view = torch.arange(batch.future.rgb.shape[0]) % views
+    rows = torch.arange(batch.future.rgb.shape[0])
+    clip = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], dim=1)[rows, :, view]
+    video = clip.transpose(1, 2).float() / 127.5 - 1.0
+    sample, regulariser = model.autoencoder.sample(video, generator)
+    decoded = model.autoencoder.net.decode(sample).sample
+    error = (decoded - video).abs() + (decoded - video).square()
+    mse = (decoded.detach() - video).square().mean() / 4
+    return {
+        "loss": 0.5 * (error[:, :, :1].mean() + error[:, :, 1:].mean()) + kl_weight * regulariser,
+        "psnr": -10 * mse.log10(),
+    }
+
+
+def understanding_loss(
+    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied."""
+    truth = batch.observation
+    observation, dropped = modality_dropout(truth, dropout, generator)
+    s = model.normaliser(observation, model.grid)
+    images = model.encoder.image_tokens(s.rgb)
+    losses = camera_losses(model, images, truth, s)
+    fused = model.encoder(s, image_tokens=images)
+    points = F.smooth_l1_loss(model.encoder.points_head(fused), s.points[:, -1], reduction="none", beta=0.1)
+    force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
+    losses["points"] = masked_mean(points, truth.has_points & dropped["points"][:, None])
+    losses["force"] = masked_mean(force, truth.has_wrench & dropped["touch"][:, None])
+    total = losses["camera"] + losses["fov"] + losses["points"] + 0.3 * losses["force"]
+    return {"loss": total, **losses}
+
+
+def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Senses) -> dict[str, Tensor]:
+    """Pose and field of view from one image."""
+    pose, fov = model.encoder.camera_head(images)
+    known = truth.has_camera & truth.has_rgb
+    error = F.smooth_l1_loss(pose, s.camera[:, -1], reduction="none", beta=0.1)
+    true_fov = intrinsics_to_fov(truth.intrinsics[:, -1], truth.rgb.shape[-2])
+    weight = torch.ones(9, device=pose.device).index_fill(0, torch.arange(3, 9, device=pose.device), 3.0)
+    return {
+        "camera": masked_mean(error * weight, known),
+        "fov": 5.0 * masked_mean((fov - true_fov).abs(), known),
+    }
+
+
+def world_loss(
+    model: WorldModel,
+    batch: Batch,
+    latents: Tensor | None,
+    generator: torch.Generator,
+    *,
+    mode: str,
+    drop: tuple[str, ...],
+    dropout: Mapping[str, float],
+    draws: int,
+    weights: Mapping[str, float],
+    insulate: bool,
+) -> dict[str, Tensor]:
+    """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
+
+    `draws` noise draws of the action chunk share one pass over the history (policy mode only). `weights` names the
+    streams and `actions` (the lambda of the total loss).
+    """
+    observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
+    future = batch.future
+    s = model.normaliser(observation, model.grid)
+    policy = mode == "policy"
+    memory = model.remember(s, latents, read_only=insulate and policy)
+    do_streams, do_actions = DENOISED[mode]
+    b = s.text.shape[0]
+    draws = draws if policy else 1
+    arguments: dict[str, Any] = {}
+    noise_of: dict[str, Tensor] = {}
+    clean_of: dict[str, Tensor] = {}
+    if not policy:
+        with torch.no_grad():
+            target = model.future_state(s, future, model.future_latents(observation, future))
+        levels = torch.zeros(b, len(STREAMS))
+        if do_streams:
+            levels = torch.stack([sample_sigma(b, model.stream_shift, generator) for _ in STREAMS], 1)
+        levels = levels.to(s.points)
+        noisy = []
+        for i, name in enumerate(STREAMS):
+            clean_of[name] = clean = getattr(target, name)
+            noise_of[name] = noise = torch.randn(clean.shape, generator=generator).to(clean)
+            noisy.append(add_noise(clean, noise, levels[:, i]))
+        arguments |= {"state": WorldState(*noisy), "levels": levels}
+    if mode != "video_prediction":
+        actions = repeat_rows(model.normaliser.standardise("action", future.actions, s.embodiment), draws)
+        level = torch.zeros(b * draws)
+        if do_actions:
+            level = sample_sigma(b * draws, model.action_shift, generator)
+        level = level.to(actions)
+        clean_of["actions"] = actions
+        noise_of["actions"] = noise = torch.randn(actions.shape, generator=generator).to(actions)
+        arguments |= {"actions": add_noise(actions, noise, level), "action_level": level}
+    streams, action_velocity = model.velocity(memory, **arguments)
+    losses: dict[str, Tensor] = {}
+    if do_streams:
+        for name, velocity in streams.items():
+            error = (velocity - velocity_target(clean_of[name], noise_of[name])).square()
+            present = memory.presence[name][:, None] & future.valid[..., None]
+            losses[name] = masked_mean(error, present)
+    if do_actions and action_velocity is not None:
+        error = (action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])).square()
+        present = future.action_valid[..., None] & future.action_dims[:, None]
+        losses["actions"] = masked_mean(error, repeat_rows(present, draws))
+    total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
+    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}

@@ -1,0 +1,104 @@
+"""The action transformer: one block beside each block of the video transformer, joined by attention (mixture of
+transformers): own weights, queries over the concatenation of its own keys and those of the video."""
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel.contracts import Fused
+from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, apply_rope, attend, modulate, rope_table
+
+
+class ActionBlock(nn.Module):
+    """AdaLN -> joint attention -> cross-attention to the context -> feed-forward."""
+
+    def __init__(self, *, width: int, attention_width: int, heads: int, hidden: int, context: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, attention_width) for _ in range(3))
+        self.q_norm, self.k_norm = (nn.RMSNorm(attention_width, eps=1e-6) for _ in range(2))
+        self.out = nn.Linear(attention_width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.cross_norm = nn.LayerNorm(width, eps=1e-6)
+        self.cross = CrossAttention(width=width, context=context, heads=heads, inner=attention_width)
+        self.feed_forward = FeedForward(width=width, hidden=hidden)
+        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def project(self, a: Tensor, vectors: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """a (B, A, W), vectors (B, 1, 6, W) -> q, k, v (B, A, E, d), rotated."""
+        scale, shift = (vectors + self.table)[..., :2, :].unbind(-2)
+        x = modulate(self.norm(a), scale, shift)
+        q = self.q_norm(self.q(x)).unflatten(-1, (self.heads, -1))
+        k = self.k_norm(self.k(x)).unflatten(-1, (self.heads, -1))
+        return apply_rope(q, rope), apply_rope(k, rope), self.v(x).unflatten(-1, (self.heads, -1))
+
+    def forward(
+        self, a: Tensor, vectors: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, context: Fused
+    ) -> Tensor:
+        """Joint attention of q over all keys k, v (B, M, E, d) under mask (B, M), then context and feed-forward."""
+        _, _, gate_a, scale_f, shift_f, gate_f = (vectors + self.table).unbind(-2)
+        a = a + gate_a * self.out(attend(q, k, v, mask[:, None, None]).flatten(-2))
+        a = a + self.cross(self.cross_norm(a), context.tokens, context.mask)
+        return a + gate_f * self.feed_forward(modulate(self.norm(a), scale_f, shift_f))
+
+
+class ActionExpert(nn.Module):
+    """Velocity of a noisy chunk of actions."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        attention_width: int,
+        heads: int,
+        hidden: int,
+        context: int,
+        layers: int,
+        action: int,
+        proprio: int,
+        chunk: int,
+        stride: int,
+        history: int,
+        embodiments: int,
+        frequencies: int = 256,
+    ) -> None:
+        super().__init__()
+        self.head_dim = attention_width // heads
+        self.register_buffer("steps", history - 1 + torch.arange(1, chunk + 1) / stride, persistent=False)
+        self.embed_in = nn.Linear(action, width)
+        self.embodiment = nn.Embedding(embodiments, width)
+        self.proprio = FeedForward(width=proprio, hidden=context, out=context)
+        self.condition = nn.Linear(context, width)
+        self.time = TimeEmbedding(width=width, frequencies=frequencies)
+        self.blocks = nn.ModuleList(
+            ActionBlock(width=width, attention_width=attention_width, heads=heads, hidden=hidden, context=context)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.head_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.embed_out = nn.Linear(width, action)
+        nn.init.zeros_(self.embed_out.weight)
+        nn.init.zeros_(self.embed_out.bias)
+
+    def extend(self, context: Fused, proprio: Tensor, present: Tensor) -> Fused:
+        """Appends the newest proprioception (B, P) as one token, absent where `present` (B,) is False."""
+        token = self.proprio(proprio).unsqueeze(1)
+        return Fused(torch.cat([context.tokens, token], 1), torch.cat([context.mask, present[:, None]], 1))
+
+    def summary(self, context: Fused) -> Tensor:
+        """Mean of the present context tokens, projected (B, W): conditions every block beside the timestep."""
+        weight = context.mask.unsqueeze(-1).to(context.tokens.dtype)
+        return self.condition((context.tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0))
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Rotary table (A, d / 2): an action stands at its time, in latent frames, between the video's frames."""
+        steps = self.get_buffer("steps")
+        return rope_table(torch.stack([steps, torch.zeros_like(steps), torch.zeros_like(steps)], -1), self.head_dim)
+
+    def embed(self, actions: Tensor, embodiment: Tensor) -> Tensor:
+        """Normalised actions (B, A, D) -> tokens (B, A, W)."""
+        return self.embed_in(actions) + self.embodiment(embodiment).unsqueeze(1)
+
+    def decode(self, a: Tensor, embedding: Tensor) -> Tensor:
+        """Tokens (B, A, W) and timestep embedding (B, 1, W) -> velocity (B, A, D)."""
+        shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
+        return self.embed_out(modulate(self.norm(a), scale, shift))

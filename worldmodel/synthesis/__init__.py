@@ -1,0 +1,1 @@
+"""Stage 2: synthesis of every future stream."""

@@ -1,0 +1,213 @@
+"""The video transformer: all predicted streams as tokens of a latent frame, AdaLN blocks with hybrid temporal mixing.
+
+Two passes share every weight. `remember` reads the clean history once and returns what the layers keep of it; the
+blocks then read noisy future frames after that memory, beside the actions (the loop over both is in `model.py`).
+History never looks at the future, so the memory is exact for any number of denoising steps and for actions alone.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel.contracts import STREAMS, Fused, WorldState
+from worldmodel.errors import ConfigError
+from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, rope_table
+from worldmodel.synthesis.temporal import DeltaState, GatedDelta, Keys, WindowAttention
+
+LAYERS = ("swa", "dswa", "gated")
+ANCHORED = ("camera", "points")
+"""Streams coded as the difference to the newest observed frame, whose absolute value is added as a second input."""
+
+
+class Tokens(NamedTuple):
+    """Embedded streams: tokens (B, T, N, W), presence (B, T, N), number of each token's stream (length N)."""
+
+    x: Tensor
+    mask: Tensor
+    stream: tuple[int, ...]
+
+
+class SynthesisBlock(nn.Module):
+    """AdaLN -> temporal mixing -> cross-attention to the context -> feed-forward, with six modulation vectors."""
+
+    def __init__(self, *, kind: str, width: int, heads: int, hidden: int, context: int, window: int, dilation: int):
+        super().__init__()
+        if kind not in LAYERS:
+            raise ConfigError(f"unknown layer kind {kind!r} in the pattern; one of {', '.join(LAYERS)}")
+        self.kind = kind
+        if kind == "gated":
+            self.mix = GatedDelta(width=width, heads=heads)
+        else:
+            self.mix = WindowAttention(
+                width=width, heads=heads, window=window, dilation=dilation if kind == "dswa" else 1
+            )
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.cross_norm = nn.LayerNorm(width, eps=1e-6)
+        self.cross = CrossAttention(width=width, context=context, heads=heads)
+        self.feed_forward = FeedForward(width=width, hidden=hidden)
+        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        vectors: Tensor,
+        rope: tuple[Tensor, Tensor],
+        context: Fused,
+        past: Keys | DeltaState | None,
+        extra: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Keys | DeltaState]:
+        """x (B, T, N, W), vectors (B, 1, N, 6, W) -> x and what this layer keeps of these frames."""
+        scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = (vectors + self.table).unbind(-2)
+        normed = modulate(self.norm(x), scale_a, shift_a)
+        if isinstance(self.mix, GatedDelta):
+            mixed, kept = self.mix(normed, mask, past if isinstance(past, DeltaState) else None)
+        else:
+            mixed, kept = self.mix(normed, mask, rope, past if isinstance(past, Keys) else None, extra)
+        x = x + gate_a * mixed
+        t, n = x.shape[1:3]
+        x = x + self.cross(self.cross_norm(x).flatten(1, 2), context.tokens, context.mask).unflatten(1, (t, n))
+        return x + gate_f * self.feed_forward(modulate(self.norm(x), scale_f, shift_f)), kept
+
+
+class Denoiser(nn.Module):
+    """Velocity of every future stream given noisy futures, clean history, context and, if coupled, actions."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        hidden: int,
+        context: int,
+        pattern: Sequence[str],
+        repeats: int,
+        window: int,
+        dilation: int,
+        latent_channels: int,
+        latent_size: tuple[int, int],
+        patch: int,
+        views: int,
+        points: int,
+        sensors: int,
+        frequencies: int = 256,
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.rows, self.columns = latent_size[0] // patch, latent_size[1] // patch
+        self.head_dim = width // heads
+        self.counts = {"video": views * self.rows * self.columns, "camera": views, "points": points, "force": sensors}
+        sizes = {"video": latent_channels * patch**2, "camera": 9, "points": 3, "force": 6}
+        self.embed_in = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in STREAMS})
+        self.embed_anchor = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in ANCHORED})
+        self.embed_rays = nn.Linear(6 * patch**2, width)
+        self.no_rays = nn.Parameter(torch.zeros(width))
+        self.slot = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.randn(count, width) * 0.02)
+                for name, count in {"video": views, "camera": views, "points": points, "force": sensors}.items()
+            }
+        )
+        self.time = TimeEmbedding(width=width, frequencies=frequencies)
+        self.blocks = nn.ModuleList(
+            SynthesisBlock(
+                kind=kind, width=width, heads=heads, hidden=hidden, context=context, window=window, dilation=dilation
+            )
+            for kind in list(pattern) * repeats
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.head_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.embed_out = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in STREAMS})
+        for head in self.embed_out.values():
+            nn.init.zeros_(head.weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(head.bias)  # pyright: ignore[reportArgumentType]
+
+    def embed(
+        self,
+        state: WorldState,
+        anchors: dict[str, Tensor],
+        rays: Tensor,
+        presence: dict[str, Tensor],
+        streams: Sequence[str],
+    ) -> Tokens:
+        """Streams of T frames -> tokens.
+
+        anchors holds camera (B, 1, V, 9) and points (B, 1, K, 3) of now; rays (B, T or 1, V, 6, h', w') belong to the
+        poses that are known; presence holds `video`, `camera` (B, V), `points` (B, K) and `force` (B, S). Streams not
+        named in `streams` cost nothing.
+        """
+        parts, masks, index = [], [], []
+        for number, name in enumerate(STREAMS):
+            if name not in streams:
+                continue
+            value = getattr(state, name)
+            if name == "video":
+                x = self.embed_in[name](self.patchify(value))
+                known = presence["camera"][:, None, :, None, None]
+                x = x + torch.where(known, self.embed_rays(self.patchify(rays)), self.no_rays)
+                x = (x + self.slot[name][:, None]).flatten(2, 3)
+                mask = presence[name].repeat_interleave(self.rows * self.columns, dim=1)
+            else:
+                x = self.embed_in[name](value) + self.slot[name]
+                if name in ANCHORED:
+                    x = x + self.embed_anchor[name](anchors[name])
+                mask = presence[name]
+            parts.append(x)
+            masks.append(mask[:, None].expand(-1, x.shape[1], -1))
+            index += [number] * x.shape[2]
+        return Tokens(torch.cat(parts, 2), torch.cat(masks, 2), tuple(index))
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """(B, T, V, C, h', w') -> (B, T, V, rows * columns, C * patch^2)."""
+        b, t, v, c, _, _ = x.shape
+        x = x.reshape(b, t, v, c, self.rows, self.patch, self.columns, self.patch)
+        return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(b, t, v, self.rows * self.columns, -1)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Inverse of `patchify` for (B, T, V * rows * columns, C * patch^2)."""
+        b, t, n, size = x.shape
+        p = self.patch
+        x = x.reshape(b, t, n // (self.rows * self.columns), self.rows, self.columns, size // p**2, p, p)
+        return x.permute(0, 1, 2, 5, 3, 6, 4, 7).reshape(b, t, -1, size // p**2, self.rows * p, self.columns * p)
+
+    def rope(self, tokens: Tokens, start: int) -> tuple[Tensor, Tensor]:
+        """Rotary table (T, N, d / 2): frame number for all tokens, row and column for video patches."""
+        frames, n = tokens.x.shape[1:3]
+        device = tokens.x.device
+        patches = tokens.stream.count(STREAMS.index("video"))
+        cell = torch.arange(n, device=device) % (self.rows * self.columns)
+        grid = torch.stack([cell // self.columns, cell % self.columns], -1)
+        grid = grid * (torch.arange(n, device=device) < patches).unsqueeze(-1)
+        frame = torch.arange(start, start + frames, device=device)
+        position = torch.cat([frame[:, None, None].expand(-1, n, 1), grid.expand(frames, -1, -1)], dim=-1)
+        return rope_table(position, self.head_dim)
+
+    def remember(self, tokens: Tokens, context: Fused) -> list[Keys | DeltaState]:
+        """One pass over the clean history (noise level 0) -> what every layer keeps of it."""
+        level = tokens.x.new_zeros(1, len(STREAMS))
+        _, vectors = self.vectors(level, tokens.stream)
+        rope = self.rope(tokens, 0)
+        x, memory = tokens.x, []
+        for block in self.blocks:
+            x, kept = block(x, tokens.mask, vectors, rope, context, None, None)
+            memory.append(kept)
+        return memory
+
+    def vectors(self, t: Tensor, stream: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Noise level of each stream t (B, 4) in [0, 1] -> per-token embedding and modulation (B, 1, N, ...)."""
+        embedding, vectors = self.time(1000.0 * t)
+        index = torch.tensor(stream, device=t.device)
+        return embedding[:, index].unsqueeze(1), vectors[:, index].unsqueeze(1)
+
+    def decode(self, x: Tensor, embedding: Tensor, streams: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens (B, T, N, W) -> velocity of each stream in the shape of `WorldState`."""
+        shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
+        x = modulate(self.norm(x), scale, shift)
+        names = [name for name in STREAMS if name in streams]
+        parts = x.split([self.counts[name] for name in names], dim=2)
+        out = {name: self.embed_out[name](part) for name, part in zip(names, parts, strict=True)}
+        if "video" in out:
+            out["video"] = self.unpatchify(out["video"])
+        return out

@@ -1,0 +1,229 @@
+"""Lightning side of training: one module for every phase, moving averages, and the callbacks of a run."""
+
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from worldmodel.contracts import MODES, Batch
+from worldmodel.data.transforms import PRESENCE, take_rows
+from worldmodel.errors import ConfigError
+from worldmodel.losses import tokeniser_loss, understanding_loss, world_loss
+from worldmodel.model import WorldModel
+
+OBJECTIVES = ("tokeniser", "understanding", "world")
+PARTS = ("autoencoder", "encoder", "denoiser", "expert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredient:
+    """One kind of batch of a world phase: a mode, how often it comes, what the robot does not sense in it."""
+
+    mode: str
+    weight: float
+    drop: tuple[str, ...] = ()
+    rows: int | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"unknown mode {self.mode!r} in a phase's mixture; one of {', '.join(MODES)}")
+        if unknown := [sense for sense in self.drop if sense not in PRESENCE]:
+            raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
+        if "rgb" in self.drop and self.mode != "policy":
+            raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the policy mode alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of the curriculum: what it trains, on what, for how long."""
+
+    name: str
+    objective: str
+    trains: tuple[str, ...]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    kl_weight: float = 1e-4
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    mixture: tuple[Ingredient, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    insulate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
+        if unknown := [part for part in self.trains if part not in PARTS]:
+            raise ConfigError(f"phase {self.name!r}: trains {unknown[0]!r}, which is none of {', '.join(PARTS)}")
+        if (self.objective == "world") != bool(self.mixture):
+            raise ConfigError(f"phase {self.name!r}: a mixture of modes belongs to objective `world` and only there")
+
+
+class PhaseModule(L.LightningModule):
+    """Trains the parts of the model that a phase names. Every random choice follows from (seed, step)."""
+
+    def __init__(self, *, model: WorldModel, phase: Phase, seed: int, latents: Tensor | None = None) -> None:
+        super().__init__()
+        self.model, self.phase, self.seed = model, phase, seed
+        self.latents = latents
+        for name in PARTS:
+            getattr(model, name).requires_grad_(name in phase.trains)
+
+    def step_generator(self) -> torch.Generator:
+        """Generator of this step, the same after a resume."""
+        seed = random.Random(f"{self.seed} {self.phase.name} {self.global_step}").getrandbits(63)
+        return torch.Generator().manual_seed(seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One optimisation step; logs each part of the loss."""
+        generator = self.step_generator()
+        phase = self.phase
+        if phase.objective == "tokeniser":
+            losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
+        elif phase.objective == "understanding":
+            losses = understanding_loss(self.model, batch, phase.dropout, generator)
+        else:
+            losses = self.world_step(batch, generator)
+        if not bool(torch.isfinite(losses["loss"])):
+            raise FloatingPointError(
+                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
+            )
+        self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
+        return losses["loss"]
+
+    def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draws an ingredient of the mixture and computes its loss."""
+        phase = self.phase
+        weights = torch.tensor([i.weight for i in phase.mixture])
+        pick = phase.mixture[int(torch.multinomial(weights, 1, generator=generator))]
+        if pick.rows is not None:
+            batch = take_rows(batch, pick.rows)
+        return world_loss(
+            self.model,
+            batch,
+            self.history_latents(batch) if "rgb" not in pick.drop else None,
+            generator,
+            mode=pick.mode,
+            drop=pick.drop,
+            dropout=phase.dropout,
+            draws=pick.draws,
+            weights=phase.weights,
+            insulate=phase.insulate,
+        )
+
+    def history_latents(self, batch: Batch) -> Tensor:
+        """Latents of the observed frames, from the cache if this phase has one."""
+        if self.latents is not None:
+            return self.latents[batch.frame.cpu()].to(self.device)
+        with torch.no_grad():
+            return self.model.history_latents(batch.observation)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, linear warm-up, cosine decay to a twentieth."""
+        phase = self.phase
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(
+            parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.95), foreach=True
+        )
+
+        def factor(step: int) -> float:
+            progress = min(step / max(phase.steps, 1), 1.0)
+            return min((step + 1) / max(phase.warmup, 1), 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class MovingAverage(L.Callback):
+    """Exponential moving average of the trained weights; saved with the checkpoint, put into the model at the end."""
+
+    def __init__(self, *, decay: float) -> None:
+        self.decay = decay
+        self.shadow: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts from the weights unless a checkpoint brought an average."""
+        if not self.shadow:
+            self.shadow = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follows the weights; early steps average over fewer of them."""
+        decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
+        live = [p.detach() for n, p in pl_module.named_parameters() if n in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Writes the average into the module's parameters."""
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name in self.shadow:
+                    parameter.copy_(self.shadow[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, for the checkpoint."""
+        return {"shadow": dict(self.shadow)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the average of a checkpoint."""
+        self.shadow = {name: value.clone() for name, value in state_dict["shadow"].items()}
+
+
+class Throughput(L.Callback):
+    """Logs samples per second and the share of time spent waiting for data, over the last steps."""
+
+    def __init__(self, *, every: int = 20) -> None:
+        self.every = every
+        self.samples, self.waited = 0, 0.0
+        self.since = self.idle_since = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts the time since the last step as waiting."""
+        self.waited += time.perf_counter() - self.idle_since
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs every few steps."""
+        now = time.perf_counter()
+        self.samples += len(batch.key)
+        if trainer.global_step % self.every == 0:
+            span = now - self.since
+            pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": self.waited / span})
+            self.samples, self.waited, self.since = 0, 0.0, now
+        self.idle_since = time.perf_counter()
+
+
+class SaveProgress(L.Callback):
+    """Saves `last.ckpt` every few steps and on SIGTERM, by rename, so that a killed save never leaves half a file."""
+
+    def __init__(self, *, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning itself raises `SIGTERMException` right after this hook when the signal came."""
+        if trainer.received_sigterm or trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes the checkpoint."""
+        part = self.path.with_suffix(".part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            part.replace(self.path)
+
