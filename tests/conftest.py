@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from worldmodel.data.generate import generate
 torch.set_num_threads(1)
 
 TINY_TASKS = ["drawer-close-v3", "button-press-topdown-v3", "drawer-open-v3"]
-TINY_COUNTS = {"episodes": 2, "heldout_episodes": 1, "heldout_task_episodes": 1}
+TINY_COUNTS: dict[str, Any] = {"episodes": 2, "heldout_episodes": 1, "heldout_task_episodes": 1}
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,8 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
 def rotation_6d_to_matrix(rotation: Tensor) -> Tensor:
     """Rotation matrices (..., 3, 3) of 6D rotations (..., 6): the first two columns, orthonormalised.
 
-    Zhou et al., On the Continuity of Rotation Representations in Neural Networks, 2019, eq. 15. Any input gives a finite
-    matrix; inputs whose halves are neither zero nor parallel give a rotation.
+    Zhou et al., On the Continuity of Rotation Representations in Neural Networks, 2019, eq. 15. Any input gives a
+    finite matrix; inputs whose halves are neither zero nor parallel give a rotation.
     """
     a, b = rotation[..., :3], rotation[..., 3:]
     x = _unit(a)
@@ -117,7 +117,12 @@ def intrinsics_to_fov(intrinsics: Tensor, height: int) -> Tensor:
 
 
 def pluecker_rays(
-    intrinsics: Tensor, camera_to_base: Tensor, height: int, width: int, rows: int | None = None, columns: int | None = None
+    intrinsics: Tensor,
+    camera_to_base: Tensor,
+    height: int,
+    width: int,
+    rows: int | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """Rays of an image in the base frame, in Pluecker coordinates.
 

@@ -32,38 +32,57 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m worldmodel.data", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("generate", help="make demonstrations in a simulator", description=GENERATE,
-                                  formatter_class=raw)
+    command = commands.add_parser(
+        "generate", help="make demonstrations in a simulator", description=GENERATE, formatter_class=raw
+    )
     command.add_argument("source", choices=["metaworld"], help="where the demonstrations come from")
     command.add_argument("out", type=Path, help="folder for shards, index.json and stats.json")
     command.add_argument("--benchmark", default="ml10", choices=["ml10"], help="task list (default: %(default)s)")
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, for example reach-v3")
-    command.add_argument("--episodes", type=int, default=50, metavar="N",
-                         help="per training task, for training (default: %(default)s)")
-    command.add_argument("--heldout-episodes", type=int, default=8, metavar="N",
-                         help="per training task, for evaluation (default: %(default)s)")
-    command.add_argument("--heldout-task-episodes", type=int, default=8, metavar="N",
-                         help="per held-out task, for evaluation (default: %(default)s)")
+    command.add_argument(
+        "--episodes", type=int, default=50, metavar="N", help="per training task, for training (default: %(default)s)"
+    )
+    command.add_argument(
+        "--heldout-episodes",
+        type=int,
+        default=8,
+        metavar="N",
+        help="per training task, for evaluation (default: %(default)s)",
+    )
+    command.add_argument(
+        "--heldout-task-episodes",
+        type=int,
+        default=8,
+        metavar="N",
+        help="per held-out task, for evaluation (default: %(default)s)",
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     command.add_argument("--pixels", type=int, default=64, help="image height and width (default: %(default)s)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
-        "validate", help="read everything and list every fault",
+        "validate",
+        help="read everything and list every fault",
         description="Read every shard and every field and list all faults, each with file, key, field and a fix; also "
-        "leakage between splits. Exit status 0 if there is none, 1 otherwise.")
+        "leakage between splits. Exit status 0 if there is none, 1 otherwise.",
+    )
     command.add_argument("directory", type=Path, help="dataset folder")
     command.add_argument("--json", action="store_true", help="faults as JSON on standard output")
 
     command = commands.add_parser(
-        "stats", help="compute stats.json again",
+        "stats",
+        help="compute stats.json again",
         description="Compute mean, std, min, max and quantiles of every field per embodiment from the train split, "
-        "write stats.json and print its hash, which checkpoints carry.")
+        "write stats.json and print its hash, which checkpoints carry.",
+    )
     command.add_argument("directory", type=Path, help="dataset folder")
 
-    command = commands.add_parser("inspect", help="what is in a dataset",
-                                  description="Table of tasks, splits, episodes, successes, steps and sizes.")
+    command = commands.add_parser(
+        "inspect",
+        help="what is in a dataset",
+        description="Table of tasks, splits, episodes, successes, steps and sizes.",
+    )
     command.add_argument("directory", type=Path, help="dataset folder")
     return parser
 
@@ -74,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return {"generate": _generate, "validate": _validate, "stats": _stats, "inspect": _inspect}[options.command](
-            options)
+            options
+        )
     except WorldModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,10 +103,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from worldmodel.data.generate import generate
 
-    root = generate(options.source, options.out, benchmark=options.benchmark, tasks=options.tasks,
-                    episodes=options.episodes, heldout_episodes=options.heldout_episodes,
-                    heldout_task_episodes=options.heldout_task_episodes, seed=options.seed, workers=options.workers,
-                    pixels=options.pixels, progress=not options.quiet)
+    root = generate(
+        options.source,
+        options.out,
+        benchmark=options.benchmark,
+        tasks=options.tasks,
+        episodes=options.episodes,
+        heldout_episodes=options.heldout_episodes,
+        heldout_task_episodes=options.heldout_task_episodes,
+        seed=options.seed,
+        workers=options.workers,
+        pixels=options.pixels,
+        progress=not options.quiet,
+    )
     print(f"dataset ready: {root}")
     return 0
 
@@ -125,13 +154,16 @@ def _inspect(options: argparse.Namespace) -> int:
             row = rows.setdefault(key, [0, 0, 0, 0])
             for column, value in enumerate((1, int(entry.success), entry.length, entry.size)):
                 row[column] += value
-    print(f"{options.directory}: {len(reader)} episodes, {reader.frames} steps, "
-          f"{len(reader.index['shards'])} shards, embodiments {', '.join(reader.index['embodiments'])}, "
-          f"schema {reader.index['schema_version']}")
+    print(
+        f"{options.directory}: {len(reader)} episodes, {reader.frames} steps, "
+        f"{len(reader.index['shards'])} shards, embodiments {', '.join(reader.index['embodiments'])}, "
+        f"schema {reader.index['schema_version']}"
+    )
     print(f"{'split':18}{'task':28}{'episodes':>9}{'success':>9}{'steps':>9}{'MB':>9}")
     for split in dict.fromkeys(split for split, _ in rows):
-        for (_, task), row in sorted((item for item in rows.items() if item[0][0] == split),
-                                     key=lambda item: item[0][1] == "all"):
+        for (_, task), row in sorted(
+            (item for item in rows.items() if item[0][0] == split), key=lambda item: item[0][1] == "all"
+        ):
             print(f"{split:18}{task:28}{row[0]:>9}{row[1] / row[0]:>9.0%}{row[2]:>9}{row[3] / 1e6:>9.1f}")
     return 0
 

@@ -47,8 +47,9 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
     intrinsics = np.broadcast_to(np.eye(3, dtype=np.float32), (t, len(spec.cameras), 3, 3)).copy()
     poses = np.broadcast_to(np.eye(4, dtype=np.float32), (t, len(spec.cameras), 4, 4)).copy()
     names = [camera_map.get(camera, camera) for camera in spec.cameras]
-    masks["has_rgb"] = np.array([name in meta.get("cameras", ()) and "rgb" not in meta.get("absent", ())
-                                 for name in names])
+    masks["has_rgb"] = np.array(
+        [name in meta.get("cameras", ()) and "rgb" not in meta.get("absent", ()) for name in names]
+    )
     masks["has_camera"] = np.array([name in episode.camera_to_base for name in names])
     for v, name in enumerate(names):
         if name in episode.camera_to_base:
@@ -85,8 +86,11 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
 
     instruction = meta["instruction"]
     masks["has_text"] = np.array(bool(instruction))
-    constant = {"text": text_ids(instruction, spec.text), **masks,
-                "embodiment": np.array(spec.embodiments.index(meta["embodiment"]), np.int64)}
+    constant = {
+        "text": text_ids(instruction, spec.text),
+        **masks,
+        "embodiment": np.array(spec.embodiments.index(meta["embodiment"]), np.int64),
+    }
     return Aligned(intrinsics, poses, points, visible, wrench, taxels, proprio, action, action_dims, constant)
 
 
@@ -106,9 +110,11 @@ def check_cameras(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str
         close = difflib.get_close_matches(camera, free, n=1, cutoff=0.0)
         suggestion[camera] = close[0] if close else None
         free = [name for name in free if name not in close]
-    raise DataError(f"{where}: cameras {missing} are missing: the data have {data}, the clips ask for "
-                    f"{list(spec.cameras)}. If they are the same cameras, set camera_map={suggestion} "
-                    "(None marks a camera as absent)")
+    raise DataError(
+        f"{where}: cameras {missing} are missing: the data have {data}, the clips ask for "
+        f"{list(spec.cameras)}. If they are the same cameras, set camera_map={suggestion} "
+        "(None marks a camera as absent)"
+    )
 
 
 def text_ids(text: str, length: int) -> np.ndarray:

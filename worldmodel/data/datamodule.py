@@ -80,8 +80,13 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.sampler.start = self.position
-        loader = DataLoader(self._dataset, batch_sampler=self.sampler, collate_fn=collate,
-                            num_workers=self._num_workers, persistent_workers=False)
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=self._num_workers,
+            persistent_workers=False,
+        )
         for batch in loader:
             self.position += 1
             yield batch
@@ -128,8 +133,12 @@ class ClipDataModule(L.LightningDataModule):
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
         self.num_workers, self.validation_clips = num_workers, validation_clips
         self.reader = ShardReader(root, cache_bytes=cache_bytes)
-        self._options: dict[str, Any] = {"only_success": only_success, "images": images, "future": future,
-                                         "camera_map": camera_map}
+        self._options: dict[str, Any] = {
+            "only_success": only_success,
+            "images": images,
+            "future": future,
+            "camera_map": camera_map,
+        }
         self.train_clips = ClipDataset(self.reader, spec, split="train", tasks=tasks, **self._options)
         refuse_heldout(self.train_clips)
         self._loader: StreamLoader | None = None
@@ -140,8 +149,9 @@ class ClipDataModule(L.LightningDataModule):
         """Endless training batches from where the run stopped; limit them by steps."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._processed_before = self._processed()
-        sampler = StreamSampler(len(self.train_clips), self.batch_size, seed=self.seed, rank=rank,
-                                world_size=world_size, start=self._start)
+        sampler = StreamSampler(
+            len(self.train_clips), self.batch_size, seed=self.seed, rank=rank, world_size=world_size, start=self._start
+        )
         self._loader = StreamLoader(self.train_clips, sampler, self.num_workers)
         return self._loader
 
@@ -149,14 +159,19 @@ class ClipDataModule(L.LightningDataModule):
         """Clips of `heldout_episodes` in a fixed order."""
         return self.evaluation_loader("heldout_episodes", clips=self.validation_clips)
 
-    def evaluation_loader(self, split: str, *, clips: int | None = None, batch_size: int | None = None
-                          ) -> DataLoader[Any]:
+    def evaluation_loader(
+        self, split: str, *, clips: int | None = None, batch_size: int | None = None
+    ) -> DataLoader[Any]:
         """Clips of `split` in order, `clips` of them evenly spread (None is all)."""
         dataset = ClipDataset(self.reader, self.spec, split=split, **self._options)
         count = len(dataset) if clips is None else min(clips, len(dataset))
         chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-        return DataLoader(Subset(dataset, chosen), batch_size=batch_size or self.batch_size, collate_fn=collate,
-                          num_workers=self.num_workers)
+        return DataLoader(
+            Subset(dataset, chosen),
+            batch_size=batch_size or self.batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
 
     def batches_done(self) -> int:
         """Training batches of this rank that are used up, earlier runs included."""
@@ -168,8 +183,12 @@ class ClipDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the training stream and what it depends on."""
-        return {"batches": self.batches_done(), "batch_size": self.batch_size, "seed": self.seed,
-                "size": len(self.train_clips)}
+        return {
+            "batches": self.batches_done(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "size": len(self.train_clips),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of `state_dict`.
@@ -178,16 +197,21 @@ class ClipDataModule(L.LightningDataModule):
             ConfigError: seed, batch size or data differ, so that the position means something else.
         """
         now = self.state_dict()
-        differing = [f"{name}: {state_dict[name]} then, {now[name]} now" for name in ("batch_size", "seed", "size")
-                     if state_dict[name] != now[name]]
+        differing = [
+            f"{name}: {state_dict[name]} then, {now[name]} now"
+            for name in ("batch_size", "seed", "size")
+            if state_dict[name] != now[name]
+        ]
         if differing:
             raise ConfigError(f"cannot resume the data order of {self.root}: " + "; ".join(differing))
         self._start = int(state_dict["batches"])
 
     def _processed(self) -> int:
         # Lightning fetches a batch ahead, so what the loader handed out is not what was trained on.
-        trainer = self.trainer
-        return trainer.fit_loop.epoch_loop.batch_progress.total.processed if trainer else 0
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return progress.processed
 
 
 def refuse_heldout(clips: ClipDataset) -> None:
@@ -196,4 +220,5 @@ def refuse_heldout(clips: ClipDataset) -> None:
         if entry.split != "train" or entry.task in clips.reader.heldout_tasks:
             raise DataError(
                 f"{entry.shard}: key {entry.key}: task {entry.task!r} of split {entry.split!r} must not be trained on; "
-                f"held-out tasks: {list(clips.reader.heldout_tasks)}, the only split for training is 'train'")
+                f"held-out tasks: {list(clips.reader.heldout_tasks)}, the only split for training is 'train'"
+            )

@@ -75,8 +75,9 @@ class ClipDataset(Dataset[Clip]):
         self.left_out = len(of_split) - len(self.episodes)
         """Failed demonstrations that `only_success` left out."""
         if self.left_out:
-            log.info("%s: %d of %d episodes of %r left out: not successful",
-                     reader.root, self.left_out, len(of_split), split)
+            log.info(
+                "%s: %d of %d episodes of %r left out: not successful", reader.root, self.left_out, len(of_split), split
+            )
         if not self.episodes:
             raise DataError(f"{reader.root}: no episode left in split {split!r} ({self.left_out} failed ones left out)")
         lengths = [reader.entries[i].length for i in self.episodes]
@@ -147,8 +148,10 @@ class ClipDataset(Dataset[Clip]):
             if images is None:
                 continue
             if images.shape[1:3] != (spec.height, spec.width):
-                raise DataError(f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[1:3]}, "
-                                f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's")
+                raise DataError(
+                    f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[1:3]}, "
+                    f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's"
+                )
             out[:, v] = images[steps].transpose(0, 3, 1, 2)
         return out
 

@@ -76,8 +76,15 @@ def generate(
     counts = {"train": episodes, "heldout_episodes": heldout_episodes, "heldout_tasks": heldout_task_episodes}
     chosen = _check_arguments(source, benchmark, tasks, counts, pixels)
     root = Path(out)
-    parameters = {"source": source, "benchmark": benchmark, "tasks": chosen, "episodes": counts, "seed": seed,
-                  "pixels": pixels, "schema_version": SCHEMA_VERSION}
+    parameters = {
+        "source": source,
+        "benchmark": benchmark,
+        "tasks": chosen,
+        "episodes": counts,
+        "seed": seed,
+        "pixels": pixels,
+        "schema_version": SCHEMA_VERSION,
+    }
     _claim(root, parameters)
     chunks = list(_plan(chosen, counts, seed, pixels))
     pending = [chunk for chunk in chunks if not _finished(root, chunk)]
@@ -118,8 +125,10 @@ def _claim(root: Path, parameters: dict[str, Any]) -> None:
         before = read_json(path, "delete the folder to start again")
         if differing := sorted(name for name in parameters if before.get(name) != parameters[name]):
             shown = "; ".join(f"{name}: {before.get(name)!r} there, {parameters[name]!r} asked" for name in differing)
-            raise ConfigError(f"{root} holds a dataset generated with other parameters ({shown}); use those, choose "
-                              "another folder, or delete this one")
+            raise ConfigError(
+                f"{root} holds a dataset generated with other parameters ({shown}); use those, choose "
+                "another folder, or delete this one"
+            )
         return
     if root.exists() and any(root.iterdir()):
         raise ConfigError(f"{root} is not empty and was not made by this command; choose another folder")

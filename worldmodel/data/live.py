@@ -83,11 +83,22 @@ def observation_from_history(
         proprio = series("proprio", frames, (spec.proprio,), np.float32)
     instruction = str(now.get("instruction", ""))
     fields = {
-        "rgb": rgb, "intrinsics": intrinsics, "camera_to_base": poses, "points": points, "visible": visible,
-        "wrench": wrench.reshape(h, spec.stride, s, 6), "taxels": taxels, "proprio": proprio,
+        "rgb": rgb,
+        "intrinsics": intrinsics,
+        "camera_to_base": poses,
+        "points": points,
+        "visible": visible,
+        "wrench": wrench.reshape(h, spec.stride, s, 6),
+        "taxels": taxels,
+        "proprio": proprio,
         "text": text_ids(instruction, spec.text),
         "embodiment": np.array(spec.embodiments.index(embodiment), np.int64),
-        "has_rgb": has_rgb, "has_camera": has_camera, "has_points": has_points, "has_wrench": has_wrench,
-        "has_taxels": has_taxels, "has_proprio": np.array("proprio" in now), "has_text": np.array(bool(instruction)),
+        "has_rgb": has_rgb,
+        "has_camera": has_camera,
+        "has_points": has_points,
+        "has_wrench": has_wrench,
+        "has_taxels": has_taxels,
+        "has_proprio": np.array("proprio" in now),
+        "has_text": np.array(bool(instruction)),
     }
     return Observation(**{name: torch.from_numpy(np.asarray(value)).unsqueeze(0) for name, value in fields.items()})

@@ -45,8 +45,9 @@ class Episode:
     def nbytes(self) -> int:
         """Bytes of all arrays, for bounded caches."""
         arrays = [*self.rgb.values(), *self.intrinsics.values(), *self.camera_to_base.values()]
-        arrays += [a for a in (self.points, self.visible, self.wrench, self.taxels, self.proprio, self.action)
-                   if a is not None]
+        arrays += [
+            a for a in (self.points, self.visible, self.wrench, self.taxels, self.proprio, self.action) if a is not None
+        ]
         return sum(array.nbytes for array in arrays)
 
 
@@ -96,8 +97,10 @@ def decode(members: dict[str, bytes], where: str, *, images: bool = True, check:
         for name, value in _decode_npz(members, "camera.npz", where).items():
             camera, _, kind = name.rpartition(".")
             if kind not in ("intrinsics", "camera_to_base"):
-                raise DataError(f"{where}: camera.npz: unknown array {name!r}; expected <camera>.intrinsics and "
-                                "<camera>.camera_to_base")
+                raise DataError(
+                    f"{where}: camera.npz: unknown array {name!r}; expected <camera>.intrinsics and "
+                    "<camera>.camera_to_base"
+                )
             if kind == "intrinsics" and value.ndim == 2:
                 value = np.broadcast_to(value, (episode.length, 3, 3))
             getattr(episode, kind)[camera] = value
@@ -144,15 +147,18 @@ def faults(episode: Episode) -> list[str]:
         if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             step = int(np.argwhere(~np.isfinite(value))[0][0])
             found.append(f"{name}: NaN or infinity at step {step}; every value must be finite")
-    tails = {"points": (len(episode.meta.get("point_names", ())), 3),
-             "wrench": (len(episode.meta.get("sensor_names", ())), 6)}
+    tails = {
+        "points": (len(episode.meta.get("point_names", ())), 3),
+        "wrench": (len(episode.meta.get("sensor_names", ())), 6),
+    }
     for name, tail in tails.items():
         if name in arrays and arrays[name].shape[1:] != tail:
             found.append(f"{name}: shape {arrays[name].shape}, meta.json names make it (T, {tail[0]}, {tail[1]})")
     for name, names in (("proprio", "proprio_names"), ("action", "action_names")):
         if name in arrays and arrays[name].shape[1:] != (len(episode.meta.get(names, ())),):
-            found.append(f"{name}: shape {arrays[name].shape}, but meta.json has "
-                         f"{len(episode.meta.get(names, ()))} {names}")
+            found.append(
+                f"{name}: shape {arrays[name].shape}, but meta.json has {len(episode.meta.get(names, ()))} {names}"
+            )
     for camera, pose in episode.camera_to_base.items():
         if message := _pose_fault(pose):
             found.append(f"camera_to_base.{camera}: {message}")
@@ -171,8 +177,10 @@ def _pose_fault(pose: np.ndarray) -> str | None:
     bad = np.flatnonzero(~((deviation < 1e-3) & (determinant > 0)))
     if len(bad):
         step = int(bad[0])
-        return (f"no rotation at step {step} (determinant {determinant[step]:.3g}, off orthonormal by "
-                f"{deviation[step]:.3g}); the upper left 3x3 must be orthonormal with determinant +1")
+        return (
+            f"no rotation at step {step} (determinant {determinant[step]:.3g}, off orthonormal by "
+            f"{deviation[step]:.3g}); the upper left 3x3 must be orthonormal with determinant +1"
+        )
     if not np.allclose(pose[:, 3], [0, 0, 0, 1], atol=1e-6):
         return "the last row must be [0, 0, 0, 1]"
     return None
@@ -186,15 +194,22 @@ def _meta(members: dict[str, bytes], where: str) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise DataError(f"{where}: meta.json: must be an object, got {type(meta).__name__}")
     if meta.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{where}: meta.json: schema_version {meta.get('schema_version')!r}, this version reads "
-                        f"{SCHEMA_VERSION}; generate or convert the data again")
+        raise DataError(
+            f"{where}: meta.json: schema_version {meta.get('schema_version')!r}, this version reads "
+            f"{SCHEMA_VERSION}; generate or convert the data again"
+        )
     if missing := [name for name in META_FIELDS if name not in meta]:
         raise DataError(f"{where}: meta.json: missing {missing}; required: {list(META_FIELDS)}")
     absent = meta.get("absent", [])
     if unknown := sorted(set(absent) - set(MODALITIES)):
         raise DataError(f"{where}: meta.json: absent names unknown modalities {unknown}; known: {list(MODALITIES)}")
-    needed = {"rgb": "cameras", "objects": "point_names", "tactile": "sensor_names",
-              "proprio": "proprio_names", "action": "action_names"}
+    needed = {
+        "rgb": "cameras",
+        "objects": "point_names",
+        "tactile": "sensor_names",
+        "proprio": "proprio_names",
+        "action": "action_names",
+    }
     for modality, name in needed.items():
         if modality not in absent and not isinstance(meta.get(name), list):
             raise DataError(f"{where}: meta.json: {name} must list the names of {modality!r}, which is not absent")
@@ -267,9 +282,10 @@ def _decode_images(members: dict[str, bytes], camera: str, length: int, where: s
 
 def _decode_video(data: bytes, where: str) -> np.ndarray:
     import av
+    import av.error
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), mode="r") as container:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    except (av.FFmpegError, ValueError, IndexError) as error:
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
         raise DataError(f"{where}: not a readable video ({error})") from error

@@ -80,10 +80,10 @@ def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any
     Raises:
         DataError: a key holds a dot, a slash or is used twice.
     """
-    import webdataset
+    from webdataset.writer import TarWriter
 
     buffer = io.BytesIO()
-    writer = webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="worldmodel", group="worldmodel")
+    writer = TarWriter(buffer, encoder=False, mtime=0.0, user="worldmodel", group="worldmodel")
     entries, ends = [], [0]
     for key, episode in samples:
         if "." in key or "/" in key or key in {entry["key"] for entry in entries}:
@@ -92,8 +92,11 @@ def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any
         ends.append(writer.tarstream.offset)
         meta = episode.meta
         names = ("episode_id", "length", "task", "split", "embodiment", "success")
-        entries.append({"key": key, "offset": ends[-2], "size": ends[-1] - ends[-2]}
-                       | {name: meta[name] for name in names} | {"initial_state": initial_state(episode)})
+        entries.append(
+            {"key": key, "offset": ends[-2], "size": ends[-1] - ends[-2]}
+            | {name: meta[name] for name in names}
+            | {"initial_state": initial_state(episode)}
+        )
     writer.close()
     data = buffer.getvalue()
     for entry in entries:
@@ -101,8 +104,13 @@ def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
-    return {"name": path.name, "samples": len(entries), "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(), "entries": entries}
+    return {
+        "name": path.name,
+        "samples": len(entries),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "entries": entries,
+    }
 
 
 def initial_state(episode: Episode) -> str:
@@ -169,12 +177,16 @@ class ShardReader:
 
     def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30, check_sizes: bool = True) -> None:
         self.root = Path(root)
-        self.index = read_json(self.root / INDEX, "the index of a dataset; `python -m worldmodel.data generate` "
-                               "writes it when all shards are finished")
+        self.index = read_json(
+            self.root / INDEX,
+            "the index of a dataset; `python -m worldmodel.data generate` writes it when all shards are finished",
+        )
         version = self.index.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise DataError(f"{self.root / INDEX}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; "
-                            "generate or convert the data again")
+            raise DataError(
+                f"{self.root / INDEX}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; "
+                "generate or convert the data again"
+            )
         self._cache = ByteCache(cache_bytes)
         self.entries: list[Entry] = []
         try:
@@ -222,8 +234,10 @@ class ShardReader:
                 for member in archive:
                     key, _, extension = member.name.partition(".")
                     if key != entry.key or not member.isfile() or "/" in member.name:
-                        raise DataError(f"{where}: unexpected member {member.name!r}; every member must be a plain "
-                                        f"file named {entry.key}.<field>")
+                        raise DataError(
+                            f"{where}: unexpected member {member.name!r}; every member must be a plain "
+                            f"file named {entry.key}.<field>"
+                        )
                     content = archive.extractfile(member)
                     assert content is not None
                     members[extension] = content.read()
@@ -241,8 +255,10 @@ class ShardReader:
         episode = decode(self.members(i), where, images=images)
         for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
             if episode.meta[name] != getattr(entry, name):
-                raise DataError(f"{where}: meta.json: {name} {episode.meta[name]!r}, the index says "
-                                f"{getattr(entry, name)!r}; write the index again")
+                raise DataError(
+                    f"{where}: meta.json: {name} {episode.meta[name]!r}, the index says "
+                    f"{getattr(entry, name)!r}; write the index again"
+                )
         return episode
 
     def check_size(self, shard: dict[str, Any]) -> None:
@@ -257,5 +273,7 @@ class ShardReader:
             raise DataError(f"{path}: shard is missing; the index lists it with {shard['bytes']} bytes")
         lost = [e["key"] for e in shard["entries"] if e["offset"] + e["size"] > size]
         first = f", first damaged key {lost[0]}" if lost else ""
-        raise DataError(f"{path}: {size} bytes, the index says {shard['bytes']}{first}: the shard is truncated or "
-                        "altered; restore it or generate it again")
+        raise DataError(
+            f"{path}: {size} bytes, the index says {shard['bytes']}{first}: the shard is truncated or "
+            "altered; restore it or generate it again"
+        )

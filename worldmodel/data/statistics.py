@@ -32,10 +32,13 @@ def compute_statistics(reader: ShardReader) -> dict[str, Any]:
             for name, value in _columns(reader.read(i, images=False)).items():
                 fields.setdefault(name, []).append(value)
     if not columns:
-        raise DataError(f"{reader.root}: no episode of split 'train', so no statistics; splits: "
-                        f"{sorted(reader.index['splits'])}")
-    embodiments = {embodiment: {name: _measure(values, embodiment, name) for name, values in fields.items()}
-                   for embodiment, fields in columns.items()}
+        raise DataError(
+            f"{reader.root}: no episode of split 'train', so no statistics; splits: {sorted(reader.index['splits'])}"
+        )
+    embodiments = {
+        embodiment: {name: _measure(values, embodiment, name) for name, values in fields.items()}
+        for embodiment, fields in columns.items()
+    }
     return {"schema_version": SCHEMA_VERSION, "split": "train", "embodiments": embodiments}
 
 
@@ -58,15 +61,23 @@ def _columns(episode: Episode) -> dict[str, np.ndarray]:
 
 def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, Any]:
     if len(shapes := {value.shape[1:] for value in values}) > 1:
-        raise DataError(f"embodiment {embodiment!r}: field {name!r} has several shapes {sorted(shapes)}; episodes of "
-                        "one embodiment must agree")
+        raise DataError(
+            f"embodiment {embodiment!r}: field {name!r} has several shapes {sorted(shapes)}; episodes of "
+            "one embodiment must agree"
+        )
     column = np.concatenate(values).astype(np.float64)
     std = column.std(0)
     # A dimension that hardly moves would blow up when divided by its own spread.
     floor = max(1e-3, 0.01 * float(std.max()))
     low, high = np.quantile(column, (0.01, 0.99), axis=0)
-    measures = {"mean": column.mean(0), "std": np.maximum(std, floor), "min": column.min(0), "max": column.max(0),
-                "q01": low, "q99": high}
+    measures = {
+        "mean": column.mean(0),
+        "std": np.maximum(std, floor),
+        "min": column.min(0),
+        "max": column.max(0),
+        "q01": low,
+        "q99": high,
+    }
     # Nine digits carry every float32 and hide the last bits, in which summation order shows.
     digits: dict[str, Any] = {key: _rounded(value) for key, value in measures.items()}
     return {**digits, "count": len(column)}
@@ -117,6 +128,7 @@ def field_statistics(statistics: dict[str, Any], embodiment: str, name: str) -> 
     if embodiment not in embodiments:
         raise DataError(f"statistics have no embodiment {embodiment!r}; they have {sorted(embodiments)}")
     if name not in embodiments[embodiment]:
-        raise DataError(f"statistics of {embodiment!r} have no field {name!r}; they have "
-                        f"{sorted(embodiments[embodiment])}")
+        raise DataError(
+            f"statistics of {embodiment!r} have no field {name!r}; they have {sorted(embodiments[embodiment])}"
+        )
     return {key: np.asarray(value, np.float32) for key, value in embodiments[embodiment][name].items()}

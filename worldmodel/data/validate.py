@@ -71,8 +71,15 @@ def _episode(reader: ShardReader, i: int, entry: Entry) -> list[Fault]:
         found.append(Fault(entry.shard, entry.key, name, problem, fix or "write the episode again"))
     for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
         if episode.meta[name] != getattr(entry, name):
-            found.append(Fault(entry.shard, entry.key, f"meta.json {name}", f"{episode.meta[name]!r}, the index says "
-                               f"{getattr(entry, name)!r}", "write the index again"))
+            found.append(
+                Fault(
+                    entry.shard,
+                    entry.key,
+                    f"meta.json {name}",
+                    f"{episode.meta[name]!r}, the index says {getattr(entry, name)!r}",
+                    "write the index again",
+                )
+            )
     return found
 
 
@@ -93,23 +100,37 @@ def _reprojection(episode: Episode) -> Iterator[str]:
         seen |= (depth > 0) & ((pixels[..., :2] >= -0.5) & (pixels[..., :2] <= size + 0.5)).all(-1)
     if (wrong := episode.visible & ~seen).any():
         step, point = (int(n) for n in np.argwhere(wrong)[0])
-        yield (f"visible: point {episode.meta['point_names'][point]!r} is marked visible at step {step} but projects "
-               "into no picture; check camera_to_base (OpenCV axes, base frame) and the flag")
+        yield (
+            f"visible: point {episode.meta['point_names'][point]!r} is marked visible at step {step} but projects "
+            "into no picture; check camera_to_base (OpenCV axes, base frame) and the flag"
+        )
 
 
 def _leaks(reader: ShardReader) -> Iterator[Fault]:
     for entry in reader.entries:
         if entry.task in reader.heldout_tasks and entry.split != "heldout_tasks":
-            yield Fault(entry.shard, entry.key, "split", f"held-out task {entry.task!r} is in split {entry.split!r}",
-                        "move it to split 'heldout_tasks'")
-    for name, fix in (("episode_id", "give every episode an id of its own"),
-                      ("initial_state", "draw held-out episodes with other seeds")):
+            yield Fault(
+                entry.shard,
+                entry.key,
+                "split",
+                f"held-out task {entry.task!r} is in split {entry.split!r}",
+                "move it to split 'heldout_tasks'",
+            )
+    for name, fix in (
+        ("episode_id", "give every episode an id of its own"),
+        ("initial_state", "draw held-out episodes with other seeds"),
+    ):
         first: dict[str, Entry] = {}
         for entry in reader.entries:
             other = first.setdefault(getattr(entry, name), entry)
             if other is not entry and (name == "episode_id" or other.split != entry.split):
-                yield Fault(entry.shard, entry.key, name,
-                            f"the same as {other.key} of split {other.split!r} in {other.shard}", fix)
+                yield Fault(
+                    entry.shard,
+                    entry.key,
+                    name,
+                    f"the same as {other.key} of split {other.split!r} in {other.shard}",
+                    fix,
+                )
 
 
 def _statistics(reader: ShardReader) -> list[Fault]:

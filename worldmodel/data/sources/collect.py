@@ -33,9 +33,7 @@ def collect_episode(
     return _episode(scene, observations, np.stack(actions), success)
 
 
-def _episode(
-    scene: MetaworldScene, observations: list[dict[str, Any]], actions: np.ndarray, success: bool
-) -> Episode:
+def _episode(scene: MetaworldScene, observations: list[dict[str, Any]], actions: np.ndarray, success: bool) -> Episode:
     def series(name: str) -> np.ndarray:
         return np.stack([observation[name] for observation in observations])
 

@@ -41,7 +41,9 @@ def select_gl_backend() -> str:
     for backend in BACKENDS:
         environment = {**os.environ, "MUJOCO_GL": backend}
         try:
-            probe = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=60)
+            probe = subprocess.run(
+                [sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=60, check=False
+            )
         except subprocess.TimeoutExpired:
             failures.append(f"{backend}: no answer in 60 s")
             continue
@@ -58,11 +60,13 @@ def select_gl_backend() -> str:
 
 
 def close_at_exit(resource: Closable) -> None:
-    """Close `resource` before the interpreter unloads OpenGL, which otherwise prints ignored exceptions at exit."""
+    """Close `resource`, whose context exists, before the interpreter unloads OpenGL: later it prints exceptions."""
+    # Exit handlers run last in, first out: registered now, when the context exists, ours runs before OpenGL's own.
+    if not _open:
+        atexit.register(_close_all)
     _open.add(resource)
 
 
-@atexit.register
 def _close_all() -> None:
     for resource in list(_open):
         resource.close()

@@ -1,0 +1,94 @@
+"""Generation: the same bytes whatever the workers, resumable, and refusing folders of other runs."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY_COUNTS, TINY_TASKS
+
+from worldmodel.data.__main__ import main
+from worldmodel.data.generate import generate
+from worldmodel.data.shards import ShardReader
+from worldmodel.errors import ConfigError
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_workers_write_the_same_bytes_as_one(tiny_dataset: Path, tmp_path: Path) -> None:
+    other = generate("metaworld", tmp_path / "two", tasks=TINY_TASKS, **TINY_COUNTS, workers=2, progress=False)
+    assert digests(other) == digests(tiny_dataset)
+
+
+def test_splits_and_tasks_are_the_benchmarks(tiny_dataset: Path) -> None:
+    reader = ShardReader(tiny_dataset)
+    assert {(e.split, e.task) for e in reader.entries} == {
+        *(("train", task) for task in TINY_TASKS[:2]),
+        *(("heldout_episodes", task) for task in TINY_TASKS[:2]),
+        ("heldout_tasks", TINY_TASKS[2]),
+    }
+    assert reader.heldout_tasks == (TINY_TASKS[2],)
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(tiny_dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "worldmodel.data", "generate", "metaworld", str(out), "--tasks", *TINY_TASKS]
+    counts = ["--episodes", "2", "--heldout-episodes", "1", "--heldout-task-episodes", "1", "--workers", "1", "--quiet"]
+    process = subprocess.Popen([*command, *counts], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / ".progress" / "shard-000000.tar.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "index.json").exists()
+    first = (out / "shard-000000.tar").stat().st_mtime_ns
+    assert subprocess.run([*command, *counts], stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == first
+    assert digests(out) == digests(tiny_dataset)
+
+
+def test_a_finished_dataset_is_left_alone_and_a_lost_shard_is_made_again(tiny_dataset: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
+    os.unlink(copy / "shard-000004.tar")
+    before = {name: (copy / name).stat().st_mtime_ns for name in digests(copy) if name.startswith("shard")}
+    generate("metaworld", copy, tasks=TINY_TASKS, **TINY_COUNTS, workers=1, progress=False)
+    assert {name: (copy / name).stat().st_mtime_ns for name in before} == before
+    assert digests(copy) == digests(tiny_dataset)
+
+
+def test_other_parameters_in_the_same_folder_are_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"other parameters \(seed: 0 there, 1 asked\)"):
+        generate("metaworld", tiny_dataset, tasks=TINY_TASKS, **TINY_COUNTS, seed=1)
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        generate("metaworld", tmp_path, episodes=1)
+    with pytest.raises(ConfigError, match=r"unknown tasks \['fold-shirt'\].*reach-v3"):
+        generate("metaworld", tmp_path / "new", tasks=["fold-shirt"])
+
+
+def test_command_line(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_dataset)]) == 0
+    table = capsys.readouterr().out
+    assert "drawer-close-v3" in table and "heldout_tasks" in table and "100%" in table
+    assert main(["validate", str(tiny_dataset), "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
+    assert main(["inspect", str(tiny_dataset / "nowhere")]) == 2
+    assert "index.json" in capsys.readouterr().err
+
+
+def test_help_is_instant() -> None:
+    code = "import sys; from worldmodel.data.__main__ import main\n"
+    code += "try: main(['generate', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'mujoco', 'lightning', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "scripted experts" in done.stdout

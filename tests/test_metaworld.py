@@ -1,0 +1,172 @@
+"""The Meta-World source: pictures, poses, points and touch agree with one another and with the simulator."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from worldmodel.data.sources import rendering
+from worldmodel.data.sources.collect import collect_episode
+from worldmodel.data.sources.metaworld import (
+    ACTION_NAMES,
+    PROPRIO_NAMES,
+    PROPRIO_UNITS,
+    SENSORS,
+    TAXEL_SENSORS,
+    MetaworldScene,
+)
+from worldmodel.data.sources.metaworld_tasks import HELDOUT_TASKS, TASKS, TRAIN_TASKS
+from worldmodel.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[MetaworldScene]:
+    scene = MetaworldScene("pick-place-v3")
+    yield scene
+    scene.close()
+
+
+def project(observation: dict, camera: str, point: np.ndarray) -> np.ndarray:
+    base_to_camera = np.linalg.inv(observation[f"camera_to_base.{camera}"])
+    in_camera = base_to_camera[:3, :3] @ point + base_to_camera[:3, 3]
+    pixels = observation[f"intrinsics.{camera}"] @ in_camera
+    return np.array([*(pixels[:2] / pixels[2]), pixels[2]])
+
+
+@pytest.mark.parametrize("camera", ["front", "wrist"])
+def test_reprojected_object_is_where_the_picture_changes_when_it_is_recoloured(
+    scene: MetaworldScene, camera: str
+) -> None:
+    """Independent of the renderer's own matrices: hide the object, and see which pixels notice."""
+    found = 0
+    for seed in range(6):
+        observation = scene.reset(np.random.default_rng(seed))
+        expert = scene.expert()
+        for _ in range(4):
+            observation, _ = scene.step(expert.act())
+        x, y, depth = project(observation, camera, observation["points"][0])
+        if depth <= 0 or not (4 <= x < 60 and 4 <= y < 60):
+            continue
+        geoms = np.flatnonzero(scene.model.geom_bodyid == scene.model.body("obj").id)
+        alpha = scene.model.geom_rgba[geoms, 3].copy()
+        scene.model.geom_rgba[geoms, 3] = 0
+        hidden = scene.render(camera)
+        scene.model.geom_rgba[geoms, 3] = alpha
+        difference = np.abs(hidden.astype(int) - observation[f"rgb.{camera}"]).sum(-1)
+        rows, columns = np.nonzero(difference > 30)
+        if len(rows) < 3:
+            continue  # something else is in front of it
+        found += 1
+        assert columns.min() - 1.5 <= x <= columns.max() + 2.5
+        assert rows.min() - 1.5 <= y <= rows.max() + 2.5
+    assert found >= 3
+
+
+def test_observation_has_the_promised_names_shapes_and_units(scene: MetaworldScene) -> None:
+    observation = scene.reset(np.random.default_rng(0))
+    assert observation["rgb.front"].shape == observation["rgb.wrist"].shape == (64, 64, 3)
+    assert observation["points"].shape == (3, 3) and observation["visible"].shape == (3,)
+    assert scene.point_names == ("object", "object_front", "goal")
+    assert np.linalg.norm(observation["points"][1] - observation["points"][0]) == pytest.approx(0.1, abs=1e-6)
+    assert observation["wrench"].shape == (len(SENSORS), 6)
+    assert observation["taxels"].shape == (len(SENSORS), 3, 4, 4)
+    assert observation["has_taxels"].tolist() == [name in TAXEL_SENSORS for name in SENSORS]
+    assert observation["proprio"].shape == (len(PROPRIO_NAMES),) == (len(PROPRIO_UNITS),)
+    for camera in ("front", "wrist"):
+        rotation = observation[f"camera_to_base.{camera}"][:3, :3].astype(float)
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-5)
+        assert np.linalg.det(rotation) == pytest.approx(1, abs=1e-5)
+    without = scene.reset(np.random.default_rng(0), images=False)
+    assert not any(name.startswith("rgb.") for name in without)
+    np.testing.assert_array_equal(without["points"], observation["points"])
+
+
+def test_cameras_vary_between_episodes_and_the_wrist_one_moves_with_the_hand(scene: MetaworldScene) -> None:
+    first = scene.reset(np.random.default_rng(0), images=False)
+    moved, _ = scene.step(np.array([1.0, 0.0, 0.0, 0.0]), images=False)
+    np.testing.assert_array_equal(first["camera_to_base.front"], moved["camera_to_base.front"])
+    assert np.linalg.norm(moved["camera_to_base.wrist"] - first["camera_to_base.wrist"]) > 0.005
+    other = scene.reset(np.random.default_rng(1), images=False)
+    for name in ("camera_to_base.front", "intrinsics.front", "intrinsics.wrist"):
+        assert np.abs(other[name] - first[name]).max() > 1e-3
+
+
+def test_wrist_camera_is_rigid_with_the_hand(scene: MetaworldScene) -> None:
+    observation = scene.reset(np.random.default_rng(0), images=False)
+    mounts = []
+    for _ in range(3):
+        hand_to_base = np.eye(4)
+        hand_to_base[:3, :3] = scene.data.body("hand").xmat.reshape(3, 3)
+        hand_to_base[:3, 3] = scene.data.body("hand").xpos
+        mounts.append(np.linalg.inv(hand_to_base) @ observation["camera_to_base.wrist"])
+        observation, _ = scene.step(np.array([1.0, 0.5, -0.5, 0.0]), images=False)
+    np.testing.assert_allclose(mounts[1:], [mounts[0]] * 2, atol=1e-5)
+
+
+def test_an_episode_is_a_function_of_its_generator_alone(scene: MetaworldScene) -> None:
+    def run(seed: int) -> dict:
+        observation = scene.reset(np.random.default_rng(seed))
+        expert = scene.expert()
+        for _ in range(6):
+            observation, _ = scene.step(expert.act())
+        return observation
+
+    first = run(3)
+    run(4)
+    again = run(3)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name], err_msg=name)
+
+
+def test_gripped_object_is_felt_by_both_fingers_in_opposite_directions(scene: MetaworldScene) -> None:
+    episode = collect_episode(scene, np.random.default_rng(0))
+    assert episode.meta["success"] and episode.length == len(episode.action)  # type: ignore[arg-type]
+    assert episode.wrench is not None and episode.taxels is not None and episode.action is not None
+    assert episode.action.shape[1] == len(ACTION_NAMES) and np.abs(episode.action).max() <= 1
+    grip = episode.wrench[-3]
+    assert grip[1, 1] > 10 and grip[2, 1] < -10  # left finger is pushed along +y of its pad, right one along -y
+    assert (episode.taxels[-3, :, 2].sum(axis=(1, 2)) > 10).all()
+    for finger, sign in ((0, 1), (1, -1)):
+        normal = episode.taxels[:, finger, 2].sum(axis=(1, 2))
+        np.testing.assert_allclose(normal, sign * episode.wrench[:, 1 + finger, 1], rtol=1e-4, atol=1e-2)
+
+
+def test_every_task_has_a_sentence_and_the_split_is_the_benchmarks() -> None:
+    from metaworld.env_dict import ML10_V3
+
+    assert list(TRAIN_TASKS) == list(ML10_V3["train"]) and list(HELDOUT_TASKS) == list(ML10_V3["test"])
+    for task, info in TASKS.items():
+        assert info.instruction.endswith(".") and task not in info.instruction
+        assert len(info.instruction.encode()) <= 96
+
+
+def test_bad_arguments_name_the_valid_ones(scene: MetaworldScene) -> None:
+    with pytest.raises(ConfigError, match=r"reech-v3.*reach-v3"):
+        MetaworldScene("reech-v3")
+    with pytest.raises(ConfigError, match=r"side.*front.*wrist"):
+        MetaworldScene("reach-v3", cameras=("side",))
+    with pytest.raises(ConfigError, match=r"shape \(4,\).*got \(3,\)"):
+        scene.step(np.zeros(3))
+
+
+def test_back_end_honours_the_user_and_reports_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert rendering.select_gl_backend() == "osmesa"
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr(rendering, "_PROBE", "raise SystemExit('no driver')")
+    with pytest.raises(DataError, match=r"egl: no driver.*apt-get install libegl1 libgl1-mesa-dri.*libosmesa6"):
+        rendering.select_gl_backend()
+
+
+def test_no_noise_when_the_interpreter_exits_with_a_scene_open() -> None:
+    code = (
+        "import numpy as np; from worldmodel.data.sources.metaworld import MetaworldScene;"
+        "scene = MetaworldScene('reach-v3'); scene.reset(np.random.default_rng(0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert done.returncode == 0 and done.stderr == ""
