@@ -70,14 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(settings: dict[str, Any]) -> None:
     """Loads checkpoint and observations, exports, and says what was written."""
     from export.build import BuildOptions, build_artefact
-    from export.observations import held_out_observations
-    from worldmodel.model import load_model
+    from export.observations import held_out_observations, robot_names
+    from worldmodel.checkpoint import load_model
+    from worldmodel.data.shards import ShardReader
 
     model = load_model(settings.pop("checkpoint"))
-    out, data, count = settings.pop("out"), settings.pop("data"), settings.pop("observations")
+    reader = ShardReader(settings.pop("data"))
+    out, count = settings.pop("out"), settings.pop("observations")
     options = BuildOptions(**{**settings, **{name: tuple(settings[name]) for name in ("formats", "optional")}})
     print(f"exporting {' and '.join(options.formats)} and checking parity; this takes a minute", flush=True)
-    errors = build_artefact(model, out, held_out_observations(data, model.spec, count), options)
+    observations = held_out_observations(reader, model.spec, count)
+    errors = build_artefact(model, out, observations, robot_names(reader, model.spec), options)
     print(f"\n| {out} | bytes | max abs error |\n| --- | ---: | ---: |")
     for path in sorted(Path(out).iterdir()):
         error = f"{errors[path.name]:.2g}" if path.name in errors else ""

@@ -142,10 +142,10 @@ def _embodiment(model: ActionModel, robots: Mapping[str, RobotNames], index: int
         if name not in known:
             raise ExportError(f"embodiment {name!r}: no {what}; there are those of {sorted(known)}")
     robot, statistics = robots[name], model.statistics[name]
-    for field, names in (("proprio", robot.proprio_names), ("action", robot.action_names)):
-        if len(names) != len(statistics[field]["mean"]):
+    for what, names in (("proprio", robot.proprio_names), ("action", robot.action_names)):
+        if len(names) != len(statistics[what]["mean"]):
             raise ExportError(
-                f"embodiment {name!r}: {len(names)} {field} names {list(names)}, but its statistics have "
-                f"{len(statistics[field]['mean'])} dimensions"
+                f"embodiment {name!r}: {len(names)} {what} names {list(names)}, but its statistics have "
+                f"{len(statistics[what]['mean'])} dimensions"
             )
     return {"name": name, "index": index, "proprio_dims": len(robot.proprio_names), **asdict(robot)}

@@ -34,7 +34,8 @@ def write_onnx(path_module: ActionPath, example: tuple[Tensor, ...], path: Path,
         batch = torch.export.Dim("batch", min=1, max=1024)
         shapes = tuple({0: batch} for _ in example)
     # The exporter narrates its steps through warnings and the log; failures come as exceptions.
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for name in ("onnxscript", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -53,11 +54,18 @@ def write_onnx(path_module: ActionPath, example: tuple[Tensor, ...], path: Path,
         graph = onnx.load(str(path))
         onnx.checker.check_model(graph, full_check=True)
     except Exception as error:  # the exporter, the converter and the checker each raise families of their own
-        raise ExportError(f"{path.name}: ONNX export failed: {type(error).__name__}: {error}") from error
+        raise ExportError(f"{path.name}: ONNX export failed: {_reason(error)}") from error
     names = [entry.name for entry in graph.graph.input]
     if names != list(INPUT_NAMES):
         unused = sorted(set(INPUT_NAMES) - set(names))
         raise ExportError(f"{path.name}: the graph has inputs {names}, expected {list(INPUT_NAMES)}; unused: {unused}")
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause; the exporter wraps it in a page of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 class OnnxRunner:

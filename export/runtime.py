@@ -158,7 +158,7 @@ class OnnxPolicy:
         Names: `rgb.<camera>` (h, w, 3) uint8, `intrinsics.<camera>` (3, 3) pixels, `camera_to_base.<camera>` (4, 4)
         metres with OpenCV axes, `points` (k, 3) metres in the base frame and `visible` (k,) bool with k at most the
         manifest's, `wrench` (S, 6) N and N·m, `taxels` (S, C, rows, columns) N, `proprio` (P,), `instruction` str;
-        `has_wrench` and `has_taxels` (S,) bool where only some sensors measure these.
+        `has_points` (k,), `has_wrench` (S,) and `has_taxels` (S,) bool where only some points or sensors are there.
         Images and poses may be missing on steps that are not a multiple of `stride` away from a call of `act`.
 
         Raises:
@@ -217,15 +217,15 @@ class OnnxPolicy:
         if points is not None and visible is not None:
             count = points.shape[1]
             feed["points"][0, :, :count], feed["visible"][0, :, :count] = points, visible
-            feed["has_points"][0, :count] = True
+            feed["has_points"][0, :count] = self._flags("has_points", frames, count)
         wrench = self._gather("wrench", [index for row in series for index in row], "wrench")
         if wrench is not None:
             feed["wrench"][0] = wrench.reshape(feed["wrench"].shape[1:])
-            feed["has_wrench"][...] = self._sensors("has_wrench", frames)
+            feed["has_wrench"][...] = self._flags("has_wrench", frames, wrench.shape[1])
         taxels = self._gather("taxels", frames, "taxels")
         if taxels is not None:
             feed["taxels"][0] = taxels
-            feed["has_taxels"][...] = self._sensors("has_taxels", frames)
+            feed["has_taxels"][...] = self._flags("has_taxels", frames, taxels.shape[1])
         proprio = self._gather("proprio", frames, "proprio")
         if proprio is not None:
             feed["proprio"][0, :, : proprio.shape[1]] = proprio
@@ -257,10 +257,12 @@ class OnnxPolicy:
             raise RuntimeContractError("actions: the model answered non-finite values; do not execute them")
         return chunk
 
-    def _sensors(self, key: str, frames: list[int]) -> np.ndarray:
-        """(S,) bool: which sensors measure, all of them unless the observations say otherwise."""
+    def _flags(self, key: str, frames: list[int], count: int) -> np.ndarray:
+        """(count,) bool: which points or sensors are there, all of them unless the observations say otherwise."""
         flags = [self._ring[index][key] for index in frames if key in self._ring[index]]
-        return np.all(np.stack(flags), axis=0) if flags else np.ones(self._shapes[key][0], bool)
+        if any(len(flag) != count for flag in flags):
+            raise RuntimeContractError(f"{key}: got {[len(flag) for flag in flags]} flags, expected {count}")
+        return np.all(np.stack(flags), axis=0) if flags else np.ones(count, bool)
 
     def _gather(self, key: str, steps: list[int], sense: str, camera: str | None = None) -> np.ndarray | None:
         """Stacks `key` over ring positions; None where the sense is hidden or absent and may be."""
@@ -297,6 +299,7 @@ def _observation_shapes(spec: dict[str, Any], proprio: int) -> dict[str, tuple[t
         "wrench": ((sensors, 6), "float32"),
         "taxels": ((sensors, *spec["taxels"]), "float32"),
         "proprio": ((proprio,), "float32"),
+        "has_points": ((spec["points"],), "bool"),
         "has_wrench": ((sensors,), "bool"),
         "has_taxels": ((sensors,), "bool"),
     }
@@ -317,7 +320,7 @@ def _checked(key: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.nda
     array = np.asarray(value)
     # A scene with fewer tracked points than the model knows brings fewer rows.
     fits = array.shape == shape
-    if key in ("points", "visible"):
+    if key in ("points", "visible", "has_points"):
         fits = array.ndim == len(shape) and array.shape[0] <= shape[0] and array.shape[1:] == shape[1:]
     if not fits or (array.dtype.kind != "f" if dtype == "float32" else array.dtype != dtype):
         raise RuntimeContractError(f"{key}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}")

@@ -25,7 +25,7 @@ class FakeModel(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.spec = spec
-        statistics = {"proprio": {"mean": [0.0] * 5, "std": [1.0] * 5}, "action": {"mean": [0.0] * 4, "std": [1.0] * 4}}
+        statistics = {"proprio": {"mean": [0.0] * spec.proprio}, "action": {"mean": [0.0] * 4}}
         self.statistics: dict[str, Any] = {"sawyer": statistics}
         self.statistics_hash = "0" * 64
         self.action_steps = 2

@@ -15,6 +15,7 @@ from export_fakes import ROBOTS, SPEC, FakeModel, fake_observations
 
 from export.build import BuildOptions, build_artefact
 from export.runtime import OnnxPolicy, RuntimeContractError, encode_instruction, load_manifest
+from worldmodel.data.live import observation_from_history
 
 torch.set_num_threads(1)
 
@@ -69,6 +70,22 @@ def test_history_is_that_of_the_training_clips(artefact: Path, now: int, frames:
         [max(0, frame - back) for back in (3, 2, 1, 0)] for frame in frames
     ]
     assert all(feed[name].all() for name in feed if name.startswith("has_"))
+
+
+@pytest.mark.parametrize("now", [0, 2, 5, 8, 21])
+def test_inputs_are_those_of_the_eager_model(artefact: Path, now: int) -> None:
+    history = []
+    for step in range(now + 1):
+        one = observation(step, images=(now - step) % SPEC.stride == 0 or step == 0, points=2)
+        history.append(one | {"has_taxels": np.array([False, True, True])})
+    policy = OnnxPolicy(artefact)
+    for one in history:
+        policy.observe(one)
+    expected = observation_from_history(history[-SPEC.history * SPEC.stride :], SPEC)
+    feed = policy.inputs()
+    for name, tensor in expected._asdict().items():
+        assert feed[name].dtype == tensor.numpy().dtype, name
+        np.testing.assert_array_equal(feed[name], tensor.numpy(), err_msg=name)
 
 
 def test_reset_forgets_the_episode(artefact: Path) -> None:

@@ -1,0 +1,81 @@
+"""From shards to a driven arm: held-out observations, an artefact, and the artefact in the simulator."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from export_fakes import FakeModel
+
+from export.__main__ import main
+from export.build import BuildOptions, build_artefact
+from export.drive import OnnxPolicyFactory
+from export.observations import held_out_observations, robot_names
+from worldmodel.closed_loop import Rollout
+from worldmodel.contracts import ClipSpec
+from worldmodel.controllers import EagerPolicy, ExpertPolicy
+from worldmodel.data.shards import ShardReader
+from worldmodel.data.sources.metaworld import MetaworldScene
+from worldmodel.errors import ContractError, DataError
+from worldmodel.model import WorldModel
+
+torch.set_num_threads(1)
+
+SPEC = ClipSpec()
+
+
+@pytest.fixture(scope="module")
+def artefact(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    reader = ShardReader(tiny_dataset)
+    observations = held_out_observations(reader, SPEC, 2)
+    assert [key.split()[0] for key, _ in observations] == ["heldout_episodes"] * 2 + ["heldout_tasks"] * 2
+    assert "@0" in observations[0][0]
+    out = tmp_path_factory.mktemp("artefacts") / "fake"
+    options = BuildOptions(formats=("onnx",))
+    build_artefact(FakeModel(SPEC), out, observations, robot_names(reader, SPEC), options)
+    return out
+
+
+def test_manifest_carries_names_and_units_of_the_data(artefact: Path) -> None:
+    (robot,) = json.loads((artefact / "manifest.json").read_text())["embodiments"]
+    assert robot["action_names"] == ["delta_x", "delta_y", "delta_z", "gripper_effort"]
+    assert len(robot["proprio_units"]) == SPEC.proprio and robot["sensor_frames"]["wrist"] == "hand"
+
+
+@pytest.mark.parametrize("mask", [(), ("camera", "points", "touch")])
+def test_artefact_and_checkpoint_drive_alike(artefact: Path, mask: tuple[str, ...]) -> None:
+    exported = OnnxPolicyFactory(artefact, mask=mask)()
+    eager = EagerPolicy(cast(WorldModel, FakeModel(SPEC).eval()), mask=mask)
+    scene = MetaworldScene("drawer-close-v3", pixels=SPEC.height, cameras=SPEC.cameras)
+    observation: dict[str, Any] = scene.reset(np.random.default_rng(0))
+    chunk = np.zeros((0, 4))
+    for step in range(14):
+        for policy in (exported, eager):
+            policy.observe(observation)
+        if step % 4 == 0:
+            chunk = exported.act()
+            np.testing.assert_allclose(chunk, eager.act(), atol=1e-4)
+        observation, _ = scene.step(chunk[step % 4], images=(step + 1) % 4 == 0)
+    scene.close()
+
+
+def test_drive_command_writes_a_result(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "loop.json"
+    words = ["drive", str(artefact), "tasks=[drawer-close-v3]", "trials=1", "workers=0", f"out={out}"]
+    assert main(words) == 0
+    assert "| drawer-close-v3 |" in capsys.readouterr().out
+    assert json.loads(out.read_text())["tasks"][0]["trials"] == 1
+
+
+def test_expert_solves_the_task() -> None:
+    scene = MetaworldScene("drawer-close-v3")
+    with pytest.raises(ContractError, match="no scene attached"):
+        ExpertPolicy().act()
+    assert Rollout(replan=1, image_every=0)(scene, ExpertPolicy(), "drawer-close-v3", 0).success
+
+
+def test_unknown_embodiment_is_named(tiny_dataset: Path) -> None:
+    with pytest.raises(DataError, match=r"no episode of embodiment 'panda'; there are \['sawyer'\]"):
+        robot_names(ShardReader(tiny_dataset), ClipSpec(embodiments=("panda",)))
