@@ -62,7 +62,9 @@ def test_ssim_equals_torchmetrics() -> None:
     )
     assert isinstance(theirs, torch.Tensor)
     assert torch.allclose(sums.total.float(), theirs.view(3, 2, 2).sum(-1), atol=1e-4)
-    assert pooled(metrics.ssim(target, target, torch.ones(3, 2, 2, dtype=torch.bool))) == pytest.approx([1, 1], abs=1e-4)
+    assert pooled(metrics.ssim(target, target, torch.ones(3, 2, 2, dtype=torch.bool))) == pytest.approx(
+        [1, 1], abs=1e-4
+    )
 
 
 def test_ssim_refuses_pictures_smaller_than_its_window() -> None:
@@ -73,7 +75,9 @@ def test_ssim_refuses_pictures_smaller_than_its_window() -> None:
 @pytest.mark.parametrize("degrees", [0.0, 0.01, 30.0, 90.0, 179.5, 180.0])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_rotation_error_is_the_angle(axis: int, degrees: float) -> None:
-    assert metrics.rotation_error(posed(torch.eye(3)), posed(rotation(axis, degrees))).item() == pytest.approx(degrees, abs=1e-3)
+    assert metrics.rotation_error(posed(torch.eye(3)), posed(rotation(axis, degrees))).item() == pytest.approx(
+        degrees, abs=1e-3
+    )
 
 
 def test_rotation_error_is_symmetric_and_invariant_to_a_common_turn() -> None:

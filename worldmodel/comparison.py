@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from worldmodel.baselines import train_bc_mlp
 from worldmodel.closed_loop import PolicyFactory, SceneFactory, run_closed_loop
-from worldmodel.data.shards import write_json
+from worldmodel.contracts import ClipSpec
+from worldmodel.data.shards import INDEX, ShardReader, write_json
 from worldmodel.errors import ConfigError
 from worldmodel.stamp import package_versions
 from worldmodel.viz import encode_mp4, enlarged
@@ -50,7 +52,7 @@ def compare(
     protocol: Protocol,
     folder: Path,
     *,
-    make_scene: SceneFactory | None = None,
+    make_scene: SceneFactory,
     workers: int | None = None,
 ) -> list[dict[str, Any]]:
     """Try each policy, or read its kept result from `folder`; one dict of plain values per policy.
@@ -87,9 +89,7 @@ def result_key(contender: Contender, protocol: Protocol) -> str:
     return digest.hexdigest()[:24]
 
 
-def _try(
-    contender: Contender, protocol: Protocol, make_scene: SceneFactory | None, workers: int | None
-) -> dict[str, Any]:
+def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, workers: int | None) -> dict[str, Any]:
     result = run_closed_loop(
         contender.factory,
         protocol.tasks,
@@ -117,3 +117,13 @@ def _video(frames: list[np.ndarray]) -> str:
     """A data URI of the recorded pictures, five a second: one per replanning step, so at about real speed."""
     data = encode_mp4(enlarged(np.stack(frames).transpose(0, 3, 1, 2)))
     return "data:video/mp4;base64," + base64.b64encode(data).decode()
+
+
+def train_baseline(reader: ShardReader, spec: ClipSpec, folder: Path, *, steps: int, seed: int) -> None:
+    """Train the behaviour-cloning baseline into `folder`, unless it holds one of the same data and settings."""
+    wanted = {"data": sha256((reader.root / INDEX).read_bytes()).hexdigest(), "steps": steps, "seed": seed}
+    note = folder / "trained_on.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
+        return
+    train_bc_mlp(reader, spec, steps=steps, seed=seed).save(folder)
+    write_json(note, wanted)

@@ -75,7 +75,7 @@ def evaluate_offline(
         batch = collate([dataset[clip.item] for clip in chosen])
         with torch.inference_mode():
             prediction = _predicted_streams(model, batch, chosen, means, rows, seed + number, sampler_steps)
-            _dynamics(model, batch, rows, seed + number, sampler_steps)
+            _dynamics(model, batch, means, rows, seed + number, sampler_steps)
             _understanding(model, batch, chosen, means, rows)
         samples.extend(sample_clip(batch, prediction, clip, i) for i, clip in enumerate(chosen))
     settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
@@ -159,8 +159,10 @@ def _predicted_streams(
     return prediction
 
 
-def _dynamics(model: Evaluated, batch: Batch, rows: dict[str, Rows], seed: int, steps: int | None) -> None:
-    """Score mode forward_dynamics under the executed actions against the actions of another clip, and the tokeniser."""
+def _dynamics(
+    model: Evaluated, batch: Batch, means: TrainingMeans, rows: dict[str, Rows], seed: int, steps: int | None
+) -> None:
+    """Score forward dynamics under the executed actions against those of another clip, mode joint, and the tokeniser."""
     observation, future, mask = batch.observation, batch.future, _frame_mask(batch, model.spec)
     target = future.rgb.float() / 255
     rolled = future._replace(actions=future.actions.roll(1, 0), action_valid=future.action_valid.roll(1, 0))
@@ -176,6 +178,14 @@ def _dynamics(model: Evaluated, batch: Batch, rows: dict[str, Rows], seed: int, 
     )
     still = metrics.squared_error(metrics.copy_last_frame(observation, model.spec.window), target, mask)
     _put(rows, "video_given_actions", true, copy_last_frame=still, shuffled_actions=other)
+    both = model.predict(observation, None, "joint", generator=_noise(seed), steps=steps, coupling="joint")
+    _put(rows, "video_joint", metrics.squared_error(both.rgb, target, mask), copy_last_frame=still)
+    average = metrics.constant(means.actions[observation.embodiment], model.spec.chunk)
+    joint, base = (
+        metrics.action_error(a, future.actions, future.action_valid, future.action_dims)
+        for a in (both.actions, average)
+    )
+    _put(rows, "action_joint", joint, mean_action=base)
     rebuilt = model.reconstruct(torch.cat((observation.rgb[:, -1:], future.rgb), 1)).clamp(0, 1)
     _put(rows, "tokeniser", metrics.squared_error(rebuilt[:, 1:], target, mask))
 

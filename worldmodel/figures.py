@@ -41,6 +41,10 @@ FIGURES = {
     "action": Figure("action", "Action chunk (policy), MAE", "action units", "action of the chunk"),
     "action_inverse": Figure("action", "Action chunk (inverse dynamics), MAE", "action units", "action of the chunk"),
     "video_given_actions": Figure("video", "Video under given actions, PSNR", "dB", STEPS, decibel=True, higher=True),
+    "video_joint": Figure("video", "Predicted video, mode joint, PSNR", "dB", STEPS, True, True, headline=False),
+    "action_joint": Figure(
+        "action", "Action chunk, mode joint, MAE", "action units", "action of the chunk", headline=False
+    ),
     "camera_translation": Figure("camera", "Camera position from one image", "m"),
     "camera_rotation": Figure("camera", "Camera rotation from one image", "°"),
     "camera_fov": Figure("camera", "Field of view from one image", "°"),
@@ -173,3 +177,27 @@ def worst_and_median(samples: list[SampleClip]) -> list[SampleClip]:
         if len(ranked) > 1:
             kept.append(ranked[len(ranked) // 2]._replace(kind="median"))
     return kept
+
+
+def text_table(results: list[dict]) -> str:
+    """Headline figures of several splits as a Markdown table: ours, and the strongest trivial baseline beside it."""
+    splits = [{f["name"]: f for f in result["figures"] if f["headline"]} for result in results]
+    names = list(dict.fromkeys(name for split in splits for name in split))
+    heads = " | ".join(f"{result['split']} | baseline" for result in results)
+    lines = [f"| figure | {heads} |", "| --- |" + " ---: | --- |" * len(results)]
+    for name in names:
+        figure = next(split[name] for split in splits if name in split)
+        label = f"{figure['label']} [{figure['unit']}]" if figure["unit"] else figure["label"]
+        lines.append(f"| {label} | " + " | ".join(_text_cell(split.get(name)) for split in splits) + " |")
+    return "\n".join(lines)
+
+
+def _text_cell(figure: dict | None) -> str:
+    if figure is None:
+        return " | "
+    ours = f"{figure['ours']['value']:.4g}"
+    trivial = [baseline for baseline in figure["baselines"] if baseline["trivial"]]
+    if not figure["applicable"] or not trivial:
+        return f"{ours} | does not vary"
+    best = (max if figure["higher_is_better"] else min)(trivial, key=lambda baseline: baseline["value"])
+    return f"{ours} | {best['name']} {best['value']:.4g} {'beaten' if best['beaten'] else 'NOT BEATEN'}"

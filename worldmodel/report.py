@@ -12,7 +12,8 @@ from typing import Any
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.figures import FIGURES, SampleClip
-from worldmodel.plots import interval_chart, line_chart, number
+from worldmodel.plots import line_chart, number
+from worldmodel.report_closed_loop import closed_loop_section
 from worldmodel.report_samples import sample_sections
 
 SPLIT_NAMES = {
@@ -29,7 +30,7 @@ def write_report(results: dict, out_dir: str | Path) -> tuple[Path, Path]:
     """Write report.json and report.html and return their paths.
 
     `results` holds `title`, `stamp` (nested plain values), `offline` (what `evaluate_offline` returned, per split) and
-    `closed_loop` (a list of `ClosedLoopResult.to_json()` with `policy` and `observes` added; may be empty). The JSON
+    `closed_loop` (what `comparison.compare` returned; may be empty). The JSON
     is `results` itself, with pictures left out and null where a value is not finite.
     """
     folder = Path(out_dir)
@@ -54,7 +55,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, ClipSpec):
         value = asdict(value)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items() if key != "video"}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -67,7 +68,7 @@ def render(results: dict) -> str:
     offline, closed = results["offline"], results["closed_loop"]
     sections = {"Summary": ("summary", _summary(offline))}
     if closed:
-        sections["Closed loop"] = ("closed-loop", _closed_loop(closed))
+        sections["Closed loop"] = ("closed-loop", closed_loop_section(closed))
     sections["Over the horizon"] = ("horizon", _horizons(offline))
     sections["By task"] = ("tasks", _tasks(offline))
     sections["Predicted and true"] = ("samples", sample_sections(offline, SPLIT_NAMES))
@@ -120,9 +121,19 @@ def _cards(offline: list[dict], closed: list[dict]) -> str:
 
 
 def _summary(offline: list[dict]) -> str:
-    found = {f["name"]: f for result in offline for f in result["figures"] if f["headline"]}
-    if not found:
+    if not offline:
         return '<p class="quiet">No offline evaluation in this report.</p>'
+    intro = (
+        "Each figure with its 95 % bootstrap interval over episodes, and the trivial baselines it has to beat. "
+        '<i class="yes">✓</i> better, <i class="no">✗</i> not better; “clearly” where the interval of the paired '
+        "difference excludes zero."
+    )
+    rest = _figure_table(offline, headline=False)
+    return f"<p>{intro}</p>{_figure_table(offline, headline=True)}<details><summary>Also measured</summary>{rest}</details>"
+
+
+def _figure_table(offline: list[dict], headline: bool) -> str:
+    found = {f["name"]: f for result in offline for f in result["figures"] if f["headline"] == headline}
     by_split = [{f["name"]: f for f in result["figures"]} for result in offline]
     heads = [SPLIT_NAMES[result["split"]] for result in offline]
     rows = []
@@ -138,12 +149,7 @@ def _summary(offline: list[dict]) -> str:
             )
             rows.append(f"<tr><td>{escape(found[name]['label'])}{unit}</td>{cells}</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("Figure", *heads))
-    return (
-        "<p>Each figure with its 95 % bootstrap interval over episodes, and the trivial baselines it has to beat. "
-        '<i class="yes">✓</i> better, <i class="no">✗</i> not better; “clearly” where the interval of the paired '
-        "difference excludes zero.</p>"
-        f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
+    return f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _cell(figure: dict) -> str:
@@ -158,48 +164,6 @@ def _cell(figure: dict) -> str:
     if not figure["applicable"]:
         lines.append('<span class="versus">does not vary in this data: nothing to learn</span>')
     return "".join(lines)
-
-
-def _closed_loop(closed: list[dict]) -> str:
-    rows = "".join(
-        f'<tr><td>{escape(r["policy"])}</td><td>{escape(r["observes"])}</td><td class="n">{r["mean_success"]:.1%}</td>'
-        f'<td class="n">{r["interval"][0]:.0%}–{r["interval"][1]:.0%}</td>'
-        f'<td class="n">{sum(t["successes"] for t in r["tasks"])} / {sum(t["trials"] for t in r["tasks"])}</td>'
-        f'<td class="n">{r["seed"]}</td></tr>'
-        for r in closed
-    )
-    tasks = list(dict.fromkeys(task["task"] for r in closed for task in r["tasks"]))
-    of = {r["policy"]: {t["task"]: t for t in r["tasks"]} for r in closed}
-    chart = interval_chart(
-        {
-            task: {name: (t[task]["success"], *t[task]["interval"]) for name, t in of.items() if task in t}
-            for task in tasks
-        },
-        list(of),
-    )
-    cells = "".join(
-        f"<tr><td>{escape(task)}</td>"
-        + "".join(f'<td class="n">{_trials(t[task]) if task in t else "–"}</td>' for t in of.values())
-        + "</tr>"
-        for task in tasks
-    )
-    heads = "".join(f'<th class="n">{escape(name)}</th>' for name in of)
-    first = closed[0]
-    return (
-        "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same start "
-        f"states; start states that are solved already are drawn again. A new chunk every {first['replan']} control "
-        f"steps, failure after {first['max_steps']}. Intervals are 95 % Wilson intervals.</p>"
-        '<div class="wide"><table><thead><tr><th>Policy</th><th>Observes</th><th class="n">Mean success</th>'
-        '<th class="n">Interval</th><th class="n">Trials</th><th class="n">Seed</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div><h3>Success by task</h3>{chart}"
-        f'<details><summary>Table</summary><div class="wide"><table><thead><tr><th>Task</th>{heads}</tr></thead>'
-        f"<tbody>{cells}</tbody></table></div></details>"
-    )
-
-
-def _trials(task: dict) -> str:
-    low, high = task["interval"]
-    return f'{task["successes"]} / {task["trials"]} <span class="interval">{low:.0%}–{high:.0%}</span>'
 
 
 def _horizons(offline: list[dict]) -> str:

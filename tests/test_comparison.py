@@ -1,0 +1,76 @@
+"""Closed-loop results of several policies are kept, and run again only when something changed."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldmodel.comparison import Contender, Protocol, compare, result_key
+from worldmodel.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Still:
+    """A policy that stays where it is."""
+
+    folder: Path
+    chunk: int = 4
+
+    def __call__(self) -> "Still":
+        return self
+
+    def reset(self) -> None: ...
+
+    def observe(self, observation: dict) -> None: ...
+
+    def act(self) -> np.ndarray:
+        return np.zeros((self.chunk, 4))
+
+
+class Room:
+    """A scene that is solved after six steps, and counts how often it starts."""
+
+    starts = 0
+
+    def reset(self, rng: np.random.Generator, images: bool = True) -> dict[str, Any]:
+        Room.starts += 1
+        self.steps = 0
+        return {"rgb.front": np.zeros((64, 64, 3), np.uint8)} if images else {}
+
+    def step(self, action: np.ndarray, images: bool = True) -> tuple[dict[str, Any], bool]:
+        self.steps += 1
+        return ({"rgb.front": np.zeros((64, 64, 3), np.uint8)} if images else {}), self.steps >= 6
+
+
+def test_closed_loop_results_are_kept_until_something_changes(tmp_path: Path) -> None:
+    weights = tmp_path / "artefact"
+    weights.mkdir()
+    (weights / "policy.onnx").write_bytes(b"one")
+    contender = Contender(policy="still", observes="nothing", factory=Still(weights), weights=weights)
+    protocol = Protocol(tasks=("a", "b"), trials=2)
+
+    def run() -> list[dict]:
+        return compare([contender], protocol, tmp_path / "kept", make_scene=lambda task: Room(), workers=0)
+
+    first = run()[0]
+    starts = Room.starts
+    assert first["mean_success"] == 1 and not first["reused"] and starts
+    assert first["rollouts"]["a"][0]["video"].startswith("data:video/mp4;base64,")
+    again = run()[0]
+    assert again["reused"] and Room.starts == starts
+    assert {k: v for k, v in again.items() if k != "reused"} == {k: v for k, v in first.items() if k != "reused"}
+    key = result_key(contender, protocol)
+    assert result_key(contender, replace(protocol, seed=1)) != key
+    assert result_key(replace(contender, factory=Still(weights, chunk=8)), protocol) != key
+    (weights / "policy.onnx").write_bytes(b"two")
+    assert result_key(contender, protocol) != key
+
+
+def test_comparison_needs_weights_and_names(tmp_path: Path) -> None:
+    contender = Contender(policy="still", observes="nothing", factory=Still(tmp_path), weights=tmp_path)
+    with pytest.raises(ConfigError, match="no weights"):
+        result_key(contender, Protocol(tasks=("a",)))
+    with pytest.raises(ConfigError, match="names must differ"):
+        compare([contender, contender], Protocol(tasks=("a",)), tmp_path, make_scene=lambda task: Room())
