@@ -1,5 +1,6 @@
 """Trains an experiment: `python train.py experiment=kairos_tiny`. `--help` lists what can be changed."""
 
+import os
 import sys
 
 HELP = """Trains one experiment, phase after phase, into a run folder that is also the checkpoint.
@@ -26,6 +27,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(HELP)
         return
+    # Waiting threads that spin make a shared machine many times slower; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import hydra
     from omegaconf import DictConfig, OmegaConf
 

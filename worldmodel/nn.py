@@ -10,9 +10,9 @@ MASKED = -1e9
 """Added to the score of an absent key. Finite, so that a query without any key gets a harmless mean and no NaN."""
 
 
-def attention_bias(mask: Tensor) -> Tensor:
-    """Float bias of a boolean mask: 0 where True, `MASKED` where False. Same shape."""
-    return torch.where(mask, 0.0, MASKED)
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias of a boolean mask in the queries' type (any other is misread): 0 where True, `MASKED` where False."""
+    return torch.where(mask, 0.0, MASKED).to(dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -20,7 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     `mask` is boolean and broadcasts to (B, E, N, M), True where a query may look.
     """
-    bias = None if mask is None else attention_bias(mask)
+    bias = None if mask is None else attention_bias(mask, q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
     return out.transpose(1, 2)
 

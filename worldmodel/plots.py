@@ -157,7 +157,7 @@ def scene(
     low, high = every.min(0), every.max(0)
     scale = min((WIDTH - 40) / max(high[0] - low[0], 1e-3), (HEIGHT - 60) / max(high[1] - low[1], 1e-3))
     shift = np.array([WIDTH / 2, (HEIGHT - 24) / 2]) - scale * (low + high) / 2
-    bar = ticks(0, 100 / scale, 1)[-1]
+    bar = ticks(0, 100 / scale, 3)[-1]
     parts = [f'<svg class="chart scene" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">']
     for name, points, dot in lines:
         placed = points * scale + shift
@@ -166,4 +166,9 @@ def scene(
             parts.append(f'<circle class="{name}" cx="{placed[-1, 0]:.1f}" cy="{placed[-1, 1]:.1f}" r="3.5"/>')
     parts.append(f'<line class="bar" x1="14" x2="{14 + bar * scale:.1f}" y1="{HEIGHT - 10}" y2="{HEIGHT - 10}"/>')
     parts.append(f'<text x="{20 + bar * scale:.1f}" y="{HEIGHT - 6}">{bar * 100:g} cm</text></svg>')
-    return f'<figure class="plot">{"".join(parts)}<figcaption>{escape(caption)}</figcaption></figure>'
+    key = "".join(
+        f'<span><svg width="24" height="8" aria-hidden="true"><polyline class="{name}" points="1,4 23,4"/></svg>{name}</span>'
+        for name in tracks or cameras
+    )
+    head = f"<figcaption>{escape(caption)}</figcaption>"
+    return f'<figure class="plot">{head}{"".join(parts)}<div class="legend">{key}</div></figure>'

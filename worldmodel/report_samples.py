@@ -7,7 +7,7 @@ import numpy as np
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.figures import SampleClip
-from worldmodel.plots import legend, line_chart, number, scene
+from worldmodel.plots import line_chart, number, scene
 from worldmodel.viz import video_data_uri, video_tag
 
 
@@ -23,7 +23,8 @@ def sample_sections(offline: list[dict], split_names: Mapping[str, str]) -> str:
     parts = [f"<p>{intro}</p>"]
     for result in shown:
         parts.append(f"<h3>{split_names[result['split']]}</h3>")
-        parts.extend(_sample(sample, result["spec"]) for sample in result["samples"])
+        clips = "".join(_sample(sample, result["spec"]) for sample in result["samples"])
+        parts.append(f'<div class="samples">{clips}</div>')
     return "".join(parts)
 
 
@@ -67,7 +68,6 @@ def _force(sample: SampleClip, spec: ClipSpec) -> list[str]:
 
 def _space(sample: SampleClip, spec: ClipSpec) -> list[str]:
     """The scene with its cameras, and the tracks of the objects alone, larger."""
-    key = legend(["predicted"]) + '<p class="quiet">Grey: true.</p>'
     fov = sample.fov
     cameras = {
         "true": [(sample.true_camera[-1, v], float(fov[v])) for v in range(len(spec.cameras))],
@@ -79,7 +79,7 @@ def _space(sample: SampleClip, spec: ClipSpec) -> list[str]:
         "predicted": [np.concatenate((sample.points_past[-1:, k], sample.predicted_points[:, k])) for k in shown],
     }
     end = f"{spec.window} control steps ahead"
-    charts = [scene(cameras, tracks, f"Cameras and objects, {end}") + key]
+    charts = [scene(cameras, tracks, f"Cameras and objects, {end}")]
     if len(shown):
-        charts.append(scene({}, tracks, f"Tracks of the objects, {end}") + key)
+        charts.append(scene({}, tracks, f"Tracks of the objects, {end}"))
     return charts
