@@ -36,11 +36,17 @@ class Evaluated(Protocol):
         generator: torch.Generator,
         steps: int | None = None,
         coupling: str | None = None,
-    ) -> Prediction: ...
+    ) -> Prediction:
+        """Answer one of the five modes in physical units."""
+        ...
 
-    def understand(self, observation: Observation) -> Understanding: ...
+    def understand(self, observation: Observation) -> Understanding:
+        """Read the heads of stage 1."""
+        ...
 
-    def reconstruct(self, rgb: Tensor) -> Tensor: ...
+    def reconstruct(self, rgb: Tensor) -> Tensor:
+        """Send clips (B, 1 + F*R, V, 3, h, w) uint8 through the tokeniser and back, in [0, 1]."""
+        ...
 
 
 def evaluate_offline(
@@ -162,7 +168,7 @@ def _predicted_streams(
 def _dynamics(
     model: Evaluated, batch: Batch, means: TrainingMeans, rows: dict[str, Rows], seed: int, steps: int | None
 ) -> None:
-    """Score forward dynamics under the executed actions against those of another clip, mode joint, and the tokeniser."""
+    """Score forward dynamics under the executed actions and under another clip's, mode joint, and the tokeniser."""
     observation, future, mask = batch.observation, batch.future, _frame_mask(batch, model.spec)
     target = future.rgb.float() / 255
     rolled = future._replace(actions=future.actions.roll(1, 0), action_valid=future.action_valid.roll(1, 0))

@@ -80,7 +80,8 @@ def line_chart(x: Sequence[float], series: Mapping[str, Sequence[float]], x_labe
             parts.append(f'<polyline class="s{i}" stroke-dasharray="{DASHES[i % 4]}" points="{points}"/>')
             parts.extend(f'<circle class="s{i}" cx="{across(a):.1f}" cy="{up(b):.1f}" r="2.5"/>' for a, b in run)
     parts.append("</svg>")
-    return f'<figure class="plot"><figcaption>{escape(y_label)}</figcaption>{"".join(parts)}{legend(list(series))}</figure>'
+    head = f"<figcaption>{escape(y_label)}</figcaption>"
+    return f'<figure class="plot">{head}{"".join(parts)}{legend(list(series))}</figure>'
 
 
 def _runs(x: Sequence[float], values: Sequence[float]) -> list[list[tuple[float, float]]]:
@@ -167,7 +168,8 @@ def scene(
     parts.append(f'<line class="bar" x1="14" x2="{14 + bar * scale:.1f}" y1="{HEIGHT - 10}" y2="{HEIGHT - 10}"/>')
     parts.append(f'<text x="{20 + bar * scale:.1f}" y="{HEIGHT - 6}">{bar * 100:g} cm</text></svg>')
     key = "".join(
-        f'<span><svg width="24" height="8" aria-hidden="true"><polyline class="{name}" points="1,4 23,4"/></svg>{name}</span>'
+        '<span><svg width="24" height="8" aria-hidden="true">'
+        f'<polyline class="{name}" points="1,4 23,4"/></svg>{name}</span>'
         for name in tracks or cameras
     )
     head = f"<figcaption>{escape(caption)}</figcaption>"

@@ -129,7 +129,8 @@ def _summary(offline: list[dict]) -> str:
         "difference excludes zero."
     )
     rest = _figure_table(offline, headline=False)
-    return f"<p>{intro}</p>{_figure_table(offline, headline=True)}<details><summary>Also measured</summary>{rest}</details>"
+    main = _figure_table(offline, headline=True)
+    return f"<p>{intro}</p>{main}<details><summary>Also measured</summary>{rest}</details>"
 
 
 def _figure_table(offline: list[dict], headline: bool) -> str:
@@ -232,8 +233,8 @@ def _protocol(offline: list[dict], stamp: dict) -> str:
     )
     return (
         "<p>No evaluated episode, and no task of the held-out tasks, was trained on: checked against the index of the "
-        "data before anything was measured. Forecasts are single samples of the model, with noise from the seed; PSNR is "
-        f"that of the mean squared error. Field of view is vertical.</p><dl>{rows}</dl>{block if config else ''}"
+        "data before anything was measured. Forecasts are single samples of the model, with noise from the seed; PSNR "
+        f"is that of the mean squared error. Field of view is vertical.</p><dl>{rows}</dl>{block if config else ''}"
     )
 
 

@@ -33,8 +33,8 @@ def closed_loop_section(closed: list[dict]) -> str:
     heads = "".join(f'<th class="n">{escape(name)}</th>' for name in of)
     first = closed[0]
     return (
-        "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same start "
-        f"states; start states that are solved already are drawn again. A new chunk every {first['replan']} control "
+        "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same "
+        f"start states; start states that are solved already are drawn again. A new chunk every {first['replan']} control "
         f"steps, failure after {first['max_steps']}. Intervals are 95 % Wilson intervals.</p>"
         '<div class="wide"><table><thead><tr><th>Policy</th><th>Observes</th><th class="n">Mean success</th>'
         '<th class="n">Interval</th><th class="n">Trials</th><th class="n">Seed</th></tr></thead>'

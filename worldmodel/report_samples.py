@@ -17,8 +17,8 @@ def sample_sections(offline: list[dict], split_names: Mapping[str, str]) -> str:
     if not shown:
         return '<p class="quiet">No clips in this report.</p>'
     intro = (
-        "Left predicted from the history alone, right what happened, at a quarter of real speed. For every task the clip "
-        "with the lowest PSNR and the one in the middle."
+        "Left predicted from the history alone, right what happened, at a quarter of real speed. For every task the "
+        "clip with the lowest PSNR and the one in the middle."
     )
     parts = [f"<p>{intro}</p>"]
     for result in shown:
