@@ -34,8 +34,8 @@ def closed_loop_section(closed: list[dict]) -> str:
     first = closed[0]
     return (
         "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same "
-        f"start states; start states that are solved already are drawn again. A new chunk every {first['replan']} control "
-        f"steps, failure after {first['max_steps']}. Intervals are 95 % Wilson intervals.</p>"
+        f"start states; start states that are solved already are drawn again. A new chunk every {first['replan']} "
+        f"control steps, failure after {first['max_steps']}. Intervals are 95 % Wilson intervals.</p>"
         '<div class="wide"><table><thead><tr><th>Policy</th><th>Observes</th><th class="n">Mean success</th>'
         '<th class="n">Interval</th><th class="n">Trials</th><th class="n">Seed</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div><h3>Success by task</h3>{chart}"
