@@ -10,8 +10,8 @@ GENERATE_ARGS ?=
 TRAIN_ARGS ?=
 EXPORT_ARGS ?=
 EVAL_ARGS ?=
-# Threads that spin while they wait make a shared machine many times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that spin for long while they wait make a busy machine many times slower.
+export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: demo demo-small test lint format clean
 .DELETE_ON_ERROR:

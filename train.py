@@ -27,8 +27,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(HELP)
         return
-    # Waiting threads that spin make a shared machine many times slower; must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait make a busy machine many times slower; read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import hydra
     from omegaconf import DictConfig, OmegaConf
 

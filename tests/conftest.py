@@ -24,3 +24,39 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven episodes of two training tasks and a held-out one; treat it as read-only."""
     out = tmp_path_factory.mktemp("tiny") / "dataset"
     return generate("metaworld", out, tasks=TINY_TASKS, **TINY_COUNTS, workers=1, progress=False)
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """A resolved training configuration."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from worldmodel.config import register_resolvers
+
+    register_resolvers()
+    with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
+        config = OmegaConf.to_container(hydra_compose("train", list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+@pytest.fixture(scope="session")
+def statistics() -> dict[str, Any]:
+    """Statistics that change nothing but scale, of the sizes of the tiny experiment."""
+    sizes = {"proprio": 18, "action": 4, "points": 3, "camera_translation": 3, "wrench": 18, "taxels": 3}
+    fields = {name: {"mean": [0.1] * size, "std": [0.5] * size} for name, size in sizes.items()}
+    return {"embodiments": {"sawyer": fields}}
+
+
+@pytest.fixture
+def tiny_model(statistics: dict[str, Any]) -> Any:
+    """`kairos_tiny` with random weights, its zero-initialised output layers included, in evaluation mode."""
+    from worldmodel.checkpoint import build_model, make_spec
+
+    torch.manual_seed(0)
+    config = compose("experiment=kairos_tiny")
+    model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics)
+    for layer in [*model.denoiser.embed_out.values(), model.expert.embed_out]:
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    return model.eval()

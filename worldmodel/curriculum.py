@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from einops import rearrange
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -154,6 +155,9 @@ def run_phase(
     """Trains one phase, resuming from its `last.ckpt` if there is one, and leaves its averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
     latents = latent_cache(model, reader, spec, run) if phase.objective == "world" else None
+    clips = sample_clips(reader, spec) if phase.objective == "tokeniser" else torch.empty(0)
+    if len(clips) and model.autoencoder.shortcut is not None:
+        model.autoencoder.shortcut.fit(clips)
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
     average = MovingAverage(decay=phase.ema)
     settings = config["trainer"]
@@ -182,21 +186,18 @@ def run_phase(
     trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
     average.copy_to(module)
     if phase.objective == "tokeniser":
-        model.autoencoder.set_scale(sample_latents(model, reader, spec))
+        with torch.no_grad():
+            model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
     save_model(model, folder)
     last.unlink(missing_ok=True)
 
 
-def sample_latents(model: WorldModel, reader: ShardReader, spec: ClipSpec, clips: int = 256) -> Tensor:
-    """Raw latents (N, C, T, h', w') of clips spread evenly over the training data, to fix their scale."""
+def sample_clips(reader: ShardReader, spec: ClipSpec, count: int = 256) -> Tensor:
+    """Clips (N V, 3, 1 + F*R, h, w) in [-1, 1] spread evenly over the training data: what fixes a tokeniser's scale."""
     dataset = ClipDataset(reader, spec, split="train")
-    out = []
-    with torch.no_grad():
-        for i in range(0, len(dataset), max(len(dataset) // clips, 1)):
-            batch = collate([dataset[i]])
-            clip = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], 1)[0]
-            out.append(model.autoencoder.encode_raw(clip.permute(1, 2, 0, 3, 4).float() / 127.5 - 1.0))
-    return torch.cat(out)
+    batch = collate([dataset[i] for i in range(0, len(dataset), max(len(dataset) // count, 1))])
+    clips = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], 1)
+    return rearrange(clips, "b t v c h w -> (b v) c t h w").float() / 127.5 - 1.0
 
 
 def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Path) -> Tensor:

@@ -21,9 +21,7 @@ def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
     return (value * weight).sum() / weight.sum().clamp(min=1.0)
 
 
-def tokeniser_loss(
-    model: WorldModel, batch: Batch, kl_weight: float, generator: torch.Generator
-) -> dict[str, Tensor]:
+def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Reconstruction (L1 + squared error) of one view of each clip, its first frame counted as much as the rest."""
     views = batch.future.rgb.shape[2]
     view = torch.arange(batch.future.rgb.shape[0]) % views
@@ -31,7 +29,7 @@ def tokeniser_loss(
     clip = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], dim=1)[rows, :, view]
     video = clip.transpose(1, 2).float() / 127.5 - 1.0
     sample, regulariser = model.autoencoder.sample(video, generator)
-    decoded = model.autoencoder.net.decode(sample).sample
+    decoded = model.autoencoder.decode_raw(sample)
     error = (decoded - video).abs() + (decoded - video).square()
     mse = (decoded.detach() - video).square().mean() / 4
     return {

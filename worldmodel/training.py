@@ -190,7 +190,9 @@ class Throughput(L.Callback):
         self.samples, self.waited = 0, 0.0
         self.since = self.idle_since = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Counts the time since the last step as waiting."""
         self.waited += time.perf_counter() - self.idle_since
 
@@ -226,4 +228,3 @@ class SaveProgress(L.Callback):
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
             part.replace(self.path)
-

@@ -13,10 +13,75 @@ from torch import Tensor, nn
 from worldmodel.errors import ConfigError
 
 
-class VideoAutoencoder(nn.Module):
-    """Wraps a diffusers video autoencoder named by its class (`AutoencoderKLCosmos`, `AutoencoderKLWan`, ...)."""
+class PatchShortcut(nn.Module):
+    """Linear path around a small autoencoder: the first frame's patches, and each later group of frames, to latents.
 
-    def __init__(self, *, name: str, channels: int, spatial: int, temporal: int, config: Mapping[str, Any]) -> None:
+    `fit` sets it to the principal components of the data, so that a freshly built tokeniser already reconstructs as
+    well as a linear one and training spends its steps on the rest (residual autoencoding as in Chen et al. 2024,
+    DC-AE, arXiv 2410.10733, with a fitted instead of a fixed shortcut). It keeps the causality of the autoencoder.
+    """
+
+    def __init__(self, *, channels: int, spatial: int, temporal: int) -> None:
+        super().__init__()
+        self.spatial, self.temporal = spatial, temporal
+        sizes = (3 * spatial**2, 3 * temporal * spatial**2)
+        self.encoders = nn.ModuleList(nn.Linear(size, channels) for size in sizes)
+        self.decoders = nn.ModuleList(nn.Linear(channels, size) for size in sizes)
+
+    def patches(self, frames: Tensor, group: int) -> Tensor:
+        """(B, 3, n group, h, w) -> (B, n, h', w', 3 group spatial^2)."""
+        b, c, t, h, w = frames.shape
+        p = self.spatial
+        x = frames.reshape(b, c, t // group, group, h // p, p, w // p, p)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+    def frames(self, patches: Tensor, group: int) -> Tensor:
+        """Inverse of `patches`."""
+        b, n, rows, columns, _ = patches.shape
+        p = self.spatial
+        x = patches.reshape(b, n, rows, columns, 3, group, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return x.reshape(b, 3, n * group, rows * p, columns * p)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video (B, 3, 1 + n R, h, w) -> latents (B, C, 1 + n, h', w')."""
+        parts = [self.encoders[0](self.patches(video[:, :, :1], 1))]
+        if video.shape[2] > 1:
+            parts.append(self.encoders[1](self.patches(video[:, :, 1:], self.temporal)))
+        return torch.cat(parts, 1).movedim(-1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, C, 1 + n, h', w') -> video (B, 3, 1 + n R, h, w)."""
+        x = latents.movedim(1, -1)
+        parts = [self.frames(self.decoders[0](x[:, :1]), 1)]
+        if x.shape[1] > 1:
+            parts.append(self.frames(self.decoders[1](x[:, 1:]), self.temporal))
+        return torch.cat(parts, 2)
+
+    @torch.no_grad()
+    def fit(self, video: Tensor) -> None:
+        """Principal components of the patches of sample clips, scaled to latents of unit variance."""
+        for i, (frames, group) in enumerate(((video[:, :, :1], 1), (video[:, :, 1:], self.temporal))):
+            x = self.patches(frames, group).flatten(0, 3)
+            mean = x.mean(0)
+            variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+            encoder, decoder = self.encoders[i], self.decoders[i]
+            scale = variance[-encoder.out_features :].clamp(min=1e-8).sqrt()  # pyright: ignore[reportArgumentType]
+            axes = axes[:, -len(scale) :]
+            encoder.weight.copy_(axes.T / scale[:, None])  # pyright: ignore[reportCallIssue]
+            encoder.bias.copy_(-(axes.T @ mean) / scale)  # pyright: ignore[reportCallIssue]
+            decoder.weight.copy_(axes * scale)  # pyright: ignore[reportCallIssue]
+            decoder.bias.copy_(mean)  # pyright: ignore[reportCallIssue]
+
+
+class VideoAutoencoder(nn.Module):
+    """Wraps a diffusers video autoencoder named by its class (`AutoencoderKLCosmos`, `AutoencoderKLWan`, ...).
+
+    `shortcut` adds a `PatchShortcut`; leave it off for published weights.
+    """
+
+    def __init__(
+        self, *, name: str, channels: int, spatial: int, temporal: int, shortcut: bool, config: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         import diffusers
 
@@ -25,19 +90,32 @@ class VideoAutoencoder(nn.Module):
             raise ConfigError(f"diffusers has no autoencoder {name!r}; it has {', '.join(known)}")
         self.channels, self.spatial, self.temporal = channels, spatial, temporal
         self.net = getattr(diffusers, name)(**dict(config))
+        self.shortcut = PatchShortcut(channels=channels, spatial=spatial, temporal=temporal) if shortcut else None
+        if self.shortcut is not None:
+            # The shortcut starts alone: the last layer of both halves, and what follows the encoder's, gives zero.
+            outer = [*list(self.net.encoder.conv_out.parameters())[-2:], *list(self.net.decoder.conv_out.parameters())[-2:]]
+            quant = getattr(self.net, "quant_conv", None)
+            for parameter in [*outer, *([] if quant is None else [p for p in quant.parameters() if p.dim() == 1])]:
+                nn.init.zeros_(parameter)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
     def encode_raw(self, video: Tensor) -> Tensor:
         """video (B, 3, T, h, w) in [-1, 1] -> most likely latents (B, C, T', h', w'), not standardised."""
-        return self.net.encode(video).latent_dist.mode()
+        latents = self.net.encode(video).latent_dist.mode()
+        return latents if self.shortcut is None else self.shortcut.encode(video) + latents
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, T', h', w'), not standardised -> video (B, 3, T, h, w)."""
+        video = self.net.decode(latents).sample
+        return video if self.shortcut is None else self.shortcut.decode(latents) + video
 
     def sample(self, video: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A draw of the latents and its regulariser: KL to a standard normal, or the mean square of an autoencoder
         that is not variational."""
-        posterior = self.net.encode(video).latent_dist
-        if not hasattr(posterior, "logvar"):
-            latents = posterior.mode()
+        posterior = None if self.shortcut is not None else self.net.encode(video).latent_dist
+        if posterior is None or not hasattr(posterior, "logvar"):
+            latents = self.encode_raw(video)
             return latents, latents.square().mean()
         mean, logvar = posterior.mean, posterior.logvar.clamp(-20, 4)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
@@ -69,7 +147,7 @@ class VideoAutoencoder(nn.Module):
     def decode(self, first: Tensor, future: Tensor) -> Tensor:
         """Latents of the last frame (N, C, h', w') and after it (N, F, C, h', w') -> frames (N, 1 + F*R, 3, h, w)."""
         latents = torch.cat([first.unsqueeze(1), future], dim=1) * self.column("std") + self.column("mean")
-        return self.net.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
+        return self.decode_raw(latents.transpose(1, 2)).transpose(1, 2)
 
 
 def carry_residual(decoded: Tensor, last: Tensor, sharpness: float = 40.0) -> Tensor:

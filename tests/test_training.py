@@ -1,0 +1,123 @@
+"""Phases, moving averages, interruption and resume, on the real data path."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import compose
+from worldmodel.curriculum import claim, differences, make_phases, train
+from worldmodel.errors import ConfigError
+from worldmodel.training import Ingredient, Phase
+
+ROOT = Path(__file__).parent.parent
+
+
+def short(dataset: Path, run: Path, *more: str) -> list[str]:
+    """Overrides for a run of seconds."""
+    steps = {"tokeniser": 2, "understanding": 2, "synthesis": 2, "policy": 6}
+    sizes = [
+        f"phases.{name}.{key}={value}" for name, n in steps.items() for key, value in (("steps", n), ("batch_size", 3))
+    ]
+    return [
+        "experiment=kairos_tiny",
+        f"data.root={dataset}",
+        f"run_dir={run}",
+        "wandb.mode=disabled",
+        "trainer.threads=1",
+        *sizes,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory) -> Path:
+    """A whole, undisturbed run."""
+    return train(compose(*short(tiny_dataset, tmp_path_factory.mktemp("runs") / "whole")))
+
+
+def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
+    metadata = json.loads((trained / "model.json").read_text())
+    assert metadata["training"]["split"] == "train"
+    assert set(metadata["training"]["tasks"]) == {"drawer-close-v3", "button-press-topdown-v3"}
+    assert len(metadata["training"]["episodes"]) == 4
+    phases = sorted(p.name for p in (trained / "phases").iterdir())
+    assert phases == ["0-tokeniser", "1-understanding", "2-synthesis", "3-policy"]
+    assert not list(trained.rglob("last.ckpt")), "a finished phase needs no resume point"
+    assert (trained / "csv" / "metrics.csv").is_file()
+
+
+def test_phases_train_what_they_name_and_nothing_else(trained):
+    weights = [load_file(p / "model.safetensors") for p in sorted((trained / "phases").iterdir())]
+    moved = lambda a, b, part: any(  # noqa: E731
+        not torch.equal(a[n], b[n]) for n in a if n.startswith(part + ".") and a[n].is_floating_point()
+    )
+    assert not moved(weights[0], weights[3], "autoencoder")
+    assert moved(weights[0], weights[1], "encoder")
+    assert not moved(weights[0], weights[1], "denoiser")
+    assert moved(weights[1], weights[2], "denoiser")
+    assert moved(weights[2], weights[3], "expert")
+
+
+def test_the_same_seed_gives_the_same_weights_and_a_second_call_does_nothing(trained, tiny_dataset, tmp_path):
+    again = train(compose(*short(tiny_dataset, tmp_path / "again")))
+    first, second = (load_file(run / "model.safetensors") for run in (trained, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    before = (again / "model.safetensors").stat().st_mtime_ns
+    train(compose(*short(tiny_dataset, tmp_path / "again")))
+    assert (again / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_ends_where_an_undisturbed_run_does(trained, tiny_dataset, tmp_path):
+    """Killed in the middle of the last phase; weights and moving averages after the resume equal those of one go."""
+    run = tmp_path / "killed"
+    command = [sys.executable, "train.py", *short(tiny_dataset, run, "trainer.save_every=1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    last = run / "phases" / "3-policy" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output.decode()[-2000:]
+    assert last.exists()
+    assert not (run / "model.safetensors").exists()
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 6
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (trained, run))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], msg=name)
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    claim(tmp_path, {"seed": 0, "phases": {"a": {"steps": 5}}, "trainer": {"threads": 1}})
+    claim(tmp_path, {"seed": 0, "phases": {"a": {"steps": 5}}, "trainer": {"threads": 2}})
+    with pytest.raises(ConfigError, match=r"other settings \(phases\.a\.steps\)"):
+        claim(tmp_path, {"seed": 0, "phases": {"a": {"steps": 6}}, "trainer": {"threads": 1}})
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == ["a.c"]
+
+
+def test_mistakes_in_a_phase_are_named():
+    base = {"objective": "understanding", "trains": ["encoder"], "steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+    for change, message in (
+        ({"objective": "dreaming"}, "'dreaming' is none of tokeniser"),
+        ({"trains": ["brain"]}, "trains 'brain', which is none of autoencoder"),
+        ({"mixture": [{"mode": "policy", "weight": 1.0}]}, "belongs to objective `world`"),
+        ({"stepz": 3}, "phase 'p': .*stepz"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_phases({"p": {**base, **change}})
+    with pytest.raises(ConfigError, match="needs images"):
+        Ingredient(mode="joint", weight=1.0, drop=("rgb",))
+    assert make_phases({"p": base}) == [Phase(name="p", **{**base, "trains": ("encoder",)})]
