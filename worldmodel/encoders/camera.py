@@ -19,7 +19,7 @@ class CameraEncoder(nn.Module):
 
     def forward(self, camera: Tensor) -> Tensor:
         """camera (B, H, V, 9) -> (B, H, V, W)."""
-        return self.pose(camera) + self.slot
+        return self.pose(camera) + self.slot[-camera.shape[1] :]
 
     def ray_features(self, rays: Tensor, known: Tensor) -> Tensor:
         """rays (B, V, 6, h', w') and whether each pose is known (B, V) -> (B, V, cells, W)."""

@@ -37,7 +37,10 @@ class FusionBlock(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Stage 1: one encoder per sense, a learned register that is always present, and a transformer over all tokens."""
+    """Stage 1: one encoder per sense, a learned register that is always present, and a transformer over all tokens.
+
+    Low-dimensional senses enter with their newest `frames` history frames; older ones reach the model through stage 2.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class FusionEncoder(nn.Module):
         heads: int,
         hidden: int,
         layers: int,
+        frames: int,
         image: ImageEncoder,
         text: ByteTextEncoder,
         camera: CameraEncoder,
@@ -57,6 +61,7 @@ class FusionEncoder(nn.Module):
         force_head: QueryHead,
     ) -> None:
         super().__init__()
+        self.frames = frames
         self.image, self.text, self.camera = image, text, camera
         self.trajectory, self.tactile, self.proprio = trajectory, tactile, proprio
         self.camera_head, self.points_head, self.force_head = camera_head, points_head, force_head
@@ -72,7 +77,7 @@ class FusionEncoder(nn.Module):
 
     def forward(self, s: Senses, senses: Sequence[str] = SENSES, image_tokens: Tensor | None = None) -> Fused:
         """Fuses the senses named in `senses`; others cost nothing. `image_tokens` may be handed in when computed."""
-        history = s.points.shape[1]
+        n = self.frames
         parts = [self.register.expand(s.text.shape[0], -1, -1)]
         masks = [s.has_text.new_ones(s.text.shape[0], 1)]
 
@@ -86,15 +91,15 @@ class FusionEncoder(nn.Module):
             images = images + self.camera.ray_features(s.rays[:, -1], s.has_camera)
             add("rgb", images.flatten(1, 2), s.has_rgb.repeat_interleave(images.shape[2], dim=1))
         if "camera" in senses:
-            add("camera", self.camera(s.camera).flatten(1, 2), s.has_camera.repeat(1, history))
+            add("camera", self.camera(s.camera[:, -n:]).flatten(1, 2), s.has_camera.repeat(1, n))
         if "points" in senses:
-            tokens = self.trajectory(s.points, s.visible, s.effector, s.has_proprio)
-            add("points", tokens.flatten(1, 2), s.has_points.repeat(1, history))
+            tokens = self.trajectory(s.points, s.visible, s.effector, s.has_proprio)[:, -n:]
+            add("points", tokens.flatten(1, 2), s.has_points.repeat(1, n))
         if "touch" in senses:
-            tokens = self.tactile(s.force, s.taxels, s.has_wrench, s.has_taxels)
-            add("touch", tokens.flatten(1, 2), (s.has_wrench | s.has_taxels).repeat(1, history))
+            tokens = self.tactile(s.force[:, -n:], s.taxels[:, -n:], s.has_wrench, s.has_taxels)
+            add("touch", tokens.flatten(1, 2), (s.has_wrench | s.has_taxels).repeat(1, n))
         if "proprio" in senses:
-            add("proprio", self.proprio(s.proprio, s.embodiment), s.has_proprio[:, None].expand(-1, history))
+            add("proprio", self.proprio(s.proprio[:, -n:], s.embodiment), s.has_proprio[:, None].expand(-1, n))
         if "text" in senses:
             tokens = self.text(s.text)
             add("text", tokens, s.has_text[:, None].expand(-1, tokens.shape[1]))

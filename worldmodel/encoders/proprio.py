@@ -17,4 +17,4 @@ class ProprioEncoder(nn.Module):
 
     def forward(self, proprio: Tensor, embodiment: Tensor) -> Tensor:
         """-> (B, H, W)."""
-        return self.embed(proprio) + self.time + self.embodiment(embodiment)[:, None]
+        return self.embed(proprio) + self.time[-proprio.shape[1] :] + self.embodiment(embodiment)[:, None]

@@ -18,4 +18,4 @@ class TactileEncoder(nn.Module):
     def forward(self, force: Tensor, taxels: Tensor, has_wrench: Tensor, has_taxels: Tensor) -> Tensor:
         """force (B, H, R, S, 6), taxels (B, H, S, C, rows, columns) -> (B, H, S, W)."""
         wrench = self.wrench(force.permute(0, 1, 3, 2, 4).flatten(-2)) * has_wrench[:, None, :, None]
-        return wrench + self.taxels(taxels.flatten(3)) * has_taxels[:, None, :, None] + self.slot
+        return wrench + self.taxels(taxels.flatten(3)) * has_taxels[:, None, :, None] + self.slot[-force.shape[1] :]

@@ -21,6 +21,13 @@ class ByteTextEncoder(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """text (B, L) int64 -> (B, tokens, W)."""
+        if self.training:  # a batch holds few distinct sentences
+            text, row = torch.unique(text, dim=0, return_inverse=True)
+            return self.encode(text)[row]
+        return self.encode(text)
+
+    def encode(self, text: Tensor) -> Tensor:
+        """Every row on its own."""
         present = text > 0
         x = (self.embed(text) + self.position) * present.unsqueeze(-1)
         return self.out(self.pool(x + self.conv(x.mT).mT, present))

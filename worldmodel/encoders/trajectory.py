@@ -23,4 +23,4 @@ class TrajectoryEncoder(nn.Module):
         step = torch.cat([torch.zeros_like(points[:, :1]), points[:, 1:] - points[:, :-1]], dim=1)
         features = fourier_features(torch.cat([points, relative], -1), self.bands)
         flags = torch.stack([visible.to(points.dtype), known.squeeze(-1).expand_as(visible)], -1)
-        return self.embed(torch.cat([features, 4.0 * step, flags], -1)) + self.slot
+        return self.embed(torch.cat([features, 4.0 * step, flags], -1)) + self.slot[-points.shape[1] :]
