@@ -123,10 +123,10 @@ def test_altered_shard_is_found_when_read_and_by_validate(copy: Path) -> None:
 
 def test_missing_shard_and_index(copy: Path) -> None:
     (copy / "shard-000002.tar").unlink()
-    with pytest.raises(DataError, match="shard-000002.tar: shard is missing"):
+    with pytest.raises(DataError, match=r"shard-000002\.tar: shard is missing"):
         ShardReader(copy)
     (copy / "index.json").write_text("{")
-    with pytest.raises(DataError, match="index.json: not readable JSON"):
+    with pytest.raises(DataError, match=r"index\.json: not readable JSON"):
         ShardReader(copy)
     (copy / "index.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(DataError, match="schema_version 9, this version reads 1"):
@@ -180,7 +180,7 @@ def test_round_trip_and_video_members(tiny_dataset: Path) -> None:
     video = schema.decode(members, "here")
     assert np.abs(video.rgb["front"].astype(int) - episode.rgb["front"]).mean() < 8
     members["rgb.front.mp4"] = b"no video"
-    with pytest.raises(DataError, match="rgb.front.mp4: not a readable video"):
+    with pytest.raises(DataError, match=r"rgb\.front\.mp4: not a readable video"):
         schema.decode(members, "here")
 
 

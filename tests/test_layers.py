@@ -18,7 +18,7 @@ TIERS = [
     {"evaluation"},
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},
-    {"protocol", "training"},
+    {"protocol", "training", "samples"},
     {"curriculum"},
     {"export"},
 ]

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
+from conftest import compose
 from safetensors.torch import load_file, save_file
 
-from conftest import compose
 from export.wrappers import INPUT_NAMES, random_inputs
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import MODES, STREAMS, ClipSpec, Future, Observation, WorldState
 from worldmodel.data.statistics import statistics_hash
-from worldmodel.data.transforms import hide, modality_dropout, take_rows
+from worldmodel.data.transforms import hide, modality_dropout
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.synthesis.flow import add_noise, shift_sigma, token_shift, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -73,7 +74,7 @@ def test_modes_answer_in_physical_shapes(tiny_model, mode):
     with torch.no_grad():
         p = tiny_model.predict(o, f, mode, generator=generator(), steps=2)
     assert p.rgb.shape == f.rgb.shape
-    assert 0 <= p.rgb.min() and p.rgb.max() <= 1
+    assert p.rgb.min() >= 0 and p.rgb.max() <= 1
     assert p.camera_to_base.shape == f.camera_to_base.shape
     rotation = p.camera_to_base[..., :3, :3]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand_as(rotation), atol=1e-4, rtol=0)
@@ -185,7 +186,7 @@ def test_draws_share_one_memory(tiny_model):
         memory = model.remember(model.normaliser(o, model.grid), model.history_latents(o))
         _, shared = model.velocity(memory, actions=actions, action_level=level)
         for row in range(2):
-            one = take_rows(Observation(*(x[row : row + 1] for x in o)), 1)
+            one = Observation(*(x[row : row + 1] for x in o))
             memory = model.remember(model.normaliser(one, model.grid), model.history_latents(one))
             rows = slice(3 * row, 3 * row + 3)
             _, own = model.velocity(memory, actions=actions[rows], action_level=level[rows])
@@ -227,7 +228,7 @@ def test_flow_recovers_the_clean_sample():
     torch.testing.assert_close(done["x"], clean)
     levels = sampling_sigmas(4, 3.0)
     assert levels[0] == 1 and levels[-1] == 0
-    assert all(a - b > 0.05 for a, b in zip(levels, levels[1:], strict=False)), "no step is wasted"
+    assert all(a - b > 0.05 for a, b in pairwise(levels)), "no step is wasted"
     assert torch.equal(shift_sigma(torch.tensor([0.0, 1.0]), 5.0), torch.tensor([0.0, 1.0]))
     assert token_shift(8192, 4) / token_shift(256, 4) == pytest.approx(2.718281828**0.4)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose
 from safetensors.torch import load_file
 
-from conftest import compose
 from worldmodel.curriculum import claim, differences, make_phases, train
 from worldmodel.errors import ConfigError
 from worldmodel.training import Ingredient, Phase

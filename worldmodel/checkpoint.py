@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from worldmodel.config import with_tuples
 from worldmodel.contracts import SCHEMA_VERSION, ClipSpec
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.model import WorldModel
@@ -22,7 +23,7 @@ def make_spec(values: Mapping[str, Any]) -> ClipSpec:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"unknown field {unknown[0]!r} of spec; it has {', '.join(known)}")
-    return ClipSpec(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+    return ClipSpec(**with_tuples(values))
 
 
 def check_targets(config: Any, where: str = "model") -> None:

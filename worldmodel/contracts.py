@@ -14,9 +14,12 @@ Presence masks (`has_*`) are True where the robot has that sense; what they hide
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA_VERSION = 1
 """Version of shards and checkpoints; readers refuse any other."""
@@ -165,19 +168,28 @@ class Prediction(NamedTuple):
 class Encoder(Protocol):
     """Stage 1."""
 
-    def __call__(self, senses: Senses) -> Fused: ...
+    def __call__(self, senses: Senses) -> Fused:
+        """Fuses what is present."""
+        ...
 
 
 class Policy(Protocol):
     """Anything that closes the loop: flat named observations in, a chunk of actions in physical units out.
 
     Observation names: `rgb.<camera>` (h, w, 3) uint8, `intrinsics.<camera>` (3, 3), `camera_to_base.<camera>` (4, 4),
-    `points` (K, 3), `visible` (K,), `wrench` (S, 6), `taxels` (S, C, rows, columns), `proprio` (P,), `instruction` str.
-    `observe` takes one control step; image and pose names may be missing from steps that are not history frames.
+    `points` (K, 3), `visible` (K,), `wrench` (S, 6), `taxels` (S, C, rows, columns), `proprio` (P,), `instruction` str;
+    optional presence `has_points` (K,), `has_wrench` (S,), `has_taxels` (S,). A name that is missing is a sense that is
+    absent; images and poses may be missing from steps that are not history frames.
     """
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """Forgets the episode."""
+        ...
 
-    def observe(self, observation: dict) -> None: ...
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Takes what was sensed at one control step."""
+        ...
 
-    def act(self) -> "object": ...
+    def act(self) -> "np.ndarray":
+        """The next actions (A, D) in the embodiment's units."""
+        ...

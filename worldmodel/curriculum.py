@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
+from worldmodel.config import with_tuples
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.dataset import ClipDataset, collate
 from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.data.dataset import ClipDataset, collate
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import load_statistics, statistics_hash
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
+from worldmodel.samples import log_samples, write_samples
 from worldmodel.training import PARTS, Ingredient, MovingAverage, Phase, PhaseModule, SaveProgress, Throughput
 
 log = logging.getLogger(__name__)
@@ -38,11 +41,8 @@ def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
     phases = []
     for name, values in config.items():
         try:
-            mixture = tuple(
-                Ingredient(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})
-                for item in values.get("mixture", [])
-            )
-            rest = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "mixture"}
+            mixture = tuple(Ingredient(**with_tuples(item)) for item in values.get("mixture", []))
+            rest = with_tuples({k: v for k, v in values.items() if k != "mixture"})
             phases.append(Phase(name=name, mixture=mixture, **rest))
         except TypeError as error:
             raise ConfigError(f"phase {name!r}: {error}") from error
@@ -168,6 +168,7 @@ def run_phase(
         seed=config["seed"],
         num_workers=settings["workers"],
         cache_bytes=config["data"]["cache_bytes"],
+        needs=partial(phase.needs, config["seed"]),
     )
     last = folder / "last.ckpt"
     trainer = L.Trainer(
@@ -188,6 +189,10 @@ def run_phase(
     if phase.objective == "tokeniser":
         with torch.no_grad():
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
+    if phase.objective == "world":
+        log_samples(
+            write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
+        )
     save_model(model, folder)
     last.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ from worldmodel.encoders.fusion import SENSES, FusionEncoder
 from worldmodel.errors import ConfigError
 from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
-from worldmodel.policy.action_expert import ActionExpert
+from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder, carry_residual
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -54,6 +54,16 @@ class Memory(NamedTuple):
     presence: dict[str, Tensor]
     embodiment: Tensor
     streams: tuple[str, ...]
+
+
+class Track(NamedTuple):
+    """Tokens of the streams or of the actions on their way through the blocks."""
+
+    x: Tensor
+    mask: Tensor
+    vectors: Tensor
+    embedding: Tensor
+    rope: tuple[Tensor, Tensor]
 
 
 class WorldModel(nn.Module):
@@ -148,7 +158,7 @@ class WorldModel(nn.Module):
         """
         streams = tuple(n for n in STREAMS if n in streams and (n != "video" or latents is not None))
         senses = SENSES if "video" in streams else tuple(n for n in SENSES if n != "rgb")
-        fused = self.encoder(s, senses) if fused is None else fused
+        context = self.encoder(s, senses) if fused is None else fused
         anchors = {"camera": s.camera[:, -1:], "points": s.points[:, -1:]}
         presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
         video = latents if latents is not None else s.points.new_zeros(())
@@ -160,13 +170,13 @@ class WorldModel(nn.Module):
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
-            kept = self.denoiser.remember(tokens, fused)
-        action_context = self.expert.extend(fused, s.proprio[:, -1], s.has_proprio)
+            kept = self.denoiser.remember(tokens, context)
+        action_context = self.expert.extend(context, s.proprio[:, -1], s.has_proprio)
         return Memory(
             kept,
-            fused,
+            context,
             action_context,
-            self.expert.summary(fused),
+            self.expert.summary(context),
             anchors,
             s.rays[:, -1:],
             presence,
@@ -191,41 +201,49 @@ class WorldModel(nn.Module):
         the actions the streams; under `joint` they see each other. Returns the velocities.
         """
         joint = (coupling or self.coupling) == "joint"
-        x = mask = vectors = rope = embedding = a = a_vectors = a_embedding = a_rope = None
-        if state is not None and levels is not None:
-            tokens = self.denoiser.embed(state, memory.anchors, memory.rays, memory.presence, memory.streams)
-            x, mask = tokens.x, tokens.mask
-            embedding, vectors = self.denoiser.vectors(levels, tokens.stream)
-            rope = self.denoiser.rope(tokens, self.spec.history)
-        draws = 1
-        if actions is not None and action_level is not None:
-            draws = actions.shape[0] // memory.embodiment.shape[0]
-            a = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
-            condition = repeat_rows(memory.summary, draws)
-            a_embedding, a_vectors = self.expert.time(1000.0 * action_level.unsqueeze(-1), condition.unsqueeze(1))
-            a_rope = self.expert.rope()
-        for i, (block, action_block) in enumerate(zip(self.denoiser.blocks, self.expert.blocks, strict=True)):
-            past = memory.kept[i]
-            attends = isinstance(past, Keys)
-            q = k = v = own = None
-            if a is not None:
-                q, k, v = action_block.project(a, a_vectors, a_rope)
-            if x is not None:
-                extra = (k, v) if joint and attends and k is not None else None
+        stream = None if state is None or levels is None else self.open_streams(memory, state, levels)
+        action = None if actions is None or action_level is None else self.open_actions(memory, actions, action_level)
+        for block, action_block, past in zip(self.denoiser.blocks, self.expert.blocks, memory.kept, strict=True):
+            assert isinstance(action_block, ActionBlock)
+            qkv = None if action is None else action_block.project(action.x, action.vectors, action.rope)
+            own = None
+            if stream is not None:
+                extra = qkv[1:] if joint and qkv is not None and isinstance(past, Keys) else None
+                x, mask, vectors, rope = stream.x, stream.mask, stream.vectors, stream.rope
                 x, own = block(x, mask, vectors, rope, memory.context, past, extra)
-            if a is not None:
-                keys, values, present = [k], [v], [k.new_ones(k.shape[:2]).bool()]
-                for seen in (past, own if joint else None):
-                    if isinstance(seen, Keys):
-                        keys.append(repeat_rows(seen.k.flatten(1, 2), draws))
-                        values.append(repeat_rows(seen.v.flatten(1, 2), draws))
-                        present.append(repeat_rows(seen.mask.flatten(1, 2), draws))
-                a = action_block(
-                    a, a_vectors, q, torch.cat(keys, 1), torch.cat(values, 1), torch.cat(present, 1),
-                    memory.action_context,
-                )  # fmt: skip
-        streams = {} if x is None else self.denoiser.decode(x, embedding, memory.streams)
-        return streams, None if a is None else self.expert.decode(a, a_embedding)
+                stream = stream._replace(x=x)
+            if action is not None and qkv is not None:
+                seen = [keys for keys in (past, own if joint else None) if isinstance(keys, Keys)]
+                k, v, present = self.action_keys(qkv, seen)
+                a = action_block(action.x, action.vectors, qkv[0], k, v, present, memory.action_context)
+                action = action._replace(x=a)
+        velocities = {} if stream is None else self.denoiser.decode(stream.x, stream.embedding, memory.streams)
+        return velocities, None if action is None else self.expert.decode(action.x, action.embedding)
+
+    def open_streams(self, memory: Memory, state: WorldState, levels: Tensor) -> Track:
+        """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""
+        tokens = self.denoiser.embed(state, memory.anchors, memory.rays, memory.presence, memory.streams)
+        embedding, vectors = self.denoiser.vectors(levels, tokens.stream)
+        return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, self.spec.history))
+
+    def open_actions(self, memory: Memory, actions: Tensor, level: Tensor) -> Track:
+        """Noisy actions and their noise levels (B n,) as tokens (B n, A, W), ready for the first block."""
+        draws = actions.shape[0] // memory.embodiment.shape[0]
+        x = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
+        condition = repeat_rows(memory.summary, draws)
+        embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition.unsqueeze(1))
+        return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, self.expert.rope())
+
+    def action_keys(self, qkv: tuple[Tensor, Tensor, Tensor], seen: list[Keys]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values (B n, M, E, d) and presence (B n, M) that actions look at: all actions, then what they see."""
+        _, k, v = qkv
+        keys, values, present = [k], [v], [torch.ones_like(k[..., 0, 0], dtype=torch.bool)]
+        for other in seen:
+            draws = k.shape[0] // other.k.shape[0]
+            keys.append(repeat_rows(other.k.flatten(1, 2), draws))
+            values.append(repeat_rows(other.v.flatten(1, 2), draws))
+            present.append(repeat_rows(other.mask.flatten(1, 2), draws))
+        return torch.cat(keys, 1), torch.cat(values, 1), torch.cat(present, 1)
 
     def denoise_actions(self, memory: Memory, noise: Tensor) -> Tensor:
         """Normalised actions (B, A, D) from noise and the memory alone, flow steps unrolled."""

@@ -33,7 +33,7 @@ def timestep_embedding(t: Tensor, size: int, base: float = 10000.0) -> Tensor:
 
 
 def fourier_features(x: Tensor, bands: int) -> Tensor:
-    """x (..., c) -> (..., c (1 + 2 bands)): x and its sines and cosines at octaves, so that millimetres stay visible."""
+    """x (..., c) -> (..., c (1 + 2 bands)): x, its sines and cosines at octaves: millimetres stay visible."""
     scale = math.pi * 2.0 ** torch.arange(bands, device=x.device, dtype=x.dtype)
     angle = (x.unsqueeze(-1) * scale).flatten(-2)
     return torch.cat([x, angle.sin(), angle.cos()], dim=-1)

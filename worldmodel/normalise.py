@@ -33,6 +33,7 @@ class Normaliser(nn.Module):
         if missing:
             raise ConfigError(f"no statistics for embodiment {missing[0]!r}; the data has {sorted(statistics)}")
         self.effector = list(effector)
+        self.size = (spec.height, spec.width)
         sensors = len(spec.sensors)
         sizes = {"proprio": spec.proprio, "action": spec.action, "points": 3, "camera_translation": 3}
         for name, size in (*sizes.items(), ("wrench", sensors * 6)):
@@ -80,7 +81,7 @@ class Normaliser(nn.Module):
 
     def rays(self, o: Observation, grid: tuple[int, int]) -> Tensor:
         """Pluecker rays (B, H, V, 6, rows, columns) through the cells of a grid over each image."""
-        return pluecker_rays(o.intrinsics, o.camera_to_base, *o.rgb.shape[-2:], *grid).movedim(-1, -3)
+        return pluecker_rays(o.intrinsics, o.camera_to_base, *self.size, *grid).movedim(-1, -3)
 
     def forward(self, o: Observation, grid: tuple[int, int]) -> Senses:
         """Observation in physical units -> what the stages read; `grid` is the size of a latent frame."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import MODES, Batch
-from worldmodel.data.transforms import PRESENCE, take_rows
+from worldmodel.data.dataset import Needs
+from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
 from worldmodel.losses import tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
@@ -69,6 +70,22 @@ class Phase:
         if (self.objective == "world") != bool(self.mixture):
             raise ConfigError(f"phase {self.name!r}: a mixture of modes belongs to objective `world` and only there")
 
+    def generator(self, seed: int, step: int) -> torch.Generator:
+        """Source of everything random in a step, the same after a resume."""
+        return torch.Generator().manual_seed(random.Random(f"{seed} {self.name} {step}").getrandbits(63))
+
+    def pick(self, seed: int, step: int) -> Ingredient:
+        """The ingredient of a step of a world phase: a function of seed and step, known before its data is loaded."""
+        weights = torch.tensor([i.weight for i in self.mixture])
+        return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
+
+    def needs(self, seed: int, step: int) -> Needs:
+        """What the batch of a step will use."""
+        if self.objective != "world":
+            return Needs(future=self.objective == "tokeniser")
+        pick = self.pick(seed, step)
+        return Needs(rows=pick.rows, images="rgb" not in pick.drop, future=pick.mode != "policy")
+
 
 class PhaseModule(L.LightningModule):
     """Trains the parts of the model that a phase names. Every random choice follows from (seed, step)."""
@@ -80,15 +97,10 @@ class PhaseModule(L.LightningModule):
         for name in PARTS:
             getattr(model, name).requires_grad_(name in phase.trains)
 
-    def step_generator(self) -> torch.Generator:
-        """Generator of this step, the same after a resume."""
-        seed = random.Random(f"{self.seed} {self.phase.name} {self.global_step}").getrandbits(63)
-        return torch.Generator().manual_seed(seed)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One optimisation step; logs each part of the loss."""
-        generator = self.step_generator()
         phase = self.phase
+        generator = phase.generator(self.seed, self.global_step)
         if phase.objective == "tokeniser":
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
         elif phase.objective == "understanding":
@@ -104,12 +116,9 @@ class PhaseModule(L.LightningModule):
         return losses["loss"]
 
     def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws an ingredient of the mixture and computes its loss."""
+        """Loss of the ingredient that this step draws."""
         phase = self.phase
-        weights = torch.tensor([i.weight for i in phase.mixture])
-        pick = phase.mixture[int(torch.multinomial(weights, 1, generator=generator))]
-        if pick.rows is not None:
-            batch = take_rows(batch, pick.rows)
+        pick = phase.pick(self.seed, self.global_step)
         return world_loss(
             self.model,
             batch,
@@ -164,7 +173,8 @@ class MovingAverage(L.Callback):
         """Follows the weights; early steps average over fewer of them."""
         decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
         live = [p.detach() for n, p in pl_module.named_parameters() if n in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        for average, parameter in zip(self.shadow.values(), live, strict=True):
+            average.lerp_(parameter, 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Writes the average into the module's parameters."""

@@ -5,7 +5,7 @@ batches. Batch k of rank r is a pure function of (seed, k, r), so a run that res
 nothing; workers take batches round robin and do not change the order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from worldmodel.contracts import Batch, ClipSpec
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.dataset import ClipDataset, Needs, Request, collate
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError
 
@@ -71,18 +71,25 @@ class StreamLoader:
     """Iterable over training batches that counts what it has handed out.
 
     Plain and without length, so that Lightning leaves its sampler alone; `position` survives prefetching by workers
-    because it counts batches that left the loader, not batches that were asked of it.
+    because it counts batches that left the loader, not batches that were asked of it. `needs` says of each batch number
+    what it will use.
     """
 
-    def __init__(self, dataset: ClipDataset, sampler: StreamSampler, num_workers: int) -> None:
-        self.sampler, self.position = sampler, sampler.start
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        sampler: StreamSampler,
+        num_workers: int,
+        needs: Callable[[int], Needs] | None = None,
+    ) -> None:
+        self.sampler, self.position, self.needs = sampler, sampler.start, needs
         self._dataset, self._num_workers = dataset, num_workers
 
     def __iter__(self) -> Iterator[Batch]:
         self.sampler.start = self.position
         loader = DataLoader(
             self._dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=self._requests(),
             collate_fn=collate,
             num_workers=self._num_workers,
             persistent_workers=False,
@@ -90,6 +97,11 @@ class StreamLoader:
         for batch in loader:
             self.position += 1
             yield batch
+
+    def _requests(self) -> Iterator[list[Request]]:
+        for number, indices in enumerate(self.sampler, self.position):
+            rows, images, future = Needs() if self.needs is None else self.needs(number)
+            yield [Request(index, images, future) for index in indices[:rows]]
 
 
 class ClipDataModule(L.LightningDataModule):
@@ -107,6 +119,8 @@ class ClipDataModule(L.LightningDataModule):
         future: False leaves future pictures out.
         camera_map: see `ClipDataset`.
         cache_bytes: bound of the decoded pictures kept in memory, per process.
+        needs: what training batch number k will use (see `Needs`); None is everything. Rows it leaves out are not made
+            up for: that batch is smaller.
         validation_clips: clips of `heldout_episodes` in the validation loader, evenly spread; None is all.
 
     Raises:
@@ -127,11 +141,12 @@ class ClipDataModule(L.LightningDataModule):
         future: bool = True,
         camera_map: Mapping[str, str | None] | None = None,
         cache_bytes: int = 1 << 30,
+        needs: Callable[[int], Needs] | None = None,
         validation_clips: int | None = 256,
     ) -> None:
         super().__init__()
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
-        self.num_workers, self.validation_clips = num_workers, validation_clips
+        self.num_workers, self.validation_clips, self.needs = num_workers, validation_clips, needs
         self.reader = ShardReader(root, cache_bytes=cache_bytes)
         self._options: dict[str, Any] = {
             "only_success": only_success,
@@ -152,7 +167,7 @@ class ClipDataModule(L.LightningDataModule):
         sampler = StreamSampler(
             len(self.train_clips), self.batch_size, seed=self.seed, rank=rank, world_size=world_size, start=self._start
         )
-        self._loader = StreamLoader(self.train_clips, sampler, self.num_workers)
+        self._loader = StreamLoader(self.train_clips, sampler, self.num_workers, self.needs)
         return self._loader
 
     def val_dataloader(self) -> DataLoader[Any]:

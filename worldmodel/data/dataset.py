@@ -19,6 +19,22 @@ from worldmodel.errors import DataError
 log = logging.getLogger(__name__)
 
 
+class Needs(NamedTuple):
+    """What one training batch will really use; the rest is not loaded."""
+
+    rows: int | None = None  # the first so many clips of the batch; None is all
+    images: bool = True
+    future: bool = True  # pictures of the future
+
+
+class Request(NamedTuple):
+    """A clip of which only some pictures are wanted."""
+
+    clip: int
+    images: bool
+    future: bool
+
+
 class Clip(NamedTuple):
     """One item: the fields of `Observation` and `Future` without the batch axis."""
 
@@ -102,8 +118,9 @@ class ClipDataset(Dataset[Clip]):
         episode = int(np.searchsorted(self._ends, index, side="right"))
         return self.episodes[episode], index - (int(self._ends[episode - 1]) if episode else 0)
 
-    def __getitem__(self, index: int) -> Clip:
-        i, step = self.locate(index)
+    def __getitem__(self, index: int | Request) -> Clip:
+        request = index if isinstance(index, Request) else Request(index, True, True)
+        i, step = self.locate(request.clip)
         entry, spec, data = self.reader.entries[i], self.spec, self._aligned(i)
         last = entry.length - 1
         history = history_steps(step, spec)
@@ -113,7 +130,7 @@ class ClipDataset(Dataset[Clip]):
         series = future_steps.reshape(spec.future, spec.stride)
         chunk = step + np.arange(spec.chunk)
         observation = {
-            "rgb": self._pictures(i, history, self.images),
+            "rgb": self._pictures(i, history, self.images and request.images),
             "intrinsics": data.intrinsics[history],
             "camera_to_base": data.camera_to_base[history],
             "points": data.points[history],
@@ -124,7 +141,7 @@ class ClipDataset(Dataset[Clip]):
             **data.constant,
         }
         future = {
-            "rgb": self._pictures(i, future_steps, self.future_images),
+            "rgb": self._pictures(i, future_steps, self.future_images and request.future),
             "camera_to_base": data.camera_to_base[sampled],
             "points": data.points[sampled],
             "visible": data.visible[sampled],

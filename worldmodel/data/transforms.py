@@ -1,7 +1,6 @@
-"""Changes to a batch of observations: hiding senses, taking rows."""
+"""Changes to a batch of observations: hiding senses."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ PRESENCE = {
     "text": ("has_text",),
 }
 """Sense -> the presence masks of `Observation` that it owns."""
-
-T = TypeVar("T")
 
 
 def presence_masks(sense: str) -> tuple[str, ...]:
@@ -49,14 +46,3 @@ def modality_dropout(
         observation = hide(observation, [sense], rows)
         dropped[sense] = rows
     return observation, dropped
-
-
-def take_rows(value: T, count: int) -> T:
-    """The first `count` rows of every tensor in nested tuples; lists are cut too."""
-    if isinstance(value, Tensor):
-        return value[:count]
-    if isinstance(value, list):
-        return value[:count]  # pyright: ignore[reportReturnType]
-    if isinstance(value, tuple):
-        return type(value)(*(take_rows(v, count) for v in value))  # pyright: ignore[reportCallIssue]
-    return value

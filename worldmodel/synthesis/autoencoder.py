@@ -65,12 +65,13 @@ class PatchShortcut(nn.Module):
             mean = x.mean(0)
             variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
             encoder, decoder = self.encoders[i], self.decoders[i]
-            scale = variance[-encoder.out_features :].clamp(min=1e-8).sqrt()  # pyright: ignore[reportArgumentType]
+            assert isinstance(encoder, nn.Linear) and isinstance(decoder, nn.Linear)
+            scale = variance[-encoder.out_features :].clamp(min=1e-8).sqrt()
             axes = axes[:, -len(scale) :]
-            encoder.weight.copy_(axes.T / scale[:, None])  # pyright: ignore[reportCallIssue]
-            encoder.bias.copy_(-(axes.T @ mean) / scale)  # pyright: ignore[reportCallIssue]
-            decoder.weight.copy_(axes * scale)  # pyright: ignore[reportCallIssue]
-            decoder.bias.copy_(mean)  # pyright: ignore[reportCallIssue]
+            encoder.weight.copy_(axes.T / scale[:, None])
+            encoder.bias.copy_(-(axes.T @ mean) / scale)
+            decoder.weight.copy_(axes * scale)
+            decoder.bias.copy_(mean)
 
 
 class VideoAutoencoder(nn.Module):
@@ -93,7 +94,10 @@ class VideoAutoencoder(nn.Module):
         self.shortcut = PatchShortcut(channels=channels, spatial=spatial, temporal=temporal) if shortcut else None
         if self.shortcut is not None:
             # The shortcut starts alone: the last layer of both halves, and what follows the encoder's, gives zero.
-            outer = [*list(self.net.encoder.conv_out.parameters())[-2:], *list(self.net.decoder.conv_out.parameters())[-2:]]
+            outer = [
+                *list(self.net.encoder.conv_out.parameters())[-2:],
+                *list(self.net.decoder.conv_out.parameters())[-2:],
+            ]
             quant = getattr(self.net, "quant_conv", None)
             for parameter in [*outer, *([] if quant is None else [p for p in quant.parameters() if p.dim() == 1])]:
                 nn.init.zeros_(parameter)

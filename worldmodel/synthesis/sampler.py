@@ -1,6 +1,7 @@
 """From noise to clean streams: the noise levels of a sampling run and Euler integration along them."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def integrate(
 ) -> dict[str, Tensor]:
     """Euler integration of several streams at once from noise to clean. `velocity(streams, sigma)` -> velocities."""
     state = noise
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         v = velocity(state, now)
         state = {name: value + (then - now) * v[name] for name, value in state.items()}
     return state

@@ -19,7 +19,9 @@ _PROBE = "import mujoco; c = mujoco.GLContext(32, 32); c.make_current(); c.free(
 class Closable(Protocol):
     """Something that holds an OpenGL context."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees it."""
+        ...
 
 
 _open: "weakref.WeakSet[Closable]" = weakref.WeakSet()

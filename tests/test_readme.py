@@ -1,0 +1,43 @@
+"""The README's commands are those that `make demo` runs, and the other commands it names exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+
+
+def test_the_steps_by_hand_are_what_the_demo_runs():
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = [line for line in COMMANDS if line.startswith("python ")]
+    assert len(steps) == 4
+    for step in steps:
+        assert f".venv/bin/{step}" in shown, f"`make demo` does not run {step!r}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-m worldmodel.data generate --help",
+        "-m worldmodel.data inspect --help",
+        "-m worldmodel.data validate --help",
+        "-m worldmodel.data stats --help",
+        "-m export build --help",
+        "-m export drive --help",
+        "train.py --help",
+        "eval.py --help",
+        "benchmarks/action_latency.py --help",
+    ],
+)
+def test_help_is_there(command):
+    assert command.removesuffix(" --help").split(" ")[-1] in README
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 200
