@@ -15,7 +15,7 @@ from worldmodel.contracts import MODES, STREAMS, ClipSpec, Future, Observation, 
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.data.transforms import hide, modality_dropout
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.synthesis.flow import add_noise, shift_sigma, token_shift, velocity_target
+from worldmodel.synthesis.flow import add_noise, precondition, shift_sigma, token_shift, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 
 
@@ -231,6 +231,32 @@ def test_flow_recovers_the_clean_sample():
     assert all(a - b > 0.05 for a, b in pairwise(levels)), "no step is wasted"
     assert torch.equal(shift_sigma(torch.tensor([0.0, 1.0]), 5.0), torch.tensor([0.0, 1.0]))
     assert token_shift(8192, 4) / token_shift(256, 4) == pytest.approx(2.718281828**0.4)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("sigma", [0.02, 0.5, 1.0])
+def test_preconditioning_is_the_best_linear_guess(scale, sigma):
+    clean = scale * torch.randn(200_000, generator=generator(1), dtype=torch.float64)
+    noise = torch.randn(200_000, generator=generator(2), dtype=torch.float64)
+    level = torch.full((1,), sigma, dtype=torch.float64)
+    z, velocity = add_noise(clean[None], noise[None], level)[0], velocity_target(clean, noise)
+    skip, out = precondition(level, torch.tensor(scale, dtype=torch.float64))
+    assert float((z * velocity).mean() / z.square().mean()) == pytest.approx(float(skip), abs=0.01)
+    assert float((velocity - skip * z).std()) == pytest.approx(float(out), rel=0.01)
+
+
+def test_shortcut_starts_as_the_principal_components_of_the_data(tiny_model):
+    """A fresh tokeniser reconstructs data of few degrees of freedom exactly, and no data worse than their mean."""
+    ae = tiny_model.autoencoder
+    basis = torch.randn(5, 3, 1, 64, 64, generator=generator(1)) * 0.1
+    weight = torch.randn(40, 5, 1, 1, 1, 1, generator=generator(2))
+    still = (basis * weight).sum(1).expand(-1, -1, 1 + tiny_model.spec.window, -1, -1)
+    noisy = still + 0.3 * torch.randn(still.shape, generator=generator(3))
+    for video, bound in ((still, 1e-2), (noisy, 1.0)):
+        ae.shortcut.fit(video)
+        with torch.no_grad():
+            error = (ae.decode_raw(ae.encode_raw(video)) - video).square().mean()
+        assert error < bound * (video - video.mean(0)).square().mean()
 
 
 def test_modality_dropout_is_seeded_and_hits_the_asked_share(tiny_model):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.config import with_tuples
-from worldmodel.contracts import ClipSpec
+from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.data.dataset import ClipDataset, collate
 from worldmodel.data.shards import ShardReader
@@ -154,10 +154,14 @@ def run_phase(
 ) -> None:
     """Trains one phase, resuming from its `last.ckpt` if there is one, and leaves its averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
+    last = folder / "last.ckpt"
     latents = latent_cache(model, reader, spec, run) if phase.objective == "world" else None
-    clips = sample_clips(reader, spec) if phase.objective == "tokeniser" else torch.empty(0)
-    if len(clips) and model.autoencoder.shortcut is not None:
-        model.autoencoder.shortcut.fit(clips)
+    resumed = last.is_file()
+    sample = None if resumed else sample_batch(reader, spec)
+    if sample is not None and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
+        model.autoencoder.shortcut.fit(whole_clips(sample))
+    if sample is not None and "denoiser" in phase.trains:
+        model.fit_scale(sample.observation, sample.future)
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
     average = MovingAverage(decay=phase.ema)
     settings = config["trainer"]
@@ -170,7 +174,6 @@ def run_phase(
         cache_bytes=config["data"]["cache_bytes"],
         needs=partial(phase.needs, config["seed"]),
     )
-    last = folder / "last.ckpt"
     trainer = L.Trainer(
         max_steps=phase.steps,
         accelerator=settings["accelerator"],
@@ -184,10 +187,11 @@ def run_phase(
         enable_model_summary=False,
         default_root_dir=run,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
     average.copy_to(module)
     if phase.objective == "tokeniser":
         with torch.no_grad():
+            clips = whole_clips(sample_batch(reader, spec))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
     if phase.objective == "world":
         log_samples(
@@ -197,10 +201,14 @@ def run_phase(
     last.unlink(missing_ok=True)
 
 
-def sample_clips(reader: ShardReader, spec: ClipSpec, count: int = 256) -> Tensor:
-    """Clips (N V, 3, 1 + F*R, h, w) in [-1, 1] spread evenly over the training data: what fixes a tokeniser's scale."""
+def sample_batch(reader: ShardReader, spec: ClipSpec, count: int = 256) -> Batch:
+    """About `count` clips spread evenly over the training data: what fixes scales before a phase trains."""
     dataset = ClipDataset(reader, spec, split="train")
-    batch = collate([dataset[i] for i in range(0, len(dataset), max(len(dataset) // count, 1))])
+    return collate([dataset[i] for i in range(0, len(dataset), max(len(dataset) // count, 1))])
+
+
+def whole_clips(batch: Batch) -> Tensor:
+    """Newest observed frame and future of every view: (B V, 3, 1 + F*R, h, w) in [-1, 1]."""
     clips = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], 1)
     return rearrange(clips, "b t v c h w -> (b v) c t h w").float() / 127.5 - 1.0
 

@@ -28,6 +28,7 @@ from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder, carry_residual
 from worldmodel.synthesis.denoiser import Denoiser
+from worldmodel.synthesis.flow import expand_as, precondition
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 from worldmodel.synthesis.temporal import DeltaState, Keys
 
@@ -83,6 +84,7 @@ class WorldModel(nn.Module):
         action_steps: int,
         stream_shift: float,
         action_shift: float,
+        preconditioned: bool,
     ) -> None:
         super().__init__()
         if coupling not in COUPLINGS:
@@ -100,6 +102,8 @@ class WorldModel(nn.Module):
         self.spec, self.coupling = spec, coupling
         self.stream_steps, self.action_steps = stream_steps, action_steps
         self.stream_shift, self.action_shift = stream_shift, action_shift
+        self.preconditioned = preconditioned
+        self.register_buffer("stream_scale", torch.ones(len(STREAMS)))
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
         self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
@@ -127,6 +131,14 @@ class WorldModel(nn.Module):
         frames = future.rgb.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1.0
         latents = self.autoencoder.encode_future(last, frames)
         return latents.unflatten(0, (b, v)).transpose(1, 2)
+
+    @torch.no_grad()
+    def fit_scale(self, observation: Observation, future: Future) -> None:
+        """Sets the root mean square of every normalised future stream from sample clips, for preconditioning."""
+        s = self.normaliser(observation, self.grid)
+        state = self.future_state(s, future, self.future_latents(observation, future))
+        scales = [value[future.valid].square().mean().sqrt() for value in state]
+        self.get_buffer("stream_scale").copy_(torch.stack(scales).clamp(min=0.02))
 
     def relative(self, value: Tensor, anchor: Tensor) -> Tensor:
         """Anchored streams as amplified differences to now."""
@@ -159,14 +171,16 @@ class WorldModel(nn.Module):
         streams = tuple(n for n in STREAMS if n in streams and (n != "video" or latents is not None))
         senses = SENSES if "video" in streams else tuple(n for n in SENSES if n != "rgb")
         context = self.encoder(s, senses) if fused is None else fused
-        anchors = {"camera": s.camera[:, -1:], "points": s.points[:, -1:]}
+        force = s.force.mean(2)
+        anchors = {"camera": s.camera[:, -1:], "points": s.points[:, -1:], "force": force[:, -1:]}
         presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
-        video = latents if latents is not None else s.points.new_zeros(())
+        if latents is not None:
+            anchors["video"] = latents[:, -1:]
         state = WorldState(
-            video=video,
+            video=latents if latents is not None else s.points.new_zeros(()),
             camera=self.relative(s.camera, anchors["camera"]),
             points=self.relative(s.points, anchors["points"]),
-            force=s.force.mean(2),
+            force=force,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
@@ -217,8 +231,24 @@ class WorldModel(nn.Module):
                 k, v, present = self.action_keys(qkv, seen)
                 a = action_block(action.x, action.vectors, qkv[0], k, v, present, memory.action_context)
                 action = action._replace(x=a)
-        velocities = {} if stream is None else self.denoiser.decode(stream.x, stream.embedding, memory.streams)
-        return velocities, None if action is None else self.expert.decode(action.x, action.embedding)
+        velocities, action_velocity = {}, None
+        if stream is not None and state is not None and levels is not None:
+            velocities = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
+            for i, name in enumerate(STREAMS):
+                if name in velocities:
+                    scale = self.get_buffer("stream_scale")[i]
+                    velocities[name] = self.to_velocity(velocities[name], getattr(state, name), levels[:, i], scale)
+        if action is not None and actions is not None and action_level is not None:
+            answer = self.expert.decode(action.x, action.embedding)
+            action_velocity = self.to_velocity(answer, actions, action_level, torch.ones_like(action_level[0]))
+        return velocities, action_velocity
+
+    def to_velocity(self, answer: Tensor, noisy: Tensor, level: Tensor, scale: Tensor) -> Tensor:
+        """Network output -> velocity; the same unless the model is preconditioned."""
+        if not self.preconditioned:
+            return answer
+        skip, out = precondition(expand_as(level, noisy), scale)
+        return skip * noisy + out * answer
 
     def open_streams(self, memory: Memory, state: WorldState, levels: Tensor) -> Track:
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""

@@ -17,8 +17,6 @@ from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, 
 from worldmodel.synthesis.temporal import DeltaState, GatedDelta, Keys, WindowAttention
 
 LAYERS = ("swa", "dswa", "gated")
-ANCHORED = ("camera", "points")
-"""Streams coded as the difference to the newest observed frame, whose absolute value is added as a second input."""
 
 
 class Tokens(NamedTuple):
@@ -92,16 +90,19 @@ class Denoiser(nn.Module):
         views: int,
         points: int,
         sensors: int,
+        anchored: Sequence[str],
         frequencies: int = 256,
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(anchored) - set(STREAMS)):
+            raise ConfigError(f"anchored: unknown stream {unknown[0]!r}; one of {', '.join(STREAMS)}")
         self.patch = patch
         self.rows, self.columns = latent_size[0] // patch, latent_size[1] // patch
         self.head_dim = width // heads
         self.counts = {"video": views * self.rows * self.columns, "camera": views, "points": points, "force": sensors}
         sizes = {"video": latent_channels * patch**2, "camera": 9, "points": 3, "force": 6}
         self.embed_in = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in STREAMS})
-        self.embed_anchor = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in ANCHORED})
+        self.embed_anchor = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in anchored})
         self.embed_rays = nn.Linear(6 * patch**2, width)
         self.no_rays = nn.Parameter(torch.zeros(width))
         self.slot = nn.ParameterDict(
@@ -134,7 +135,8 @@ class Denoiser(nn.Module):
     ) -> Tokens:
         """Streams of T frames -> tokens.
 
-        anchors holds camera (B, 1, V, 9) and points (B, 1, K, 3) of now; rays (B, T or 1, V, 6, h', w') belong to the
+        anchors holds the newest observed frame of each stream (B, 1, ...), a second input of every token of an anchored
+        stream: what hardly changes need not be found by attention. rays (B, T or 1, V, 6, h', w') belong to the
         poses that are known; presence holds `video`, `camera` (B, V), `points` (B, K) and `force` (B, S). Streams not
         named in `streams` cost nothing.
         """
@@ -147,11 +149,13 @@ class Denoiser(nn.Module):
                 x = self.embed_in[name](self.patchify(value))
                 known = presence["camera"][:, None, :, None, None]
                 x = x + torch.where(known, self.embed_rays(self.patchify(rays)), self.no_rays)
+                if name in self.embed_anchor:
+                    x = x + self.embed_anchor[name](self.patchify(anchors[name]))
                 x = (x + self.slot[name][:, None]).flatten(2, 3)
                 mask = presence[name].repeat_interleave(self.rows * self.columns, dim=1)
             else:
                 x = self.embed_in[name](value) + self.slot[name]
-                if name in ANCHORED:
+                if name in self.embed_anchor:
                     x = x + self.embed_anchor[name](anchors[name])
                 mask = presence[name]
             parts.append(x)

@@ -36,3 +36,14 @@ def token_shift(tokens: int, frames: int) -> float:
 def sample_sigma(count: int, shift: float, generator: torch.Generator) -> Tensor:
     """Training noise levels (count,): logit-normal, shifted."""
     return shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
+
+
+def precondition(sigma: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (skip, out) of the best linear guess of the velocity and of what a network has to add to it.
+
+    For clean data of root mean square `scale` the guess from z alone is skip z, and out F with a unit network F covers
+    the rest: the reasoning of Karras et al. 2022 (arXiv 2206.00364, appendix B.6) carried over to rectified flow. The
+    network never spends capacity on passing its own noise through. Shapes broadcast.
+    """
+    variance = sigma**2 + ((1 - sigma) * scale) ** 2
+    return (sigma - (1 - sigma) * scale**2) / variance, scale / variance.sqrt()
