@@ -49,7 +49,7 @@ class Memory(NamedTuple):
     kept: list[Keys | DeltaState]
     context: Fused
     action_context: Fused
-    summary: Tensor  # (B, W) of the action transformer
+    condition: Tensor  # (B, W) of the action transformer
     anchors: dict[str, Tensor]
     rays: Tensor
     presence: dict[str, Tensor]
@@ -185,12 +185,12 @@ class WorldModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
             kept = self.denoiser.remember(tokens, context)
-        action_context = self.expert.extend(context, s.proprio[:, -1], s.has_proprio)
+        action_context, condition = self.expert.extend(context, s)
         return Memory(
             kept,
             context,
             action_context,
-            self.expert.summary(context),
+            condition,
             anchors,
             s.rays[:, -1:],
             presence,
@@ -260,7 +260,7 @@ class WorldModel(nn.Module):
         """Noisy actions and their noise levels (B n,) as tokens (B n, A, W), ready for the first block."""
         draws = actions.shape[0] // memory.embodiment.shape[0]
         x = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
-        condition = repeat_rows(memory.summary, draws)
+        condition = repeat_rows(memory.condition, draws)
         embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition.unsqueeze(1))
         return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, self.expert.rope())
 

@@ -4,7 +4,7 @@ transformers): own weights, queries over the concatenation of its own keys and t
 import torch
 from torch import Tensor, nn
 
-from worldmodel.contracts import Fused
+from worldmodel.contracts import Fused, Senses
 from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, apply_rope, attend, modulate, rope_table
 
 
@@ -59,6 +59,7 @@ class ActionExpert(nn.Module):
         stride: int,
         history: int,
         embodiments: int,
+        points: int,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
@@ -66,8 +67,9 @@ class ActionExpert(nn.Module):
         self.register_buffer("steps", history - 1 + torch.arange(1, chunk + 1) / stride, persistent=False)
         self.embed_in = nn.Linear(action, width)
         self.embodiment = nn.Embedding(embodiments, width)
-        self.proprio = FeedForward(width=proprio, hidden=context, out=context)
-        self.condition = nn.Linear(context, width)
+        self.points = points
+        self.state = FeedForward(width=proprio + 1 + 7 * points + context, hidden=2 * context, out=context)
+        self.condition = FeedForward(width=context, hidden=context, out=width)
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
             ActionBlock(width=width, attention_width=attention_width, heads=heads, hidden=hidden, context=context)
@@ -79,15 +81,29 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.embed_out.weight)
         nn.init.zeros_(self.embed_out.bias)
 
-    def extend(self, context: Fused, proprio: Tensor, present: Tensor) -> Fused:
-        """Appends the newest proprioception (B, P) as one token, absent where `present` (B,) is False."""
-        token = self.proprio(proprio).unsqueeze(1)
-        return Fused(torch.cat([context.tokens, token], 1), torch.cat([context.mask, present[:, None]], 1))
+    def extend(self, context: Fused, senses: Senses) -> tuple[Fused, Tensor]:
+        """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
-    def summary(self, context: Fused) -> Tensor:
-        """Mean of the present context tokens, projected (B, W): conditions every block beside the timestep."""
+        Proprioception, tracked points in the base frame and relative to the end effector (zero and flagged where
+        absent) meet the mean of the context in one MLP. With `points=0` this is the published proprioception token.
+        Returns the context with the token and the condition (B, W).
+        """
+        here = senses.has_proprio.unsqueeze(-1).to(senses.proprio.dtype)
+        parts = [senses.proprio[:, -1] * here, here, self.mean(context)]
+        if self.points:
+            known = senses.has_points.unsqueeze(-1).to(senses.points.dtype)
+            points = senses.points[:, -1] * known
+            relative = (senses.points[:, -1] - senses.effector[:, -1:]) * known * here.unsqueeze(-1)
+            parts += [points.flatten(1), relative.flatten(1), known.flatten(1)]
+        token = self.state(torch.cat(parts, -1))
+        present = torch.ones_like(context.mask[:, :1])
+        extended = Fused(torch.cat([context.tokens, token.unsqueeze(1)], 1), torch.cat([context.mask, present], 1))
+        return extended, self.condition(token)
+
+    def mean(self, context: Fused) -> Tensor:
+        """Mean of the present context tokens (B, context)."""
         weight = context.mask.unsqueeze(-1).to(context.tokens.dtype)
-        return self.condition((context.tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0))
+        return (context.tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
     def rope(self) -> tuple[Tensor, Tensor]:
         """Rotary table (A, d / 2): an action stands at its time, in latent frames, between the video's frames."""
