@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 from einops import rearrange
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +36,15 @@ from worldmodel.samples import log_samples, write_samples
 from worldmodel.training import PARTS, Ingredient, MovingAverage, Phase, PhaseModule, SaveProgress, Throughput
 
 log = logging.getLogger(__name__)
+
+EXPECTED_WARNINGS = (
+    ".*val_dataloader.*validation_step.*",  # held-out data is the business of eval.py
+    ".*in eval mode at the start of training.*",  # frozen parts are
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",  # Lightning 2.6 on torch 2.13
+    ".*Checkpoint directory.*exists and is not empty.*",
+    ".*Experiment logs directory.*exists and is not empty.*",
+)
 
 
 def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
@@ -54,6 +65,8 @@ def train(config: Mapping[str, Any]) -> Path:
 
     Raises `ConfigError` if the folder holds a run of another configuration.
     """
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     L.seed_everything(config["seed"], verbose=False)
     torch.set_num_threads(config["trainer"]["threads"])
     run = Path(config["run_dir"])
@@ -181,13 +194,20 @@ def run_phase(
         precision=settings["precision"],
         gradient_clip_val=phase.clip,
         logger=loggers,
-        log_every_n_steps=20,
+        log_every_n_steps=max(1, min(20, phase.steps // 2)),
         callbacks=[average, Throughput(), SaveProgress(path=last, every=settings["save_every"])],
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=run,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+        except SIGTERMException:
+            log.warning("stopped by SIGTERM in phase %s, saved; the same command continues from here", phase.name)
+            raise SystemExit(143) from None
     average.copy_to(module)
     if phase.objective == "tokeniser":
         with torch.no_grad():
