@@ -12,6 +12,7 @@ TIERS = [
     {"encoders"},
     {"synthesis"},
     {"policy"},
+    {"joint"},
     {"model"},
     {"checkpoint"},
     {"losses", "metrics", "viz", "plots", "closed_loop", "controllers", "baselines", "holdout", "figures"},

@@ -148,13 +148,6 @@ class WorldState(NamedTuple):
     force: Tensor  # (B, T, S, 6)
 
 
-class ActionChunk(NamedTuple):
-    """A chunk of actions in normalised units, with the dimensions the embodiment has."""
-
-    actions: Tensor  # (B, A, D)
-    dims: Tensor  # (B, D) bool
-
-
 class Prediction(NamedTuple):
     """What a mode predicts, in physical units. Streams that the mode was given come back as they were given."""
 
@@ -163,14 +156,6 @@ class Prediction(NamedTuple):
     points: Tensor  # (B, F, K, 3)
     wrench: Tensor  # (B, F, S, 6)
     actions: Tensor  # (B, A, D)
-
-
-class Encoder(Protocol):
-    """Stage 1."""
-
-    def __call__(self, senses: Senses) -> Fused:
-        """Fuses what is present."""
-        ...
 
 
 class Policy(Protocol):

@@ -1,38 +1,17 @@
-"""The world model: the only file that joins the three stages.
+"""The world model: five modes of prediction, and the read-outs of stage 1, on the joined stages."""
 
-History is read once into a `Memory`; every mode then denoises some streams, the actions, or both after it.
-"""
-
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from worldmodel.contracts import (
-    MODES,
-    STREAMS,
-    ClipSpec,
-    Fused,
-    Future,
-    Observation,
-    Prediction,
-    Senses,
-    Understanding,
-    WorldState,
-)
-from worldmodel.encoders.fusion import SENSES, FusionEncoder
+from worldmodel.contracts import MODES, STREAMS, Future, Observation, Prediction, Senses, Understanding, WorldState
 from worldmodel.errors import ConfigError
-from worldmodel.nn import repeat_rows
-from worldmodel.normalise import DELTA_GAIN, Normaliser
-from worldmodel.policy.action_expert import ActionBlock, ActionExpert
-from worldmodel.synthesis.autoencoder import VideoAutoencoder, carry_residual
-from worldmodel.synthesis.denoiser import Denoiser
-from worldmodel.synthesis.flow import expand_as, precondition
+from worldmodel.joint import JointTransformer, Memory
+from worldmodel.normalise import DELTA_GAIN
+from worldmodel.synthesis.autoencoder import carry_residual
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
-from worldmodel.synthesis.temporal import DeltaState, Keys
 
-COUPLINGS = ("history_only", "joint")
 DENOISED = {
     "policy": (False, True),
     "forward_dynamics": (True, False),
@@ -43,71 +22,8 @@ DENOISED = {
 """Mode -> whether it denoises the streams and the actions. Dynamics modes are given the other as clean input."""
 
 
-class Memory(NamedTuple):
-    """The clean history after one pass: all that any denoising step needs."""
-
-    kept: list[Keys | DeltaState]
-    context: Fused
-    action_context: Fused
-    condition: Tensor  # (B, W) of the action transformer
-    anchors: dict[str, Tensor]
-    rays: Tensor
-    presence: dict[str, Tensor]
-    embodiment: Tensor
-    streams: tuple[str, ...]
-
-
-class Track(NamedTuple):
-    """Tokens of the streams or of the actions on their way through the blocks."""
-
-    x: Tensor
-    mask: Tensor
-    vectors: Tensor
-    embedding: Tensor
-    rope: tuple[Tensor, Tensor]
-
-
-class WorldModel(nn.Module):
+class WorldModel(JointTransformer):
     """Understanding and fusion -> video synthesis -> action prediction, in five modes."""
-
-    def __init__(
-        self,
-        *,
-        spec: ClipSpec,
-        normaliser: Normaliser,
-        autoencoder: VideoAutoencoder,
-        encoder: FusionEncoder,
-        denoiser: Denoiser,
-        expert: ActionExpert,
-        coupling: str,
-        stream_steps: int,
-        action_steps: int,
-        stream_shift: float,
-        action_shift: float,
-        preconditioned: bool,
-    ) -> None:
-        super().__init__()
-        if coupling not in COUPLINGS:
-            raise ConfigError(f"unknown coupling {coupling!r}; one of {', '.join(COUPLINGS)}")
-        if spec.stride != autoencoder.temporal:
-            raise ConfigError(
-                f"data.spec.stride is {spec.stride}, but the autoencoder packs {autoencoder.temporal} steps into a "
-                "latent frame; they must be equal"
-            )
-        if len(denoiser.blocks) != len(expert.blocks):
-            raise ConfigError(
-                f"the action transformer has {len(expert.blocks)} layers and the video transformer "
-                f"{len(denoiser.blocks)}; they run layer by layer and must have the same number"
-            )
-        self.spec, self.coupling = spec, coupling
-        self.stream_steps, self.action_steps = stream_steps, action_steps
-        self.stream_shift, self.action_shift = stream_shift, action_shift
-        self.preconditioned = preconditioned
-        self.register_buffer("stream_scale", torch.ones(len(STREAMS)))
-        self.normaliser, self.autoencoder = normaliser, autoencoder
-        self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
-        self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
-        self.metadata: dict[str, Any] = {}
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -118,162 +34,6 @@ class WorldModel(nn.Module):
     def statistics_hash(self) -> str:
         """sha256 of the statistics."""
         return self.metadata["statistics_hash"]
-
-    def history_latents(self, observation: Observation) -> Tensor:
-        """Single-frame latents of every observed image (B, H, V, C, h', w')."""
-        rgb = observation.rgb.flatten(0, 2).float() / 127.5 - 1.0
-        return self.autoencoder.encode_frames(rgb).unflatten(0, observation.rgb.shape[:3])
-
-    def future_latents(self, observation: Observation, future: Future) -> Tensor:
-        """Temporal latents of the future frames (B, F, V, C, h', w')."""
-        b, t, v = future.rgb.shape[:3]
-        last = observation.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
-        frames = future.rgb.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1.0
-        latents = self.autoencoder.encode_future(last, frames)
-        return latents.unflatten(0, (b, v)).transpose(1, 2)
-
-    @torch.no_grad()
-    def fit_scale(self, observation: Observation, future: Future) -> None:
-        """Sets the root mean square of every normalised future stream from sample clips, for preconditioning."""
-        s = self.normaliser(observation, self.grid)
-        state = self.future_state(s, future, self.future_latents(observation, future))
-        scales = [value[future.valid].square().mean().sqrt() for value in state]
-        self.get_buffer("stream_scale").copy_(torch.stack(scales).clamp(min=0.02))
-
-    def relative(self, value: Tensor, anchor: Tensor) -> Tensor:
-        """Anchored streams as amplified differences to now."""
-        return (value - anchor) * DELTA_GAIN
-
-    def future_state(self, s: Senses, future: Future, latents: Tensor) -> WorldState:
-        """Normalised future streams, the targets of stage 2."""
-        e = s.embodiment
-        return WorldState(
-            video=latents,
-            camera=self.relative(self.normaliser.encode_camera(future.camera_to_base, e), s.camera[:, -1:]),
-            points=self.relative(self.normaliser.standardise("points", future.points, e), s.points[:, -1:]),
-            force=self.normaliser.compress_wrench(future.wrench, e),
-        )
-
-    def remember(
-        self,
-        s: Senses,
-        latents: Tensor | None,
-        fused: Fused | None = None,
-        *,
-        streams: Sequence[str] = STREAMS,
-        read_only: bool = False,
-    ) -> Memory:
-        """Reads the history once. Without `latents` the video stream is left out and costs nothing.
-
-        `read_only` keeps gradients of what follows out of stage 2 (knowledge insulation, Driess et al. 2025,
-        arXiv 2505.23705).
-        """
-        streams = tuple(n for n in STREAMS if n in streams and (n != "video" or latents is not None))
-        senses = SENSES if "video" in streams else tuple(n for n in SENSES if n != "rgb")
-        context = self.encoder(s, senses) if fused is None else fused
-        force = s.force.mean(2)
-        anchors = {"camera": s.camera[:, -1:], "points": s.points[:, -1:], "force": force[:, -1:]}
-        presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
-        if latents is not None:
-            anchors["video"] = latents[:, -1:]
-        state = WorldState(
-            video=latents if latents is not None else s.points.new_zeros(()),
-            camera=self.relative(s.camera, anchors["camera"]),
-            points=self.relative(s.points, anchors["points"]),
-            force=force,
-        )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
-            tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
-            kept = self.denoiser.remember(tokens, context)
-        action_context, condition = self.expert.extend(context, s)
-        return Memory(
-            kept,
-            context,
-            action_context,
-            condition,
-            anchors,
-            s.rays[:, -1:],
-            presence,
-            s.embodiment,
-            streams,
-        )
-
-    def velocity(
-        self,
-        memory: Memory,
-        *,
-        state: WorldState | None = None,
-        levels: Tensor | None = None,
-        actions: Tensor | None = None,
-        action_level: Tensor | None = None,
-        coupling: str | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """One step of both transformers after the memory.
-
-        state with noise levels (B, 4) and actions (B n, A, D) with noise level (B n,) may each be absent; n > 1 draws
-        of actions share one memory when there is no state. Under `history_only` the streams never see the actions nor
-        the actions the streams; under `joint` they see each other. Returns the velocities.
-        """
-        joint = (coupling or self.coupling) == "joint"
-        stream = None if state is None or levels is None else self.open_streams(memory, state, levels)
-        action = None if actions is None or action_level is None else self.open_actions(memory, actions, action_level)
-        for block, action_block, past in zip(self.denoiser.blocks, self.expert.blocks, memory.kept, strict=True):
-            assert isinstance(action_block, ActionBlock)
-            qkv = None if action is None else action_block.project(action.x, action.vectors, action.rope)
-            own = None
-            if stream is not None:
-                extra = qkv[1:] if joint and qkv is not None and isinstance(past, Keys) else None
-                x, mask, vectors, rope = stream.x, stream.mask, stream.vectors, stream.rope
-                x, own = block(x, mask, vectors, rope, memory.context, past, extra)
-                stream = stream._replace(x=x)
-            if action is not None and qkv is not None:
-                seen = [keys for keys in (past, own if joint else None) if isinstance(keys, Keys)]
-                k, v, present = self.action_keys(qkv, seen)
-                a = action_block(action.x, action.vectors, qkv[0], k, v, present, memory.action_context)
-                action = action._replace(x=a)
-        velocities, action_velocity = {}, None
-        if stream is not None and state is not None and levels is not None:
-            velocities = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
-            for i, name in enumerate(STREAMS):
-                if name in velocities:
-                    scale = self.get_buffer("stream_scale")[i]
-                    velocities[name] = self.to_velocity(velocities[name], getattr(state, name), levels[:, i], scale)
-        if action is not None and actions is not None and action_level is not None:
-            answer = self.expert.decode(action.x, action.embedding)
-            action_velocity = self.to_velocity(answer, actions, action_level, torch.ones_like(action_level[0]))
-        return velocities, action_velocity
-
-    def to_velocity(self, answer: Tensor, noisy: Tensor, level: Tensor, scale: Tensor) -> Tensor:
-        """Network output -> velocity; the same unless the model is preconditioned."""
-        if not self.preconditioned:
-            return answer
-        skip, out = precondition(expand_as(level, noisy), scale)
-        return skip * noisy + out * answer
-
-    def open_streams(self, memory: Memory, state: WorldState, levels: Tensor) -> Track:
-        """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""
-        tokens = self.denoiser.embed(state, memory.anchors, memory.rays, memory.presence, memory.streams)
-        embedding, vectors = self.denoiser.vectors(levels, tokens.stream)
-        return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, self.spec.history))
-
-    def open_actions(self, memory: Memory, actions: Tensor, level: Tensor) -> Track:
-        """Noisy actions and their noise levels (B n,) as tokens (B n, A, W), ready for the first block."""
-        draws = actions.shape[0] // memory.embodiment.shape[0]
-        x = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
-        condition = repeat_rows(memory.condition, draws)
-        embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition.unsqueeze(1))
-        return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, self.expert.rope())
-
-    def action_keys(self, qkv: tuple[Tensor, Tensor, Tensor], seen: list[Keys]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values (B n, M, E, d) and presence (B n, M) that actions look at: all actions, then what they see."""
-        _, k, v = qkv
-        keys, values, present = [k], [v], [torch.ones_like(k[..., 0, 0], dtype=torch.bool)]
-        for other in seen:
-            draws = k.shape[0] // other.k.shape[0]
-            keys.append(repeat_rows(other.k.flatten(1, 2), draws))
-            values.append(repeat_rows(other.v.flatten(1, 2), draws))
-            present.append(repeat_rows(other.mask.flatten(1, 2), draws))
-        return torch.cat(keys, 1), torch.cat(values, 1), torch.cat(present, 1)
 
     def denoise_actions(self, memory: Memory, noise: Tensor) -> Tensor:
         """Normalised actions (B, A, D) from noise and the memory alone, flow steps unrolled."""

@@ -1,7 +1,5 @@
 """Rectified flow (Liu et al. 2022, arXiv 2209.03003): pure functions of the noise level sigma, 0 = clean, 1 = noise."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,12 +23,6 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Moves noise levels towards noise: s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def token_shift(tokens: int, frames: int) -> float:
-    """Shift that grows with the tokens of a frame, log-linear from 0.5 to 0.9 over 256..8192, and with sqrt(frames)."""
-    slope = (0.9 - 0.5) / (8192 - 256)
-    return math.exp(slope * tokens + 0.5 - slope * 256) * math.sqrt(frames)
 
 
 def sample_sigma(count: int, shift: float, generator: torch.Generator) -> Tensor:
