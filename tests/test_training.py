@@ -118,6 +118,8 @@ def test_mistakes_in_a_phase_are_named():
     ):
         with pytest.raises(ConfigError, match=message):
             make_phases({"p": {**base, **change}})
+    with pytest.raises(ConfigError, match="needs a dropout of `points`"):
+        Ingredient(mode="understanding", weight=1.0, dropout={"points": 0.5})
     with pytest.raises(ConfigError, match="needs images"):
         Ingredient(mode="joint", weight=1.0, drop=("rgb",))
     assert make_phases({"p": base}) == [Phase(name="p", **{**base, "trains": ("encoder",)})]

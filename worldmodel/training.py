@@ -25,17 +25,27 @@ PARTS = ("autoencoder", "encoder", "denoiser", "expert")
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredient:
-    """One kind of batch of a world phase: a mode, how often it comes, what the robot does not sense in it."""
+    """One kind of batch of a world phase: a mode, how often it comes, what the robot does not sense in it.
+
+    The mode `understanding` trains the heads of stage 1, which would drift apart from an encoder that later phases go
+    on training. `dropout` replaces the phase's own rates.
+    """
 
     mode: str
     weight: float
     drop: tuple[str, ...] = ()
     rows: int | None = None
     draws: int = 1
+    dropout: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"unknown mode {self.mode!r} in a phase's mixture; one of {', '.join(MODES)}")
+        if self.mode not in (*MODES, "understanding"):
+            known = ", ".join((*MODES, "understanding"))
+            raise ConfigError(f"unknown mode {self.mode!r} in a phase's mixture; one of {known}")
+        if self.mode == "understanding" and not {"points", "touch"} <= set(self.dropout or ()):
+            raise ConfigError(
+                "mode 'understanding' needs a dropout of `points` and `touch`: heads answer for hidden senses"
+            )
         if unknown := [sense for sense in self.drop if sense not in PRESENCE]:
             raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
         if "rgb" in self.drop and self.mode != "policy":
@@ -84,7 +94,7 @@ class Phase:
         if self.objective != "world":
             return Needs(future=self.objective == "tokeniser")
         pick = self.pick(seed, step)
-        return Needs(rows=pick.rows, images="rgb" not in pick.drop, future=pick.mode != "policy")
+        return Needs(rows=pick.rows, images="rgb" not in pick.drop, future=pick.mode not in ("policy", "understanding"))
 
 
 class PhaseModule(L.LightningModule):
@@ -119,6 +129,10 @@ class PhaseModule(L.LightningModule):
         """Loss of the ingredient that this step draws."""
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
+        dropout = phase.dropout if pick.dropout is None else pick.dropout
+        if pick.mode == "understanding":
+            losses = understanding_loss(self.model, batch, dropout, generator)
+            return {"loss": losses.pop("loss"), **{f"understanding/{name}": value for name, value in losses.items()}}
         return world_loss(
             self.model,
             batch,
@@ -126,7 +140,7 @@ class PhaseModule(L.LightningModule):
             generator,
             mode=pick.mode,
             drop=pick.drop,
-            dropout=phase.dropout,
+            dropout=dropout,
             draws=pick.draws,
             weights=phase.weights,
             insulate=phase.insulate,

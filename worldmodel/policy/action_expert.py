@@ -66,9 +66,10 @@ class ActionExpert(nn.Module):
         self.head_dim = attention_width // heads
         self.register_buffer("steps", history - 1 + torch.arange(1, chunk + 1) / stride, persistent=False)
         self.embed_in = nn.Linear(action, width)
+        self.position = nn.Parameter(torch.randn(chunk, width) * 0.5)
         self.embodiment = nn.Embedding(embodiments, width)
         self.points = points
-        self.state = FeedForward(width=proprio + 1 + 7 * points + context, hidden=2 * context, out=context)
+        self.state = FeedForward(width=proprio + 1 + 7 * points + context, hidden=3 * context, out=context)
         self.condition = FeedForward(width=context, hidden=context, out=width)
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
@@ -112,7 +113,7 @@ class ActionExpert(nn.Module):
 
     def embed(self, actions: Tensor, embodiment: Tensor) -> Tensor:
         """Normalised actions (B, A, D) -> tokens (B, A, W)."""
-        return self.embed_in(actions) + self.embodiment(embodiment).unsqueeze(1)
+        return self.embed_in(actions) + self.position + self.embodiment(embodiment).unsqueeze(1)
 
     def decode(self, a: Tensor, embedding: Tensor) -> Tensor:
         """Tokens (B, A, W) and timestep embedding (B, 1, W) -> velocity (B, A, D)."""
