@@ -306,9 +306,16 @@ def test_changed_statistics_are_noticed(saved):
         load_model(saved)
 
 
-def test_hostile_checkpoint_builds_nothing(saved):
-    edit(saved, lambda c: c["config"]["encoder"].update(_target_="os.system"))
-    with pytest.raises(ConfigError, match=r"model\.encoder\._target_ is 'os\.system'"):
+@pytest.mark.parametrize("target", ["os.system", "worldmodel.checkpoint.os.system", "worldmodel.checkpoint.load_model"])
+def test_hostile_checkpoint_builds_nothing(saved, target):
+    edit(saved, lambda c: c["config"]["encoder"].update(_target_=target))
+    with pytest.raises(ConfigError, match=rf"model\.encoder\._target_ is '{target}'"):
+        load_model(saved)
+
+
+def test_only_autoencoders_are_built_from_diffusers(saved):
+    edit(saved, lambda c: c["config"]["autoencoder"].update(name="DiffusionPipeline"))
+    with pytest.raises(Exception, match="no autoencoder 'DiffusionPipeline'; it has AutoencoderKL"):
         load_model(saved)
 
 

@@ -30,13 +30,25 @@ def check_targets(config: Any, where: str = "model") -> None:
     """Refuses a configuration that would build anything but classes of this package (a checkpoint may be hostile)."""
     if isinstance(config, Mapping):
         target = config.get("_target_")
-        if target is not None and not str(target).startswith("worldmodel."):
+        # The prefix alone is not enough: `worldmodel.checkpoint.os.system` would be found too.
+        if target is not None and not (str(target).startswith("worldmodel.") and is_own_class(str(target))):
             raise ConfigError(f"{where}._target_ is {target!r}; only classes of worldmodel are built from a checkpoint")
         for key, value in config.items():
             check_targets(value, f"{where}.{key}")
     elif isinstance(config, list):
         for i, value in enumerate(config):
             check_targets(value, f"{where}[{i}]")
+
+
+def is_own_class(target: str) -> bool:
+    """Whether a dotted path names a class that this package defines, not something its modules import."""
+    from hydra.utils import get_object
+
+    try:
+        found = get_object(target)
+    except Exception:  # whatever looking up a wrong path raises, it is no class of ours
+        return False
+    return isinstance(found, type) and found.__module__.startswith("worldmodel.")
 
 
 def build_model(config: Mapping[str, Any], spec: ClipSpec, statistics: Mapping[str, Any]) -> WorldModel:

@@ -86,8 +86,8 @@ class VideoAutoencoder(nn.Module):
         super().__init__()
         import diffusers
 
-        if not hasattr(diffusers, name):
-            known = sorted(n for n in dir(diffusers) if n.startswith("AutoencoderKL"))
+        known = sorted(n for n in dir(diffusers) if n.startswith("AutoencoderKL"))
+        if name not in known:
             raise ConfigError(f"diffusers has no autoencoder {name!r}; it has {', '.join(known)}")
         self.channels, self.spatial, self.temporal = channels, spatial, temporal
         self.net = getattr(diffusers, name)(**dict(config))
