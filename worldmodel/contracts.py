@@ -128,6 +128,7 @@ class Fused(NamedTuple):
 
     tokens: Tensor  # (B, N, W)
     mask: Tensor  # (B, N) bool, True = present
+    instruction: Tensor  # (B, W) the instruction before fusion, zero where absent
 
 
 class Understanding(NamedTuple):

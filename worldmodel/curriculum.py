@@ -170,11 +170,11 @@ def run_phase(
     last = folder / "last.ckpt"
     latents = latent_cache(model, reader, spec, run) if phase.objective == "world" else None
     resumed = last.is_file()
-    sample = None if resumed else sample_batch(reader, spec)
-    if sample is not None and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
-        model.autoencoder.shortcut.fit(whole_clips(sample))
-    if sample is not None and "denoiser" in phase.trains:
-        model.fit_scale(sample.observation, sample.future)
+    if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
+        model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec)))
+    if not resumed and "denoiser" in phase.trains:
+        sample = sample_batch(reader, spec, count=64)
+        model.fit_guess(sample.observation, sample.future)
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
     average = MovingAverage(decay=phase.ema)
     settings = config["trainer"]
@@ -184,7 +184,7 @@ def run_phase(
         batch_size=phase.batch_size,
         seed=config["seed"],
         num_workers=settings["workers"],
-        cache_bytes=config["data"]["cache_bytes"],
+        reader=reader,
         needs=partial(phase.needs, config["seed"]),
     )
     trainer = L.Trainer(
@@ -213,7 +213,7 @@ def run_phase(
         with torch.no_grad():
             clips = whole_clips(sample_batch(reader, spec))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
-    if phase.objective == "world":
+    if "denoiser" in phase.trains:
         log_samples(
             write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
         )

@@ -17,10 +17,11 @@ from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.denoiser import Denoiser
-from worldmodel.synthesis.flow import expand_as, precondition
+from worldmodel.synthesis.flow import clean_to_velocity, expand_as
 from worldmodel.synthesis.temporal import DeltaState, Keys
 
 COUPLINGS = ("history_only", "joint")
+PREDICTS = ("clean", "velocity")
 
 
 class Memory(NamedTuple):
@@ -30,6 +31,7 @@ class Memory(NamedTuple):
     context: Fused
     action_context: Fused
     condition: Tensor  # (B, W) of the action transformer
+    proposal: Tensor  # (B, A, D) what the state alone suggests
     anchors: dict[str, Tensor]
     rays: Tensor
     presence: dict[str, Tensor]
@@ -64,11 +66,13 @@ class JointTransformer(nn.Module):
         action_steps: int,
         stream_shift: float,
         action_shift: float,
-        preconditioned: bool,
+        predicts: str,
     ) -> None:
         super().__init__()
         if coupling not in COUPLINGS:
             raise ConfigError(f"unknown coupling {coupling!r}; one of {', '.join(COUPLINGS)}")
+        if predicts not in PREDICTS:
+            raise ConfigError(f"predicts: unknown target {predicts!r}; one of {', '.join(PREDICTS)}")
         if spec.stride != autoencoder.temporal:
             raise ConfigError(
                 f"data.spec.stride is {spec.stride}, but the autoencoder packs {autoencoder.temporal} steps into a "
@@ -82,8 +86,10 @@ class JointTransformer(nn.Module):
         self.spec, self.coupling = spec, coupling
         self.stream_steps, self.action_steps = stream_steps, action_steps
         self.stream_shift, self.action_shift = stream_shift, action_shift
-        self.preconditioned = preconditioned
+        self.predicts = predicts
+        channels = autoencoder.channels
         self.register_buffer("stream_scale", torch.ones(len(STREAMS)))
+        self.register_buffer("still", torch.eye(channels + 1, channels))
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
         self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
@@ -103,12 +109,28 @@ class JointTransformer(nn.Module):
         return latents.unflatten(0, (b, v)).transpose(1, 2)
 
     @torch.no_grad()
-    def fit_scale(self, observation: Observation, future: Future) -> None:
-        """Sets the root mean square of every normalised future stream from sample clips, for preconditioning."""
+    def fit_guess(self, observation: Observation, future: Future) -> None:
+        """Fits to sample clips what a network that predicts `clean` starts from: nothing moves.
+
+        `still` maps the latent of the newest image to that of a film in which it stands still (least squares; the
+        tokeniser has two codes for one image). `stream_scale` is how far futures stray from that guess (root mean
+        square), the unit of the network's answer.
+        """
+        last = self.history_latents(observation)[:, -1]
+        frozen = observation.rgb[:, -1:].expand_as(future.rgb)
+        target = self.future_latents(observation, future._replace(rgb=frozen))[:, 0]
+        known = nn.functional.pad(last.movedim(2, -1).flatten(0, 3), (0, 1), value=1.0)
+        self.get_buffer("still").copy_(torch.linalg.lstsq(known, target.movedim(2, -1).flatten(0, 3)).solution)
         s = self.normaliser(observation, self.grid)
         state = self.future_state(s, future, self.future_latents(observation, future))
+        state = state._replace(video=state.video - self.still_latents(last[:, None]))
         scales = [value[future.valid].square().mean().sqrt() for value in state]
         self.get_buffer("stream_scale").copy_(torch.stack(scales).clamp(min=0.02))
+
+    def still_latents(self, last: Tensor) -> Tensor:
+        """Single-frame latents (B, 1, V, C, h', w') -> temporal latents of a film of that frame."""
+        still = self.get_buffer("still")
+        return (last.movedim(3, -1) @ still[:-1] + still[-1]).movedim(-1, 3)
 
     def relative(self, value: Tensor, anchor: Tensor) -> Tensor:
         """Anchored streams as amplified differences to now."""
@@ -155,12 +177,13 @@ class JointTransformer(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
             kept = self.denoiser.remember(tokens, context)
-        action_context, condition = self.expert.extend(context, s)
+        action_context, condition, proposal = self.expert.extend(context, s)
         return Memory(
             kept,
             context,
             action_context,
             condition,
+            proposal,
             anchors,
             s.rays[:, -1:],
             presence,
@@ -203,22 +226,39 @@ class JointTransformer(nn.Module):
                 action = action._replace(x=a)
         velocities, action_velocity = {}, None
         if stream is not None and state is not None and levels is not None:
-            velocities = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
-            for i, name in enumerate(STREAMS):
-                if name in velocities:
-                    scale = self.get_buffer("stream_scale")[i]
-                    velocities[name] = self.to_velocity(velocities[name], getattr(state, name), levels[:, i], scale)
+            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
+            velocities = {
+                name: self.to_velocity(name, answer, memory, getattr(state, name), levels[:, STREAMS.index(name)])
+                for name, answer in answers.items()
+            }
         if action is not None and actions is not None and action_level is not None:
             answer = self.expert.decode(action.x, action.embedding)
-            action_velocity = self.to_velocity(answer, actions, action_level, torch.ones_like(action_level[0]))
+            action_velocity = self.to_velocity("actions", answer, memory, actions, action_level)
         return velocities, action_velocity
 
-    def to_velocity(self, answer: Tensor, noisy: Tensor, level: Tensor, scale: Tensor) -> Tensor:
-        """Network output -> velocity; the same unless the model is preconditioned."""
-        if not self.preconditioned:
+    def to_velocity(self, name: str, answer: Tensor, memory: Memory, noisy: Tensor, level: Tensor) -> Tensor:
+        """Network output -> velocity of a stream or `actions`.
+
+        They are the same where the model predicts `velocity`. Where it predicts `clean`, the output is how far the
+        clean value lies from a guess: for video that the picture stands still, for actions the state policy's proposal,
+        for the other streams the newest value or the mean, which are zero in their units.
+        """
+        if self.predicts == "velocity":
             return answer
-        skip, out = precondition(expand_as(level, noisy), scale)
-        return skip * noisy + out * answer
+        if name == "actions":
+            clean = repeat_rows(memory.proposal, noisy.shape[0] // memory.proposal.shape[0]) + answer
+        else:
+            clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
+            if name == "video":
+                clean = clean + self.still_latents(memory.anchors[name])
+        return clean_to_velocity(clean, noisy, level)
+
+    def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:
+        """Factor on the velocity error of a stream or `actions` that makes it the error of the network's answer."""
+        if self.predicts == "velocity":
+            return 1.0
+        scale = self.get_buffer("stream_scale")[STREAMS.index(name)] if name in STREAMS else 1.0
+        return expand_as(level, like) / scale
 
     def open_streams(self, memory: Memory, state: WorldState, levels: Tensor) -> Track:
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""

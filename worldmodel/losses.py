@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldmodel.contracts import STREAMS, Batch, Observation, Senses, WorldState
+from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
 from worldmodel.data.transforms import hide, modality_dropout
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.model import DENOISED, WorldModel
@@ -69,6 +69,34 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
     }
 
 
+def proposal_loss(
+    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Behaviour cloning of the state policy alone: it needs neither pictures nor history."""
+    observation, _ = modality_dropout(batch.observation, dropout, generator)
+    s = model.normaliser(observation, model.grid)
+    _, proposal = model.expert.state(s, model.encoder.instruction(s))
+    error = proposal_error(model, proposal, batch)
+    return {"loss": error, "proposal": error}
+
+
+def proposal_error(model: WorldModel, proposal: Tensor, batch: Batch) -> Tensor:
+    """Mean absolute error of proposed actions: its minimum is the median, which takes sides where a mean would not."""
+    actions = model.normaliser.standardise("action", batch.future.actions, batch.observation.embodiment)
+    return masked_mean((proposal - actions).abs(), action_mask(batch.future))
+
+
+def action_mask(future: Future) -> Tensor:
+    """Which actions count (B, A, D): those of the embodiment, before the end of the episode."""
+    return future.action_valid[..., None] & future.action_dims[:, None]
+
+
+def distance(error: Tensor, huber: float | None) -> Tensor:
+    """Squared error or, with a knee, the pseudo-Huber distance sqrt(e^2 + c^2) - c (Song & Dhariwal 2023, arXiv
+    2310.14189): medians in place of means, so what most likely stays as it is stays exactly."""
+    return error.square() if huber is None else (error.square() + huber**2).sqrt() - huber
+
+
 def world_loss(
     model: WorldModel,
     batch: Batch,
@@ -81,11 +109,12 @@ def world_loss(
     draws: int,
     weights: Mapping[str, float],
     insulate: bool,
+    huber: float | None,
 ) -> dict[str, Tensor]:
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
     `draws` noise draws of the action chunk share one pass over the history (policy mode only). `weights` names the
-    streams and `actions` (the lambda of the total loss).
+    streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` see `distance`.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
@@ -97,6 +126,7 @@ def world_loss(
     draws = draws if policy else 1
     arguments: dict[str, Any] = {}
     noise_of: dict[str, Tensor] = {}
+    level_of: dict[str, Tensor] = {}
     clean_of: dict[str, Tensor] = {}
     if not policy:
         with torch.no_grad():
@@ -109,6 +139,7 @@ def world_loss(
         for i, name in enumerate(STREAMS):
             clean_of[name] = clean = getattr(target, name)
             noise_of[name] = noise = torch.randn(clean.shape, generator=generator).to(clean)
+            level_of[name] = levels[:, i]
             noisy.append(add_noise(clean, noise, levels[:, i]))
         arguments |= {"state": WorldState(*noisy), "levels": levels}
     if mode != "video_prediction":
@@ -116,7 +147,7 @@ def world_loss(
         level = torch.zeros(b * draws)
         if do_actions:
             level = sample_sigma(b * draws, model.action_shift, generator)
-        level = level.to(actions)
+        level_of["actions"] = level = level.to(actions)
         clean_of["actions"] = actions
         noise_of["actions"] = noise = torch.randn(actions.shape, generator=generator).to(actions)
         arguments |= {"actions": add_noise(actions, noise, level), "action_level": level}
@@ -124,12 +155,15 @@ def world_loss(
     losses: dict[str, Tensor] = {}
     if do_streams:
         for name, velocity in streams.items():
-            error = (velocity - velocity_target(clean_of[name], noise_of[name])).square()
+            error = velocity - velocity_target(clean_of[name], noise_of[name])
+            error = distance(model.loss_weight(name, level_of[name], error) * error, huber)
             present = memory.presence[name][:, None] & future.valid[..., None]
             losses[name] = masked_mean(error, present)
     if do_actions and action_velocity is not None:
-        error = (action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])).square()
-        present = future.action_valid[..., None] & future.action_dims[:, None]
-        losses["actions"] = masked_mean(error, repeat_rows(present, draws))
+        error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
+        error = distance(model.loss_weight("actions", level_of["actions"], error) * error, huber)
+        losses["actions"] = masked_mean(error, repeat_rows(action_mask(future), draws))
+    if policy:
+        losses["proposal"] = proposal_error(model, memory.proposal, batch)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
     return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}

@@ -16,10 +16,11 @@ from worldmodel.contracts import MODES, Batch
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
-from worldmodel.losses import tokeniser_loss, understanding_loss, world_loss
+from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
 
 OBJECTIVES = ("tokeniser", "understanding", "world")
+INGREDIENTS = (*MODES, "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "denoiser", "expert")
 
 
@@ -27,8 +28,8 @@ PARTS = ("autoencoder", "encoder", "denoiser", "expert")
 class Ingredient:
     """One kind of batch of a world phase: a mode, how often it comes, what the robot does not sense in it.
 
-    The mode `understanding` trains the heads of stage 1, which would drift apart from an encoder that later phases go
-    on training. `dropout` replaces the phase's own rates.
+    Two modes beside the five: `understanding` trains the heads of stage 1, which would drift apart from an encoder that
+    later phases go on training, and `proposal` the state policy alone. `dropout` replaces the phase's own rates.
     """
 
     mode: str
@@ -39,9 +40,8 @@ class Ingredient:
     dropout: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in (*MODES, "understanding"):
-            known = ", ".join((*MODES, "understanding"))
-            raise ConfigError(f"unknown mode {self.mode!r} in a phase's mixture; one of {known}")
+        if self.mode not in INGREDIENTS:
+            raise ConfigError(f"unknown mode {self.mode!r} in a phase's mixture; one of {', '.join(INGREDIENTS)}")
         if self.mode == "understanding" and not {"points", "touch"} <= set(self.dropout or ()):
             raise ConfigError(
                 "mode 'understanding' needs a dropout of `points` and `touch`: heads answer for hidden senses"
@@ -50,6 +50,11 @@ class Ingredient:
             raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
         if "rgb" in self.drop and self.mode != "policy":
             raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the policy mode alone")
+
+    @property
+    def images(self) -> bool:
+        """Whether its batches need pictures."""
+        return self.mode != "proposal" and "rgb" not in self.drop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,7 @@ class Phase:
     mixture: tuple[Ingredient, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     insulate: bool = True
+    huber: float | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -94,7 +100,8 @@ class Phase:
         if self.objective != "world":
             return Needs(future=self.objective == "tokeniser")
         pick = self.pick(seed, step)
-        return Needs(rows=pick.rows, images="rgb" not in pick.drop, future=pick.mode not in ("policy", "understanding"))
+        future = pick.mode not in ("policy", "understanding", "proposal")
+        return Needs(rows=pick.rows, images=pick.images, future=future)
 
 
 class PhaseModule(L.LightningModule):
@@ -130,13 +137,14 @@ class PhaseModule(L.LightningModule):
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
-        if pick.mode == "understanding":
-            losses = understanding_loss(self.model, batch, dropout, generator)
-            return {"loss": losses.pop("loss"), **{f"understanding/{name}": value for name, value in losses.items()}}
+        alone = {"understanding": understanding_loss, "proposal": proposal_loss}.get(pick.mode)
+        if alone is not None:
+            losses = alone(self.model, batch, dropout, generator)
+            return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
         return world_loss(
             self.model,
             batch,
-            self.history_latents(batch) if "rgb" not in pick.drop else None,
+            self.history_latents(batch) if pick.images else None,
             generator,
             mode=pick.mode,
             drop=pick.drop,
@@ -144,6 +152,7 @@ class PhaseModule(L.LightningModule):
             draws=pick.draws,
             weights=phase.weights,
             insulate=phase.insulate,
+            huber=phase.huber,
         )
 
     def history_latents(self, batch: Batch) -> Tensor:

@@ -119,6 +119,7 @@ class ClipDataModule(L.LightningDataModule):
         future: False leaves future pictures out.
         camera_map: see `ClipDataset`.
         cache_bytes: bound of the decoded pictures kept in memory, per process.
+        reader: an open reader of `root` whose cache to share, instead of one of its own.
         needs: what training batch number k will use (see `Needs`); None is everything. Rows it leaves out are not made
             up for: that batch is smaller.
         validation_clips: clips of `heldout_episodes` in the validation loader, evenly spread; None is all.
@@ -141,13 +142,14 @@ class ClipDataModule(L.LightningDataModule):
         future: bool = True,
         camera_map: Mapping[str, str | None] | None = None,
         cache_bytes: int = 1 << 30,
+        reader: ShardReader | None = None,
         needs: Callable[[int], Needs] | None = None,
         validation_clips: int | None = 256,
     ) -> None:
         super().__init__()
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
         self.num_workers, self.validation_clips, self.needs = num_workers, validation_clips, needs
-        self.reader = ShardReader(root, cache_bytes=cache_bytes)
+        self.reader = reader or ShardReader(root, cache_bytes=cache_bytes)
         self._options: dict[str, Any] = {
             "only_success": only_success,
             "images": images,

@@ -75,9 +75,14 @@ class FusionEncoder(nn.Module):
         """Newest images (B, V, 3, h, w) -> tokens (B, V, cells, W) that know nothing but the image and its view."""
         return self.image(rgb) + self.view
 
+    def instruction(self, s: Senses, text: Tensor | None = None) -> Tensor:
+        """The instruction alone, (B, W), zero where absent; `text` are its tokens when they are computed."""
+        tokens = self.text(s.text) if text is None else text
+        return tokens.mean(1) * s.has_text.unsqueeze(-1)
+
     def forward(self, s: Senses, senses: Sequence[str] = SENSES, image_tokens: Tensor | None = None) -> Fused:
         """Fuses the senses named in `senses`; others cost nothing. `image_tokens` may be handed in when computed."""
-        n = self.frames
+        n, text = self.frames, self.text(s.text)
         parts = [self.register.expand(s.text.shape[0], -1, -1)]
         masks = [s.has_text.new_ones(s.text.shape[0], 1)]
 
@@ -101,9 +106,8 @@ class FusionEncoder(nn.Module):
         if "proprio" in senses:
             add("proprio", self.proprio(s.proprio[:, -n:], s.embodiment), s.has_proprio[:, None].expand(-1, n))
         if "text" in senses:
-            tokens = self.text(s.text)
-            add("text", tokens, s.has_text[:, None].expand(-1, tokens.shape[1]))
+            add("text", text, s.has_text[:, None].expand(-1, text.shape[1]))
         x, mask = torch.cat(parts, 1), torch.cat(masks, 1)
         for block in self.blocks:
             x = block(x, mask)
-        return Fused(self.norm(x), mask)
+        return Fused(self.norm(x), mask, self.instruction(s, text))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from worldmodel.contracts import Fused, Senses
 from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, apply_rope, attend, modulate, rope_table
+from worldmodel.policy.state_policy import StatePolicy
 
 
 class ActionBlock(nn.Module):
@@ -42,7 +43,7 @@ class ActionBlock(nn.Module):
 
 
 class ActionExpert(nn.Module):
-    """Velocity of a noisy chunk of actions."""
+    """Velocity, or clean value, of a noisy chunk of actions."""
 
     def __init__(
         self,
@@ -54,12 +55,11 @@ class ActionExpert(nn.Module):
         context: int,
         layers: int,
         action: int,
-        proprio: int,
         chunk: int,
         stride: int,
         history: int,
         embodiments: int,
-        points: int,
+        state: StatePolicy,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class ActionExpert(nn.Module):
         self.embed_in = nn.Linear(action, width)
         self.position = nn.Parameter(torch.randn(chunk, width) * 0.5)
         self.embodiment = nn.Embedding(embodiments, width)
-        self.points = points
-        self.state = FeedForward(width=proprio + 1 + 7 * points + context, hidden=3 * context, out=context)
+        self.state = state
+        self.token = FeedForward(width=state.out.in_features + context, hidden=context, out=context)
         self.condition = FeedForward(width=context, hidden=context, out=width)
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
@@ -82,24 +82,17 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.embed_out.weight)
         nn.init.zeros_(self.embed_out.bias)
 
-    def extend(self, context: Fused, senses: Senses) -> tuple[Fused, Tensor]:
+    def extend(self, context: Fused, senses: Senses) -> tuple[Fused, Tensor, Tensor]:
         """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
-        Proprioception, tracked points in the base frame and relative to the end effector (zero and flagged where
-        absent) meet the mean of the context in one MLP. With `points=0` this is the published proprioception token.
-        Returns the context with the token and the condition (B, W).
+        Returns the context with the token (features of the state policy joined with the mean of the context), the
+        condition (B, W) and the state policy's proposal (B, A, D), which the transformer corrects.
         """
-        here = senses.has_proprio.unsqueeze(-1).to(senses.proprio.dtype)
-        parts = [senses.proprio[:, -1] * here, here, self.mean(context)]
-        if self.points:
-            known = senses.has_points.unsqueeze(-1).to(senses.points.dtype)
-            points = senses.points[:, -1] * known
-            relative = (senses.points[:, -1] - senses.effector[:, -1:]) * known * here.unsqueeze(-1)
-            parts += [points.flatten(1), relative.flatten(1), known.flatten(1)]
-        token = self.state(torch.cat(parts, -1))
-        present = torch.ones_like(context.mask[:, :1])
-        extended = Fused(torch.cat([context.tokens, token.unsqueeze(1)], 1), torch.cat([context.mask, present], 1))
-        return extended, self.condition(token)
+        features, proposal = self.state(senses, context.instruction)
+        token = self.token(torch.cat([features, self.mean(context)], -1))
+        tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)
+        mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
+        return context._replace(tokens=tokens, mask=mask), self.condition(token), proposal
 
     def mean(self, context: Fused) -> Tensor:
         """Mean of the present context tokens (B, context)."""

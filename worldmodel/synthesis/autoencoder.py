@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.errors import ConfigError
@@ -154,13 +155,16 @@ class VideoAutoencoder(nn.Module):
         return self.decode_raw(latents.transpose(1, 2)).transpose(1, 2)
 
 
-def carry_residual(decoded: Tensor, last: Tensor, sharpness: float = 40.0) -> Tensor:
-    """Keeps what a small tokeniser blurs: adds the known error of the last frame where a frame has not changed.
+def carry_residual(decoded: Tensor, last: Tensor, fade: float = 0.2, hold: float = 0.25, window: int = 11) -> Tensor:
+    """Keeps what a small tokeniser blurs: pictures change where the decoded change is visible, and stay elsewhere.
 
     decoded (N, 1 + T, 3, h, w) with the reconstruction of the last frame first, last (N, 3, h, w) as it was seen, both
-    in [-1, 1]. Where the decoded change is large, the error no longer belongs there and is faded out exponentially.
-    Returns the T future frames.
+    in [-1, 1]. The known error of the last frame is added where a pixel has not changed; where the decoded change is
+    large it no longer belongs there: it falls to 1/e at a change of `fade`. A change whose mean over `window` pixels is
+    small against `hold` is taken for an error of the decoder and held back. Returns the T future frames.
     """
-    first, future = decoded[:, :1], decoded[:, 1:]
+    first, future, last = decoded[:, :1], decoded[:, 1:], last.unsqueeze(1)
     change = (future - first).abs().mean(2, keepdim=True)
-    return future + torch.exp(-sharpness * change**2 / 0.1) * (last.unsqueeze(1) - first)
+    sharp = future + torch.exp(-((change / fade) ** 2)) * (last - first)
+    around = F.avg_pool2d(change.flatten(0, 1), window, 1, window // 2, count_include_pad=False).view_as(change)
+    return last + (1 - torch.exp(-((around / hold) ** 2))) * (sharp - last)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+SMALLEST = 1e-3
+"""Noise level below which a value counts as clean, so that nothing is divided by zero."""
+
 
 def expand_as(sigma: Tensor, x: Tensor) -> Tensor:
     """sigma (B,) -> (B, 1, ...) with the rank of x."""
@@ -30,12 +33,10 @@ def sample_sigma(count: int, shift: float, generator: torch.Generator) -> Tensor
     return shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
 
 
-def precondition(sigma: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (skip, out) of the best linear guess of the velocity and of what a network has to add to it.
+def clean_to_velocity(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """Velocity at z that points at a predicted clean value: (z - z_0) / sigma, sigma (B,).
 
-    For clean data of root mean square `scale` the guess from z alone is skip z, and out F with a unit network F covers
-    the rest: the reasoning of Karras et al. 2022 (arXiv 2206.00364, appendix B.6) carried over to rectified flow. The
-    network never spends capacity on passing its own noise through. Shapes broadcast.
+    Networks that answer z_0 need no capacity for passing noise through, and where the condition settles the answer
+    (a still camera, a decided action) their samples carry no noise (Li & He 2025, arXiv 2511.13720).
     """
-    variance = sigma**2 + ((1 - sigma) * scale) ** 2
-    return (sigma - (1 - sigma) * scale**2) / variance, scale / variance.sqrt()
+    return (noisy - clean) / expand_as(sigma, noisy).clamp(min=SMALLEST)
