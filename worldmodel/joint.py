@@ -120,7 +120,9 @@ class JointTransformer(nn.Module):
         frozen = observation.rgb[:, -1:].expand_as(future.rgb)
         target = self.future_latents(observation, future._replace(rgb=frozen))[:, 0]
         known = nn.functional.pad(last.movedim(2, -1).flatten(0, 3), (0, 1), value=1.0)
-        self.get_buffer("still").copy_(torch.linalg.lstsq(known, target.movedim(2, -1).flatten(0, 3)).solution)
+        # In float64: a solver's last bits depend on where its memory lies, and seeds must repeat.
+        solution = torch.linalg.lstsq(known.double(), target.movedim(2, -1).flatten(0, 3).double()).solution
+        self.get_buffer("still").copy_(solution)
         s = self.normaliser(observation, self.grid)
         state = self.future_state(s, future, self.future_latents(observation, future))
         state = state._replace(video=state.video - self.still_latents(last[:, None]))
