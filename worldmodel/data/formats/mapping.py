@@ -6,7 +6,7 @@ Frames, directions and axes are never guessed: an entry that needs one says `???
     fps: null                       # null: as the source says
     instruction: {field: task}      # or {text: "Pick up the cube."}
     task: null                      # null: the instruction, shortened
-    success: true                   # or {field: next.success}, whose last value counts
+    success: true                   # or {field: next.success}, whose last value counts; left out: the source's word
     split: {heldout: 0.1}           # share of episodes, chosen by hash; or {source: {train: train, val: heldout_episodes}}
     cameras: {front: observation.images.front}      # ours: theirs; or {field: ..., size: [256, 256]}
     proprio: [{field: observation.state, slice: [0, 6], names: [...], units: [...]}]
@@ -31,6 +31,8 @@ MAPS = ("camera_to_base", "base_to_camera")
 AXES = ("opencv", "opengl")
 LAYOUTS = ("matrix", "position_quaternion_xyzw", "position_quaternion_wxyz")
 SPLITS = ("train", "heldout_episodes", "heldout_tasks")
+HELDOUT = 0.1
+"""Share of held-out episodes that a suggested map asks for."""
 ASK = "???"
 """What stands in a suggested map where only the user knows the answer."""
 
@@ -112,7 +114,7 @@ class Text:
 
 @dataclass
 class Success:
-    """Whether an episode succeeded: the last value of `field`, or the same for all."""
+    """Whether an episode succeeded: the last value of `field`, or the same for all, or as the source says (else yes)."""
 
     field: str | None = None
     value: bool | None = None
@@ -135,7 +137,7 @@ class Mapping:
     fps: float | None = None
     task: str | None = None
     instruction: Text = field(default_factory=Text)
-    success: Success = field(default_factory=lambda: Success(value=True))
+    success: Success = field(default_factory=Success)
     split: Split = field(default_factory=Split)
     cameras: dict[str, Camera] = field(default_factory=dict)
     proprio: list[Columns] = field(default_factory=list)
