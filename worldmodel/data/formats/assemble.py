@@ -116,7 +116,7 @@ def _pictures(episode: Episode, recording: Recording, mapping: Mapping) -> None:
         images = _get(recording.images, camera.field, recording.where)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise DataError(
-                f"{recording.where}: {camera.field}: pictures {images.shape} {images.dtype}, expected (T, h, w, 3) uint8"
+                f"{recording.where}: {camera.field}: {images.shape} {images.dtype}, expected (T, h, w, 3) uint8"
             )
         if len(images) != recording.length:
             raise DataError(f"{recording.where}: {camera.field}: {len(images)} pictures for {recording.length} steps")

@@ -1,7 +1,6 @@
 """What a reader of a foreign format offers: the fields a dataset has, its episodes, and each episode as ours."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from worldmodel.data.schema import Episode
-from worldmodel.errors import ConfigError, DataError
+from worldmodel.errors import DataError
 
 if TYPE_CHECKING:
     from worldmodel.data.formats.mapping import Mapping
@@ -72,7 +71,7 @@ class Recording:
 
 
 class Source(Protocol):
-    """A dataset in a foreign format. Opened by `open_source` in every worker process, so opening must be cheap."""
+    """A dataset in a foreign format; `registry.open_source` opens it for every shard, so opening must be cheap."""
 
     def fields(self) -> Fields:
         """What the dataset has.
@@ -93,30 +92,6 @@ class Source(Protocol):
             DataError: naming file, episode and field of what is wrong.
         """
         ...
-
-
-def _lerobot(path: Path) -> Source:
-    from worldmodel.data.formats.lerobot import LeRobotSource
-
-    return LeRobotSource(path)
-
-
-FORMATS: dict[str, Callable[[Path], Source]] = {"lerobot": _lerobot}
-"""Format name -> opener. An opener imports its reader when called, so that the command line's help stays instant."""
-
-
-def open_source(name: str, path: str | Path) -> Source:
-    """The dataset at `path` in format `name`.
-
-    Raises:
-        ConfigError: unknown format.
-        DataError: nothing at `path`, or not a dataset of that format.
-    """
-    if name not in FORMATS:
-        raise ConfigError(f"unknown format {name!r}; known: {', '.join(sorted(FORMATS))}")
-    if not Path(path).exists():
-        raise DataError(f"{path}: no such file or folder; give the {name} dataset's path")
-    return FORMATS[name](Path(path))
 
 
 def episode_key(*parts: str | int) -> str:

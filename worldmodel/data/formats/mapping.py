@@ -7,7 +7,7 @@ Frames, directions and axes are never guessed: an entry that needs one says `???
     instruction: {field: task}      # or {text: "Pick up the cube."}
     task: null                      # null: the instruction, shortened
     success: true                   # or {field: next.success}, whose last value counts; left out: the source's word
-    split: {heldout: 0.1}           # share of episodes, chosen by hash; or {source: {train: train, val: heldout_episodes}}
+    split: {heldout: 0.1}           # share of episodes, by hash; or {source: {train: train, val: heldout_episodes}}
     cameras: {front: observation.images.front}      # ours: theirs; or {field: ..., size: [256, 256]}
     proprio: [{field: observation.state, slice: [0, 6], names: [...], units: [...]}]
     action: [{field: action}]
@@ -114,7 +114,7 @@ class Text:
 
 @dataclass
 class Success:
-    """Whether an episode succeeded: the last value of `field`, or the same for all, or as the source says (else yes)."""
+    """Whether an episode succeeded: the last value of `field`, or one for all, or the source's word (else yes)."""
 
     field: str | None = None
     value: bool | None = None

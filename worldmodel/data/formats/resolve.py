@@ -119,7 +119,7 @@ def _columns(where: str, entry: Any, fields: Fields) -> Iterator[str]:
         return
     field = fields.vectors[entry.field]
     count = (width(field) if stop is None else stop) - start
-    first, last = (0, count) if entry.slice is None else (entry.slice + [0, 0])[:2]
+    first, last = (0, count) if entry.slice is None else [*entry.slice, 0, 0][:2]
     if not 0 <= first < last <= count or (entry.slice is not None and len(entry.slice) != 2):
         yield f"{where}: slice {entry.slice} must be [first, last + 1] within the {count} columns of {entry.field}"
         return
@@ -152,7 +152,7 @@ def _touch(mapping: Mapping, fields: Fields) -> Iterator[str]:
         for size in tactile.shape:
             cells *= size
         if len(tactile.shape) != 3 or (tactile.slice is not None and tactile.slice[1] - tactile.slice[0] != cells):
-            yield f"tactile.{name}: shape {tactile.shape} must be [channels, rows, columns] of {tactile.field}'s columns"
+            yield f"tactile.{name}: shape {tactile.shape} must be [channels, rows, columns] of {tactile.field}"
         if tactile.channels and len(tactile.channels) != tactile.shape[0]:
             yield f"tactile.{name}: {len(tactile.channels)} channel names for {tactile.shape[0]} channels"
 
