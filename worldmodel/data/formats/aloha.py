@@ -95,7 +95,7 @@ def _words(place: Path) -> list[str | int]:
     """Parts of a key: folders, then the file's name with its number apart so that it is padded."""
     stem = place.stem.rstrip("0123456789")
     number = place.stem[len(stem) :]
-    return [*place.parts[:-1], stem, *([int(number)] if number else [])]
+    return [*place.parts[:-1], stem.rstrip("_"), *([int(number)] if number else [])]
 
 
 def _steps(file: Any, where: str) -> int:

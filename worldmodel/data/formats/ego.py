@@ -1,6 +1,7 @@
 """Egocentric human video: a folder per episode, with a camera track and tracks of hands and objects. No actions.
 
-    <episode>/annotation.json     {"instruction": "Pour the milk.", "fps": 30}; also task, success, split, person, licence
+    <episode>/annotation.json     {"instruction": "Pour the milk.", "fps": 30}; also task, success, split, licence,
+                                  person, place, source
     <episode>/video.mp4           or frames/000000.jpg ..., in the order of the numbers in their names
     <episode>/camera.npz          or camera.json: intrinsics (3, 3) or (T, 3, 3) in pixels of the pictures;
                                   camera_to_world (T, 4, 4)
@@ -8,8 +9,9 @@
     <episode>/objects.npz         the same, of objects; either file may be missing
 
 Lengths are metres, camera axes OpenCV (x right, y down, z forward). There is no robot, so the world frame of the tracks
-takes the place of the base frame: let z point up and keep it still within an episode. A point may be NaN where its track
-is lost; it is then not visible and stays where it was seen last. `fps` may be left out beside a video that states it.
+takes the place of the base frame: let z point up and keep it still within an episode. A point may be NaN where its
+track is lost; it is then not visible and stays where it was seen last. `fps` may be left out beside a video that states
+it. Splits are named as ours are: train, heldout_episodes, heldout_tasks.
 """
 
 from dataclasses import replace
@@ -21,7 +23,7 @@ import numpy as np
 from worldmodel.data.formats.assemble import assemble
 from worldmodel.data.formats.base import Field, Fields, Recording, Ref, episode_key
 from worldmodel.data.formats.hdf5 import numbers_last
-from worldmodel.data.formats.mapping import Mapping
+from worldmodel.data.formats.mapping import HELDOUT, Mapping
 from worldmodel.data.formats.pictures import decode_pictures, decode_video, video_rate
 from worldmodel.data.schema import Episode
 from worldmodel.data.shards import read_json
@@ -66,9 +68,7 @@ class EgoSource:
         if licence := annotation.get("licence"):
             mapping["licence"] = str(licence)
         splits = sorted({ref.split for ref in self.refs()} - {""})
-        known = {"train": "train", "heldout_episodes": "heldout_episodes", "heldout_tasks": "heldout_tasks"}
-        if splits and set(splits) <= set(known):
-            mapping["split"] = {"source": {name: name for name in splits}}
+        mapping["split"] = {"source": {name: name for name in splits}} if splits else {"heldout": HELDOUT}
         return Fields(
             where=str(self.path) if self.path != folder else where,
             fps=fps,
@@ -206,13 +206,13 @@ def _points(folder: Path, length: int | None = None) -> tuple[np.ndarray, np.nda
         names += own
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
-            f"{folder}: names {twice} are used twice in hands.npz and objects.npz; every point needs its own"
+            f"{folder}: names {twice} are used twice in hands.npz and objects.npz; give every point its own"
         )
     return (np.concatenate(points, 1), np.concatenate(visible, 1), names) if names else None
 
 
 def _held(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`points` with lost ones at their last known place (before the first, at that one), and which were known (T, K)."""
+    """`points` with lost ones at their last known place (before the first, there), and which were known (T, K)."""
     known = np.isfinite(points).all(-1)
     steps = np.arange(len(points))[:, None]
     last = np.maximum.accumulate(np.where(known, steps, -1), 0)

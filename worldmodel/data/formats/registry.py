@@ -16,7 +16,37 @@ def _lerobot(path: Path) -> "Source":
     return LeRobotSource(path)
 
 
-FORMATS: dict[str, Callable[[Path], "Source"]] = {"lerobot": _lerobot}
+def _aloha(path: Path) -> "Source":
+    from worldmodel.data.formats.aloha import AlohaSource
+
+    return AlohaSource(path)
+
+
+def _robomimic(path: Path) -> "Source":
+    from worldmodel.data.formats.robomimic import RobomimicSource
+
+    return RobomimicSource(path)
+
+
+def _rlds(path: Path) -> "Source":
+    from worldmodel.data.formats.rlds import RldsSource
+
+    return RldsSource(path)
+
+
+def _ego(path: Path) -> "Source":
+    from worldmodel.data.formats.ego import EgoSource
+
+    return EgoSource(path)
+
+
+FORMATS: dict[str, Callable[[Path], "Source"]] = {
+    "lerobot": _lerobot,
+    "aloha": _aloha,
+    "robomimic": _robomimic,
+    "rlds": _rlds,
+    "ego": _ego,
+}
 """Format name -> opener."""
 
 

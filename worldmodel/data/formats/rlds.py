@@ -5,8 +5,8 @@
     <name>-<split>.tfrecord-00000-of-00008
 
 Names are those of the record without `steps/`: `observation/image`, `action`, `language_instruction`; what holds for a
-whole episode keeps its own, `episode_metadata/file_path`. RLDS (https://github.com/google-research/rlds) states no rate,
-and calls the action of the step with `is_last` invalid: that step is left out when actions are imported.
+whole episode keeps its own, `episode_metadata/file_path`. RLDS (https://github.com/google-research/rlds) states no
+rate, and calls the action of the step with `is_last` invalid: that step is left out when actions are imported.
 """
 
 import re

@@ -28,9 +28,7 @@ class Feature:
     shape: tuple[int | None, ...] = ()  # of one step
     dtype: str = ""
     encoding: str = "none"  # of a tensor: none, bytes or zlib
-    sequences: int = (
-        0  # sequences around it: 1 is the steps, 2 a sequence inside a step, whose length `shape` starts with
-    )
+    sequences: int = 0  # around it: 1 is the steps, 2 a sequence inside a step, whose length `shape` starts with
 
     @property
     def ragged(self) -> bool:
@@ -60,11 +58,11 @@ def leaves(
         for name, child in children.items():
             yield from leaves(child, where, f"{prefix}/{name}" if prefix else name, around)
     elif (sequence := declaration.get("sequence")) is not None:
-        child, length = (
-            (sequence.get("feature"), sequence.get("length")) if isinstance(sequence, dict) else (None, None)
-        )
-        static = int(length) if str(length).isdecimal() else None
-        yield from leaves(child, where, prefix, (*around, static))
+        if not isinstance(sequence, dict):
+            raise DataError(f"{where}: {prefix or 'top level'}: sequence must be an object with a feature")
+        length = str(sequence.get("length"))
+        static = int(length) if length.isdecimal() else None
+        yield from leaves(sequence.get("feature"), where, prefix, (*around, static))
     else:
         try:
             yield prefix, _leaf(declaration, around)
@@ -138,7 +136,7 @@ def _numbers(values: dict[str, Any], name: str, value: Any, feature: Feature, le
         rows = values.get(name + ROWS)
         if rows is None or isinstance(rows, list) or len(rows) != length or len(set(rows.tolist())) != 1:
             raise DataError(
-                f"{place}: not the same number of values in each of {length} steps; leave it out of the map"
+                f"{place}: not as many values in each of the {length} steps; leave it out of the map"
             )
         shape = (int(rows[0]), *shape[1:])
     sizes = [size for size in shape if size is not None]
