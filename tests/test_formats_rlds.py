@@ -1,4 +1,9 @@
-"""RLDS: TFRecords and features.json made here byte by byte, imported, validated and read as clips."""
+"""RLDS: TFRecords and features.json made here byte by byte, imported, validated and read as clips.
+
+`fixtures/tfds` was written by tensorflow-datasets 4.9.10 itself: two episodes of 4 and 5 steps, in which step t of
+episode n has action 10 n + t, state 100 n + 10 t + 0..5, gripper n + t / 4, packed (n, t), touched (t, -t), phase
+t mod 3, and pictures of the colour (10 n, 20 t, 200), for the wrist reversed.
+"""
 
 import io
 import json
@@ -198,6 +203,31 @@ def test_rlds_becomes_shards(tmp_path: Path) -> None:
     assert np.abs(stored.rgb["wrist"][3].astype(int) - expected).mean() < 3
 
 
+def test_what_tfds_itself_wrote_becomes_shards(tmp_path: Path) -> None:
+    observed = [f"observation/{name}" for name in ("state", "gripper", "packed", "touched")]
+    mapping = MAP | {"split": {"heldout": 0.0}, "proprio": [*observed, "phase"], "ignore": []}
+    fixture = Path(__file__).parent / "fixtures" / "tfds"
+    root = import_dataset(
+        "rlds", fixture, tmp_path / "out", mapping=make_mapping(mapping, "map"), workers=1, progress=False
+    )
+    assert validate(root) == []
+    reader = ShardReader(root)
+    spec = ClipSpec(cameras=("front", "wrist"), embodiments=("widowx",), height=8, width=8, fps=5)
+    clips = ClipDataset(reader, spec, split="train")
+    collate([clips[i] for i in range(len(clips))])
+    assert sorted(entry.length for entry in reader.entries) == [3, 4]
+    for i, entry in enumerate(reader.entries):
+        episode, n = reader.read(i), entry.length - 3
+        for t in range(entry.length):
+            assert episode.action is not None and episode.proprio is not None
+            assert episode.action[t].tolist() == [10 * n + t] * 4
+            state = [100 * n + 10 * t + column for column in range(6)]
+            assert episode.proprio[t].tolist() == [*state, n + t / 4, n, t, t, -t, t % 3]
+            np.testing.assert_allclose(episode.rgb["front"][t, 4, 4], (10 * n, 20 * t, 200), atol=4)
+            np.testing.assert_allclose(episode.rgb["wrist"][t, 4, 4], (200, 20 * t, 10 * n), atol=4)
+        assert episode.meta["instruction"] == "put the lid on the pot"
+
+
 def test_sequences_inside_steps_and_integers_are_read(tmp_path: Path) -> None:
     source = open_source("rlds", write(tmp_path / "pots"))
     fields = source.fields()
@@ -237,12 +267,17 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("change", "words"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
-def test_each_fault_of_a_record_is_named(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
-) -> None:
+def test_each_fault_of_a_record_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
     source = open_source("rlds", write(tmp_path / "pots", change))
     with pytest.raises(DataError, match=words):
         source.read(source.refs()[1], resolve(source.fields(), make_mapping(MAP, "map")))
+
+
+def read_all(folder: Path) -> None:
+    source = open_source("rlds", folder)
+    mapping = resolve(source.fields(), make_mapping(MAP, "map"))
+    for ref in source.refs():
+        source.read(ref, mapping)
 
 
 def test_damage_is_found_with_file_and_offset(tmp_path: Path) -> None:
@@ -254,8 +289,7 @@ def test_damage_is_found_with_file_and_offset(tmp_path: Path) -> None:
     def attempt(data: bytes) -> str:
         path.write_bytes(data)
         with pytest.raises(DataError) as error:
-            for ref in (source := open_source("rlds", folder)).refs():
-                source.read(ref, resolve(source.fields(), make_mapping(MAP, "map")))
+            read_all(folder)
         return str(error.value)
 
     place = f"{path}: offset {second}: "
@@ -282,10 +316,14 @@ def test_folders_and_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         open_source("rlds", tmp_path / "pots")
     folder = tmp_path / "pots" / "1.0.0"
     mapping = make_mapping(MAP | {"cameras": {"front": "observation/image"}}, "map")
-    with pytest.raises(ConfigError, match=r"observation/wrist: not used by the map(.|\n)*camera  observation/wrist  16x24"):
+    with pytest.raises(
+        ConfigError, match=r"observation/wrist: not used by the map(.|\n)*camera  observation/wrist  16x24"
+    ):
         import_dataset("rlds", folder, tmp_path / "out", mapping=mapping, workers=1, progress=False)
     depth = make_mapping(MAP | {"proprio": ["observation/depth"]}, "map")
-    with pytest.raises(ConfigError, match=r"'observation/depth' is declared but missing: float32 picture is not supported"):
+    with pytest.raises(
+        ConfigError, match=r"'observation/depth' is declared but missing: float32 picture is not supported"
+    ):
         import_dataset("rlds", folder, tmp_path / "out", mapping=depth, workers=1, progress=False)
     (folder / "features.json").write_text(json.dumps(group({"image": image("png")})))
     with pytest.raises(DataError, match="no sequence 'steps', so no RLDS"):

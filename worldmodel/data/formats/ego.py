@@ -158,7 +158,7 @@ def _arrays(path: Path, needed: tuple[str, ...]) -> dict[str, np.ndarray]:
             values = read_json(path, "see the layout of egocentric folders")
             arrays = {name: np.asarray(values[name], np.float64) for name in needed if name in values}
         else:
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
     except DataError:
         raise
@@ -213,7 +213,7 @@ def _points(folder: Path, length: int | None = None) -> tuple[np.ndarray, np.nda
 
 def _held(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`points` with lost ones at their last known place (before the first, there), and which were known (T, K)."""
-    known = np.isfinite(points).all(-1)
+    known: np.ndarray = np.asarray(np.isfinite(points).all(-1))
     steps = np.arange(len(points))[:, None]
     last = np.maximum.accumulate(np.where(known, steps, -1), 0)
     last = np.where(last < 0, known.argmax(0), last)

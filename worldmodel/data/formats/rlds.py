@@ -9,6 +9,7 @@ whole episode keeps its own, `episode_metadata/file_path`. RLDS (https://github.
 rate, and calls the action of the step with `is_last` invalid: that step is left out when actions are imported.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class RldsSource:
         """What features.json declares."""
         fields = Fields(
             where=str(self.root),
-            texts=tuple(_short(name) for name, feature in self.features.items() if feature.kind == "text"),
+            # The likeliest instruction first: that is the one a suggested map takes.
+            texts=tuple(sorted(map(_short, self._texts()), key=lambda name: "instruction" not in name)),
             splits=tuple(dict.fromkeys(split for split, _ in self._files())),
         )
         for name, feature in self.features.items():
@@ -90,7 +92,7 @@ class RldsSource:
         """
         path, offset = self.root / str(ref.place[0]), int(ref.place[1])
         where = f"{path}: offset {offset}"
-        texts = {name for name, feature in self.features.items() if feature.kind == "text"}
+        texts = self._texts()
         wanted = [STEPS + name for name in sorted(mapping.vectors() | mapping.images())]
         names = {*wanted, *texts, STEPS + "is_first", STEPS + "is_last"}
         values = parse_example(read_record(path, offset), where, {n + end for n in names for end in ("", FLAT, ROWS)})
@@ -111,6 +113,9 @@ class RldsSource:
                 recording.texts[_short(name)] = value[0].decode("utf-8", "replace")
         recording.meta["record"] = {"file": path.name, "offset": offset, "steps": stated}
         return assemble(recording, mapping)
+
+    def _texts(self) -> list[str]:
+        return [name for name, feature in self.features.items() if feature.kind == "text"]
 
     def _files(self) -> dict[tuple[str, Path], int | None]:
         """The records' files by split, in order, with the number of episodes that each should have if that is known."""
@@ -160,7 +165,7 @@ def _length(values: dict[str, Any], features: dict[str, Feature], wanted: list[s
             return len(values[name])
     for name in wanted:
         if name in values and not features[name].ragged:
-            width = 1 if isinstance(values[name], list) else int(np.prod(features[name].shape, dtype=np.int64))
+            width = 1 if isinstance(values[name], list) else math.prod(size or 1 for size in features[name].shape)
             return len(values[name]) // max(width, 1)
     raise DataError(f"{where}: the record has no steps; it is damaged or no RLDS episode")
 

@@ -135,9 +135,7 @@ def _numbers(values: dict[str, Any], name: str, value: Any, feature: Feature, le
         # The outermost sequence is the steps; what is left must be as long in every step.
         rows = values.get(name + ROWS)
         if rows is None or isinstance(rows, list) or len(rows) != length or len(set(rows.tolist())) != 1:
-            raise DataError(
-                f"{place}: not as many values in each of the {length} steps; leave it out of the map"
-            )
+            raise DataError(f"{place}: not as many values in each of the {length} steps; leave it out of the map")
         shape = (int(rows[0]), *shape[1:])
     sizes = [size for size in shape if size is not None]
     if len(sizes) != len(shape) or len(value) != length * int(np.prod(sizes, dtype=np.int64)):
