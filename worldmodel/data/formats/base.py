@@ -53,6 +53,7 @@ class Fields:
     texts: tuple[str, ...] = ()  # fields with a sentence per episode
     splits: tuple[str, ...] = ()  # the source's own split names
     missing: dict[str, str] = field(default_factory=dict)  # declared by the source but not there -> why
+    questions: dict[str, str] = field(default_factory=dict)  # name in the map that the user must fill in -> why
     mapping: dict[str, Any] | None = None  # a mapping that travels with the dataset itself
 
 

@@ -16,6 +16,7 @@ Frames, directions and axes are never guessed: an entry that needs one says `???
     camera_to_base: {front: {field: observation.extrinsics.front, maps: camera_to_base, axes: opencv}}
     intrinsics: {front: {matrix: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]}}
     points: {field: observation.points, visible: observation.visible, names: [...], frame: base}
+    pair_video: time                # the frame at a row's time stamp; number: the frame of the same number
     ignore: [observation.temperature]               # fields left out on purpose; * and ? are wildcards
 """
 
@@ -30,6 +31,7 @@ from worldmodel.errors import ConfigError
 MAPS = ("camera_to_base", "base_to_camera")
 AXES = ("opencv", "opengl")
 LAYOUTS = ("matrix", "position_quaternion_xyzw", "position_quaternion_wxyz")
+PAIRINGS = ("time", "number")
 SPLITS = ("train", "heldout_episodes", "heldout_tasks")
 HELDOUT = 0.1
 """Share of held-out episodes that a suggested map asks for."""
@@ -148,6 +150,7 @@ class Mapping:
     intrinsics: dict[str, Intrinsics] = field(default_factory=dict)
     points: Points | None = None
     ignore: list[str] = field(default_factory=list)
+    pair_video: str = "time"
     licence: str = "not stated by the source"
 
     def vectors(self) -> set[str]:

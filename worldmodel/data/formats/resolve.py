@@ -10,6 +10,7 @@ from worldmodel.data.formats.mapping import (
     AXES,
     LAYOUTS,
     MAPS,
+    PAIRINGS,
     SPLITS,
     Columns,
     Mapping,
@@ -59,6 +60,8 @@ def _problems(mapping: Mapping, fields: Fields) -> Iterator[str]:
         yield "embodiment: empty; name the robot"
     if not mapping.fps or mapping.fps <= 0:
         yield f"fps: {mapping.fps}; the source does not say, so the map must (steps per second)"
+    if mapping.pair_video not in PAIRINGS:
+        yield f"pair_video: {mapping.pair_video!r} is none of {', '.join(PAIRINGS)}"
     yield from _texts(mapping, fields)
     yield from _split(mapping, fields)
     for name, camera in mapping.cameras.items():

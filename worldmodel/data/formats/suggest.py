@@ -83,8 +83,12 @@ def suggest(fields: Fields) -> Suggestion:
     else:
         ignore += [name for name, _ in found["visible"]]
     out["ignore"] = ignore
+    out |= dict.fromkeys(fields.questions, ASK)
+    remarks += [f"{name}: {why}" for name, why in fields.questions.items()]
     out = {name: value for name, value in out.items() if value not in ([], {})}
-    return Suggestion(out, remarks + [f"{path}: {ASK}, only you know" for path in _open(out)])
+    return Suggestion(
+        out, remarks + [f"{path}: {ASK}, only you know" for path in _open(out) if path not in fields.questions]
+    )
 
 
 def _kind(name: str) -> tuple[str, str]:
