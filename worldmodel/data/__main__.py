@@ -44,7 +44,7 @@ the source and the map, not of the number of workers.
 """
 EXPORT = """\
 Write our shards as a dataset in a foreign format: lerobot is LeRobot v3.0 (parquet and mp4), with the map that imports
-it again without loss. Videos are compressed with H.264; --lossless keeps every pixel and takes many times the space.
+it again. Pictures are compressed with H.264; --lossless stores them as PNG and takes many times the space.
 """
 
 
@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("format", choices=["lerobot"], metavar="FORMAT", help="lerobot")
     command.add_argument("source", type=Path, metavar="SRC", help="dataset folder with index.json")
     command.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist or be empty")
-    command.add_argument("--lossless", action="store_true", help="videos that keep every pixel")
+    command.add_argument("--embodiment", metavar="NAME", help="which robot, where the data hold several")
+    command.add_argument("--lossless", action="store_true", help="pictures as PNG, which keep every pixel")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
@@ -180,7 +181,13 @@ def _import(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from worldmodel.data.formats.lerobot_export import export_lerobot
 
-    root = export_lerobot(options.source, options.out, lossless=options.lossless, progress=not options.quiet)
+    root = export_lerobot(
+        options.source,
+        options.out,
+        embodiment=options.embodiment,
+        lossless=options.lossless,
+        progress=not options.quiet,
+    )
     print(f"dataset ready: {root}")
     return 0
 

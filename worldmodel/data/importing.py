@@ -11,7 +11,7 @@ from typing import Any
 
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.formats.base import Ref
-from worldmodel.data.formats.mapping import SPLITS, Mapping, Split, load_mapping, make_mapping
+from worldmodel.data.formats.mapping import SPLITS, Mapping, Split, load_mapping, make_mapping, to_yaml
 from worldmodel.data.formats.registry import open_source
 from worldmodel.data.formats.resolve import resolve
 from worldmodel.data.jobs import Chunk, claim, fill
@@ -67,7 +67,7 @@ def import_dataset(
         "format": format,
         "source": Path(src).resolve().name,
         "episodes": hashlib.sha256(json.dumps(refs).encode()).hexdigest(),
-        "mapping": plain,
+        "mapping": to_yaml(plain),  # as text: the order of cameras and sensors counts
         "episodes_per_shard": episodes_per_shard,
         "schema_version": SCHEMA_VERSION,
     }
@@ -133,5 +133,6 @@ def read_chunk(format: str, src: str, mapping: dict[str, Any], chunk: Chunk) -> 
     for key, place, split in chunk.what["refs"]:
         episode = source.read(Ref(key, tuple(place), split), names)
         ours = "heldout_tasks" if episode.meta["task"] in names.split.heldout_tasks else chunk.what["split"]
-        episode.meta |= {"episode_id": key, "split": ours, "source": f"{format}:{Path(src).resolve().name}"}
+        episode.meta |= {"episode_id": key, "split": ours}
+        episode.meta.setdefault("source", f"{format}:{Path(src).resolve().name}")
         yield key, episode

@@ -11,6 +11,7 @@ from worldmodel.data.formats.mapping import Columns, Mapping, Pose
 from worldmodel.data.schema import Episode, check_episode
 from worldmodel.errors import DataError
 
+NOT_STATED = "not stated by the source"
 _TASK_LENGTH = 60
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL camera axes (x right, y up, z back) to OpenCV's, and back."""
@@ -28,7 +29,7 @@ def assemble(recording: Recording, mapping: Mapping) -> Episode:
     instruction = mapping.instruction.text or ""
     if mapping.instruction.field is not None:
         instruction = _get(recording.texts, mapping.instruction.field, where)
-    task = mapping.task or task_name(instruction)
+    task = mapping.task or recording.task or task_name(instruction)
     if not task:
         raise DataError(f"{where}: the instruction is empty and the map gives no task; give one of them in the map")
     meta: dict[str, Any] = {
@@ -40,7 +41,7 @@ def assemble(recording: Recording, mapping: Mapping) -> Episode:
         "fps": float(mapping.fps or 0),
         "length": t,
         "success": _success(recording, mapping),
-        "licence": mapping.licence,
+        "licence": mapping.licence or recording.meta.get("licence") or NOT_STATED,
     }
     episode = Episode(meta=meta)
     _pictures(episode, recording, mapping)
@@ -198,7 +199,9 @@ def _touch(episode: Episode, recording: Recording, mapping: Mapping) -> None:
     episode.wrench = np.stack(wrenches, 1) if wrenches else np.zeros((t, 0, 6), np.float32)
     meta["sensor_names"] = list(mapping.wrench)
     meta["sensor_frames"] = {name: wrench.frame for name, wrench in mapping.wrench.items()}
-    meta["wrench_sign"] = "; ".join(f"{name}: {wrench.sign}" for name, wrench in mapping.wrench.items())
+    if signs := [f"{name}: {wrench.sign}" for name, wrench in mapping.wrench.items() if wrench.sign]:
+        meta["wrench_sign"] = "; ".join(signs)
+    meta.setdefault("wrench_sign", NOT_STATED)
     meta["wrench_units"] = ["N"] * 3 + ["N·m"] * 3
     if mapping.tactile:
         grids = [_columns(recording, entry).reshape(t, *entry.shape) for entry in mapping.tactile.values()]

@@ -67,6 +67,7 @@ class Recording:
     vectors: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (T, *shape)
     images: dict[str, np.ndarray] = field(default_factory=dict)  # camera -> (T, h, w, 3) uint8, RGB
     texts: dict[str, str] = field(default_factory=dict)  # name -> sentence of this episode
+    task: str = ""  # the source's own short name of the task
     success: bool | None = None  # None: the source does not say
     meta: dict[str, Any] = field(default_factory=dict)  # goes into the episode's metadata as it is
 

@@ -119,6 +119,9 @@ class LeRobotSource:
             recording.vectors[name] = self._vector(table, name, where)
         if column is not None and text is not None:
             recording.texts[text] = self._sentence(table, column, where)
+            if text == "task" and "instruction" in episode.own:
+                recording.texts[text] = str(episode.own["instruction"])
+        recording.task = str(episode.own.get("task", ""))
         if "success" in episode.own:
             recording.success = bool(episode.own["success"])
         elif "next.success" in table.column_names:
@@ -174,8 +177,8 @@ class LeRobotSource:
         if abs(start) <= TOLERANCE / self.meta.fps:
             return {}
         return {
-            "pair_video": f"time stamps start at {start:.3f} s, not at 0: does row i belong to the frame at its time stamp "
-            f"({PAIRINGS[0]}), or to frame i of the episode ({PAIRINGS[1]})?"
+            "pair_video": f"time stamps start at {start:.3f} s, not at 0: does row i belong to the frame at its time "
+            f"stamp ({PAIRINGS[0]}), or to frame i of the episode ({PAIRINGS[1]})?"
         }
 
     def _table(self, episode: EpisodeInfo, columns: list[str], where: str) -> Any:

@@ -59,12 +59,12 @@ class Camera:
 
 @dataclass
 class Wrench:
-    """Six columns fx, fy, fz, tx, ty, tz in N and N·m; `frame` is the frame they are expressed in."""
+    """Six columns fx, fy, fz, tx, ty, tz in N and N·m, in the frame `frame`; `sign` says what acts on what."""
 
     field: str
     frame: str
     slice: list[int] | None = None
-    sign: str = "not stated by the source"
+    sign: str = ""
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Mapping:
     points: Points | None = None
     ignore: list[str] = field(default_factory=list)
     pair_video: str = "time"
-    licence: str = "not stated by the source"
+    licence: str = ""
 
     def vectors(self) -> set[str]:
         """Names of the per-step arrays that a reader must load for this mapping."""
@@ -168,7 +168,7 @@ class Mapping:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values without the empty ones, as YAML holds them."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, [], {})}
+        return {name: value for name, value in asdict(self).items() if value not in (None, [], {}, "")}
 
 
 def load_mapping(path: str | Path) -> Mapping:
@@ -231,11 +231,22 @@ def _longhand(value: dict[str, Any]) -> dict[str, Any]:
             value[name] = [value[name]]
         if isinstance(value.get(name), list):
             value[name] = [{"field": v} if isinstance(v, str) else v for v in value[name]]
+    for name in ("camera_to_base", "intrinsics"):
+        if isinstance(value.get(name), dict):
+            value[name] = {k: _decimal(v) for k, v in value[name].items()}
     if isinstance(value.get("success"), bool):
         value["success"] = {"value": value["success"]}
     if isinstance(value.get("instruction"), str):
         value["instruction"] = {"text": value["instruction"]}
     return value
+
+
+def _decimal(entry: Any) -> Any:
+    """`entry` with a matrix of floats where somebody wrote whole numbers."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("matrix"), list):
+        return entry
+    rows = [[float(v) if isinstance(v, int) else v for v in r] if isinstance(r, list) else r for r in entry["matrix"]]
+    return entry | {"matrix": rows}
 
 
 def to_yaml(value: dict[str, Any]) -> str:
