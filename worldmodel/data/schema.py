@@ -57,7 +57,7 @@ def encode(episode: Episode) -> dict[str, bytes]:
     for camera, images in episode.rgb.items():
         for step, image in enumerate(images):
             members[f"rgb.{camera}.{step:06d}.jpg"] = _encode_jpeg(image)
-    if episode.camera_to_base:
+    if episode.camera_to_base or episode.intrinsics:
         arrays = {f"{camera}.intrinsics": value for camera, value in episode.intrinsics.items()}
         arrays |= {f"{camera}.camera_to_base": value for camera, value in episode.camera_to_base.items()}
         members["camera.npz"] = _encode_npz(arrays)

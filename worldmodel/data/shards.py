@@ -12,7 +12,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,45 +72,44 @@ class ByteCache:
         return value
 
 
-def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any]:
-    """Write `samples` (key, episode) to `path` at once and return the shard's record for the index.
+def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str, Any]:
+    """Write `samples` (key, episode) to `path`, whole or not at all, and return the shard's record for the index.
 
-    The bytes depend on the samples only: times, owners and order are fixed.
+    The bytes depend on the samples only: times, owners and order are fixed. One episode at a time is in memory.
 
     Raises:
         DataError: a key holds a dot, a slash or is used twice.
     """
     from webdataset.writer import TarWriter
 
-    buffer = io.BytesIO()
-    writer = TarWriter(buffer, encoder=False, mtime=0.0, user="worldmodel", group="worldmodel")
-    entries, ends = [], [0]
-    for key, episode in samples:
-        if "." in key or "/" in key or key in {entry["key"] for entry in entries}:
-            raise DataError(f"{path.name}: key {key!r} must be unique and hold no dot and no slash")
-        writer.write({"__key__": key, **encode(episode)})
-        ends.append(writer.tarstream.offset)
-        meta = episode.meta
-        names = ("episode_id", "length", "task", "split", "embodiment", "success")
-        entries.append(
-            {"key": key, "offset": ends[-2], "size": ends[-1] - ends[-2]}
-            | {name: meta[name] for name in names}
-            | {"initial_state": initial_state(episode)}
-        )
-    writer.close()
-    data = buffer.getvalue()
-    for entry in entries:
-        entry["crc32"] = zlib.crc32(data[entry["offset"] : entry["offset"] + entry["size"]])
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
+    temporary = _temporary(path)
+    entries: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    with open(temporary, "wb") as file:
+        writer = TarWriter(file, encoder=False, mtime=0.0, user="worldmodel", group="worldmodel")
+        for key, episode in samples:
+            if "." in key or "/" in key or key in keys:
+                raise DataError(f"{path.name}: key {key!r} must be unique and hold no dot and no slash")
+            keys.add(key)
+            offset = writer.tarstream.offset
+            writer.write({"__key__": key, **encode(episode)})
+            meta = episode.meta
+            names = ("episode_id", "length", "task", "split", "embodiment", "success")
+            entries.append(
+                {"key": key, "offset": offset, "size": writer.tarstream.offset - offset}
+                | {name: meta[name] for name in names}
+                | {"initial_state": initial_state(episode)}
+            )
+        writer.close()
+    with open(temporary, "rb") as file:
+        for entry in entries:
+            file.seek(entry["offset"])
+            entry["crc32"] = zlib.crc32(file.read(entry["size"]))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.seek(0, os.SEEK_END)
     os.replace(temporary, path)
-    return {
-        "name": path.name,
-        "samples": len(entries),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "entries": entries,
-    }
+    return {"name": path.name, "samples": len(entries), "bytes": size, "sha256": digest, "entries": entries}
 
 
 def initial_state(episode: Episode) -> str:
@@ -145,9 +144,25 @@ def write_index(root: Path, shards: list[dict[str, Any]], heldout_tasks: list[st
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)
+
+
+def canonical(value: Any) -> str:
+    """`value` as JSON that is equal for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def remove_temporary(root: Path) -> None:
+    """Remove what killed writers left in `root`."""
+    for path in root.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name that no other process writes to: two that make the same file must not mix their bytes."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

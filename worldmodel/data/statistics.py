@@ -47,7 +47,7 @@ def _columns(episode: Episode) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     for name in ("proprio", "action", "wrench"):
         value = getattr(episode, name)
-        if value is not None:
+        if value is not None and value.shape[1]:  # taxels without any wrench leave it with no sensors
             columns[name] = value
     if episode.taxels is not None:
         channels = episode.taxels.shape[2]

@@ -1,0 +1,1 @@
+"""Readers and writers of foreign dataset formats; `base` says what a reader is, `mapping` how names are matched."""

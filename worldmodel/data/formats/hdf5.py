@@ -1,0 +1,115 @@
+"""What readers of HDF5 datasets share: opening, finding and reading, with our errors."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldmodel.errors import ConfigError, DataError
+
+SUFFIXES = (".hdf5", ".h5")
+
+
+def hdf5_files(path: Path, what: str) -> list[Path]:
+    """`path` itself, or the HDF5 files below it, numbers in their names in numerical order.
+
+    Raises:
+        DataError: there are none; `what` says what they should hold.
+    """
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
+    if not files:
+        raise DataError(f"{path}: no file named *.hdf5 or *.h5 below it; expected {what}")
+    return sorted(files, key=lambda file: numbers_last(file.relative_to(path).as_posix()))
+
+
+def numbers_last(name: str) -> list[tuple[str, int]]:
+    """Sort key under which `demo_2` comes before `demo_10`."""
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The HDF5 file at `path`, for reading.
+
+    Raises:
+        ConfigError: h5py is not installed.
+        DataError: the file, or what is read of it inside the block, is damaged.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ConfigError('reading HDF5 needs the extra "formats": pip install "worldmodel[formats]"') from error
+    try:
+        # Without locks: datasets often lie on read-only or network folders that refuse them.
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not a readable HDF5 file ({error}); restore it from a copy") from error
+
+
+def datasets(group: Any) -> dict[str, Any]:
+    """All datasets below `group` by path."""
+    import h5py
+
+    found: dict[str, Any] = {}
+    group.visititems(lambda name, item: found.update({name: item} if isinstance(item, h5py.Dataset) else {}))
+    return found
+
+
+def dataset(group: Any, name: str, where: str) -> Any:
+    """The dataset `name` of `group`.
+
+    Raises:
+        DataError: it is missing; lists what is there.
+    """
+    import h5py
+
+    item = group.get(name)
+    if not isinstance(item, h5py.Dataset):
+        raise DataError(f"{where}: dataset {name!r} is missing; it has {sorted(datasets(group))}")
+    return item
+
+
+def vector(group: Any, name: str, length: int, where: str) -> np.ndarray:
+    """(length, ...) float32, the numeric dataset `name`.
+
+    Raises:
+        DataError: missing, not numeric or of another length.
+    """
+    item = dataset(group, name, where)
+    if item.dtype.kind not in "fiub":
+        raise DataError(f"{where}: {name}: type {item.dtype}, must be numeric")
+    check_rows(item, name, length, where)
+    return np.asarray(item[()], np.float32)
+
+
+def pictures(group: Any, name: str, length: int, where: str) -> np.ndarray:
+    """(length, h, w, 3) uint8, the uncompressed pictures `name`.
+
+    Raises:
+        DataError: missing, of another length, or no RGB pictures of 8 bits.
+    """
+    item = dataset(group, name, where)
+    if item.ndim != 4 or item.shape[3] != 3 or item.dtype != np.uint8:
+        raise DataError(f"{where}: {name}: {item.dtype} of shape {item.shape}; pictures must be uint8 (T, h, w, 3)")
+    check_rows(item, name, length, where)
+    return item[()]
+
+
+def check_rows(item: Any, name: str, length: int, where: str) -> None:
+    """Raise `DataError` unless the dataset has one row per step."""
+    if not item.shape or item.shape[0] != length:
+        rows = item.shape[0] if item.shape else "no"
+        raise DataError(f"{where}: {name}: {rows} rows, the episode has {length} steps; both must agree")
+
+
+def text(value: Any) -> str | None:
+    """The string in an attribute or scalar dataset, or None if it holds something else."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(-1)[0]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else None

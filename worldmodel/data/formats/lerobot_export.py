@@ -1,0 +1,288 @@
+"""Write our shards as a LeRobot v3.0 dataset, with the map and the metadata that import it again without loss.
+
+Names without a standard: `observation.wrench.<sensor>` (6,), `observation.tactile.<sensor>` (C, rows, columns),
+`observation.extrinsics.<camera>` (4, 4) camera-to-base with OpenCV axes, `observation.intrinsics.<camera>` (3, 3),
+`observation.points` (K, 3) in the base frame and `observation.visible` (K,).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.formats.lerobot_files import (
+    CHUNK_FILES,
+    DATA_BYTES,
+    DATA_PATH,
+    VIDEO_BYTES,
+    VIDEO_PATH,
+    Moments,
+    TableFiles,
+    VideoFiles,
+    column,
+    pixel_format,
+    png_column,
+    task_table,
+)
+from worldmodel.data.formats.lerobot_meta import INFO, OWN, OWN_COLUMN, arrow
+from worldmodel.data.formats.mapping import (
+    SPLITS,
+    Camera,
+    Columns,
+    Intrinsics,
+    Mapping,
+    Points,
+    Pose,
+    Split,
+    Tactile,
+    Text,
+    Wrench,
+)
+from worldmodel.data.schema import Episode
+from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.errors import ConfigError, DataError
+
+_WRENCH_NAMES = ["fx", "fy", "fz", "tx", "ty", "tz"]
+_STEPS_FOR_IMAGE_STATISTICS = 16
+_SCALARS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+
+def export_lerobot(
+    root: str | Path, out: str | Path, *, embodiment: str | None = None, lossless: bool = False, progress: bool = True
+) -> Path:
+    """Write the dataset in `root` to the new folder `out` as LeRobot v3.0 and return `out`.
+
+    Args:
+        root: folder with shards and index.json.
+        out: folder that does not exist or is empty.
+        embodiment: which one to export; a LeRobot dataset holds one robot.
+        lossless: pictures as PNG in the parquet files rather than as H.264.
+        progress: show a bar.
+
+    Raises:
+        ConfigError: `out` is not empty, or the data hold several embodiments and none was named.
+        DataError: the episodes do not have the same cameras, sensors, widths and rate.
+    """
+    from tqdm import tqdm
+
+    reader, out = ShardReader(root, cache_bytes=0), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out} is not an empty folder; choose another one, or delete it if it is an unfinished export"
+        )
+    known = reader.index["embodiments"]
+    if embodiment is None and len(known) > 1:
+        raise ConfigError(f"{reader.root} holds the embodiments {known}; a LeRobot dataset holds one: name it")
+    chosen = [i for i, entry in enumerate(reader.entries) if embodiment in (None, entry.embodiment)]
+    if not chosen:
+        raise ConfigError(f"{reader.root} has no episode of {embodiment!r}; it has {known}")
+    # A split is a range of episode numbers.
+    chosen.sort(key=lambda i: SPLITS.index(reader.entries[i].split))
+    writer = _Writer(out, lossless)
+    for i in tqdm(chosen, unit="episode", desc=out.name, disable=not progress):
+        writer.add(reader.read(i), reader.entries[i])
+    writer.finish(reader.heldout_tasks)
+    return out
+
+
+class _Writer:
+    """What has been written so far."""
+
+    def __init__(self, out: Path, lossless: bool) -> None:
+        self.out, self.lossless = out, lossless
+        self.features: dict[str, dict[str, Any]] = {}
+        self.mapping: Mapping | None = None
+        self.fps = 0.0
+        self.tables, self.videos = TableFiles(out), dict[str, VideoFiles]()
+        self.moments: dict[str, Moments] = {}
+        self.tasks: dict[str, int] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.splits: dict[str, list[int]] = {}
+        self.frames = 0
+
+    def add(self, episode: Episode, entry: Entry) -> None:
+        """Append one episode."""
+        where, meta, t = f"{entry.shard}: key {entry.key}", episode.meta, episode.length
+        values = _values(episode, where)
+        pictures = {f"observation.images.{camera}": images for camera, images in episode.rgb.items()}
+        features = _features(values, pictures, episode, self.lossless)
+        if self.mapping is None:
+            self.features, self.mapping, self.fps = features, _mapping(episode), meta["fps"]
+        if features != self.features or meta["fps"] != self.fps:
+            differing = sorted(
+                name for name in features.keys() | self.features.keys() if features.get(name) != self.features.get(name)
+            )
+            raise DataError(
+                f"{where}: {', '.join(differing) or 'fps'}: not as in the first episode; all episodes of a LeRobot "
+                "dataset have the same cameras, sensors, names, widths and rate"
+            )
+        number = len(self.rows)
+        sentence = meta["instruction"] or meta["task"]
+        steps = np.arange(t)
+        scalars = {
+            "timestamp": (steps / self.fps).astype(np.float32),
+            "frame_index": steps,
+            "episode_index": np.full(t, number),
+            "index": self.frames + steps,
+            "task_index": np.full(t, self.tasks.setdefault(sentence, len(self.tasks))),
+        }
+        for name, value in (values | scalars).items():
+            self.moments.setdefault(name, Moments()).add(value.reshape(t, -1))
+        columns = {name: column(value) for name, value in (values | scalars).items()}
+        places: dict[str, Any] = {}
+        for key, images in pictures.items():
+            sample = images[np.linspace(0, t - 1, min(t, _STEPS_FOR_IMAGE_STATISTICS)).round().astype(int)]
+            self.moments.setdefault(key, Moments()).add(sample.reshape(-1, 3) / 255)
+            if self.lossless:
+                columns[key] = png_column(images)
+                continue
+            place = self.videos.setdefault(key, VideoFiles(self.out, key, self.fps)).add(images)
+            places |= {f"videos/{key}/{name}": value for name, value in place.items()}
+        chunk, file = self.tables.add(columns)
+        self.rows.append(
+            {
+                "episode_index": number,
+                "tasks": [sentence],
+                "length": t,
+                "dataset_from_index": self.frames,
+                "dataset_to_index": self.frames + t,
+                "data/chunk_index": chunk,
+                "data/file_index": file,
+                **places,
+                "meta/episodes/chunk_index": 0,
+                "meta/episodes/file_index": 0,
+                OWN_COLUMN: json.dumps({**meta, "episode_id": entry.key}, ensure_ascii=False, sort_keys=True),
+            }
+        )
+        self.splits.setdefault(meta["split"], []).append(number)
+        self.frames += t
+
+    def finish(self, heldout_tasks: tuple[str, ...]) -> None:
+        """Close the files and write the metadata; info.json comes last, so that an unfinished export is no dataset."""
+        pa, pq = arrow()
+        assert self.mapping is not None
+        for files in (self.tables, *self.videos.values()):
+            files.close()
+        path = self.out / "meta/episodes/chunk-000/file-000.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(self.rows), path)
+        pq.write_table(task_table(self.tasks), self.out / "meta/tasks.parquet")
+        stats = {
+            name: moments.summary((3, 1, 1) if name.startswith("observation.images.") else self._shape(name))
+            for name, moments in self.moments.items()
+        }
+        _write(self.out / "meta/stats.json", stats)
+        self.mapping.split = Split(source={name: name for name in self.splits}, heldout_tasks=list(heldout_tasks))
+        _write(self.out / OWN, {"schema_version": SCHEMA_VERSION, "mapping": self.mapping.as_dict()})
+        numbers = {"dtype": "int64", "shape": [1], "names": None}
+        info = {
+            "codebase_version": "v3.0",
+            "robot_type": self.mapping.embodiment,
+            "total_episodes": len(self.rows),
+            "total_frames": self.frames,
+            "total_tasks": len(self.tasks),
+            "chunks_size": CHUNK_FILES,
+            "data_files_size_in_mb": DATA_BYTES >> 20,
+            "video_files_size_in_mb": VIDEO_BYTES >> 20,
+            "fps": int(self.fps) if float(self.fps).is_integer() else self.fps,
+            "splits": {name: f"{chosen[0]}:{chosen[-1] + 1}" for name, chosen in self.splits.items()},
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.videos else None,
+            "features": self.features
+            | {name: numbers | ({"dtype": "float32"} if name == "timestamp" else {}) for name in _SCALARS},
+        }
+        _write(self.out / INFO, info)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.features[name]["shape"]) if name in self.features else (1,)
+
+
+def _values(episode: Episode, where: str) -> dict[str, np.ndarray]:
+    """Per-step arrays by LeRobot name."""
+    meta, values = episode.meta, dict[str, np.ndarray]()
+    for name, value in (("observation.state", episode.proprio), ("action", episode.action)):
+        if value is not None:
+            values[name] = value
+    if episode.wrench is not None:
+        for s, sensor in enumerate(meta["sensor_names"]):
+            values[f"observation.wrench.{sensor}"] = episode.wrench[:, s]
+    if episode.taxels is not None:
+        for s, sensor in enumerate(meta["taxel_sensors"]):
+            values[f"observation.tactile.{sensor}"] = episode.taxels[:, s]
+    for camera, pose in episode.camera_to_base.items():
+        values[f"observation.extrinsics.{camera}"] = pose
+    for camera, matrix in episode.intrinsics.items():
+        values[f"observation.intrinsics.{camera}"] = np.ascontiguousarray(matrix)
+    if episode.points is not None and episode.visible is not None:
+        values["observation.points"], values["observation.visible"] = episode.points, episode.visible
+    # These names become folders.
+    if bad := [n for n in (*values, *episode.rgb) if not re.fullmatch(r"[\w.-]+", n) or ".." in n]:
+        raise DataError(f"{where}: names {bad} must hold letters, digits, _ and - only")
+    if lonely := sorted(episode.intrinsics.keys() - episode.rgb.keys()):
+        raise DataError(f"{where}: cameras {lonely} have poses but no pictures; LeRobot has no camera without pictures")
+    return values
+
+
+def _features(
+    values: dict[str, np.ndarray], pictures: dict[str, np.ndarray], episode: Episode, lossless: bool
+) -> dict[str, dict[str, Any]]:
+    """The entries of info.json."""
+    names: dict[str, Any] = {
+        "observation.state": episode.meta.get("proprio_names"),
+        "action": episode.meta.get("action_names"),
+    }
+    features: dict[str, dict[str, Any]] = {}
+    for key, images in pictures.items():
+        height, width = images.shape[1:3]
+        features[key] = {"dtype": "image", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
+        if not lossless:
+            features[key]["dtype"] = "video"
+            features[key]["info"] = {
+                "video.height": height,
+                "video.width": width,
+                "video.codec": "h264",
+                "video.pix_fmt": pixel_format(height, width),
+                "video.is_depth_map": False,
+                "video.fps": episode.meta["fps"],
+                "video.channels": 3,
+                "has_audio": False,
+            }
+    for name, value in values.items():
+        own = _WRENCH_NAMES if name.startswith("observation.wrench.") else names.get(name)
+        features[name] = {"dtype": str(value.dtype), "shape": list(value.shape[1:]), "names": own}
+    return features
+
+
+def _mapping(episode: Episode) -> Mapping:
+    """The map that undoes `_values`."""
+    meta = episode.meta
+    mapping = Mapping(embodiment=meta["embodiment"], fps=meta["fps"], instruction=Text(field="task"))
+    mapping.cameras = {camera: Camera(f"observation.images.{camera}") for camera in episode.rgb}
+    for name, field in (("proprio", "observation.state"), ("action", "action")):
+        if getattr(episode, name) is not None:
+            units = list(meta.get(f"{name}_units", []))
+            setattr(mapping, name, [Columns(field, None, list(meta[f"{name}_names"]), units)])
+    frames = meta.get("sensor_frames", {})
+    if episode.wrench is not None:
+        for sensor in meta["sensor_names"]:
+            mapping.wrench[sensor] = Wrench(f"observation.wrench.{sensor}", str(frames.get(sensor, "not stated")))
+    if episode.taxels is not None:
+        for sensor in meta["taxel_sensors"]:
+            shape, channels = list(episode.taxels.shape[2:]), list(meta.get("taxel_channels", []))
+            mapping.tactile[sensor] = Tactile(f"observation.tactile.{sensor}", shape, None, channels)
+    for camera in episode.camera_to_base:
+        mapping.camera_to_base[camera] = Pose("camera_to_base", "opencv", f"observation.extrinsics.{camera}")
+    for camera in episode.intrinsics:
+        mapping.intrinsics[camera] = Intrinsics(f"observation.intrinsics.{camera}")
+    if episode.points is not None:
+        mapping.points = Points("observation.points", "base", list(meta["point_names"]), "observation.visible")
+    return mapping
+
+
+def _write(path: Path, value: Any) -> None:
+    """JSON in the given order: cameras and sensors keep theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
