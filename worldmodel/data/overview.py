@@ -69,6 +69,7 @@ class Series:
     actions: dict[str, list[np.ndarray]] = field(default_factory=dict)  # action name with unit -> (T,) per episode
     forces: dict[str, list[np.ndarray]] = field(default_factory=dict)  # sensor -> (T,) N, magnitude
     absent: dict[str, int] = field(default_factory=dict)  # modality -> sampled episodes that lack it
+    rates: set[float] = field(default_factory=set)  # Hz
     episodes: int = 0
 
 
@@ -81,6 +82,7 @@ def series(reader: ShardReader) -> dict[str, Series]:
         meta = episode.meta
         kept = found.setdefault(meta["embodiment"], Series())
         kept.episodes += 1
+        kept.rates.add(float(meta["fps"]))
         for modality in MODALITIES:
             kept.absent[modality] = kept.absent.get(modality, 0) + (modality in meta.get("absent", ()))
         if episode.action is not None:

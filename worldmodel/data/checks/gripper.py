@@ -1,7 +1,7 @@
 """The gripper's sign: what the command asks for and what the measured opening does, matched by their names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _OPENING = re.compile(r"opening|width|aperture")
 _SIDE = re.compile(r"left|right")
 
 
-def pairs(meta: dict[str, object]) -> list[tuple[int, int]] | None:
+def pairs(meta: Mapping[str, object]) -> list[tuple[int, int]] | None:
     """(action, proprio) columns of each gripper, by name; None where the names do not tell which belong together."""
     commands = _columns(meta.get("action_names"), keep_rates=True)
     measured = _columns(meta.get("proprio_names"), keep_rates=False)
@@ -96,7 +96,7 @@ def _agreement(command: np.ndarray, opening: np.ndarray) -> float:
     return best
 
 
-def _expected(meta: dict[str, object], command: int, measured: int) -> int:
+def _expected(meta: Mapping[str, object], command: int, measured: int) -> int:
     """-1 if the units say that positive closes and the measured name is an opening, +1 if it opens, 0 if not stated."""
     units, names = meta.get("action_units"), meta["proprio_names"]
     if not isinstance(units, list) or not isinstance(names, list) or command >= len(units):
