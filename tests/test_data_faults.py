@@ -96,7 +96,7 @@ def test_each_fault_names_file_key_and_field(
         assert part in str(error.value)
     listed = [fault for fault in validate(copy) if fault.key == KEY]
     assert listed and listed[0].file == "shard-000000.tar"
-    assert field in listed[0].field and listed[0].problem and listed[0].fix
+    assert field in listed[0].field and listed[0].message and listed[0].fix
 
 
 def test_truncated_shard(copy: Path) -> None:
@@ -106,7 +106,7 @@ def test_truncated_shard(copy: Path) -> None:
         ShardReader(copy)
     found = validate(copy)
     assert found[0].file == "shard-000000.tar" and found[0].field == "size"
-    assert any("truncated" in fault.problem and fault.key for fault in found[1:])
+    assert any("truncated" in fault.message and fault.key for fault in found[1:])
 
 
 def test_altered_shard_is_found_when_read_and_by_validate(copy: Path) -> None:

@@ -1,6 +1,7 @@
 """Generation: the same bytes whatever the workers, resumable, and refusing folders of other runs."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -79,8 +80,9 @@ def test_command_line(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["inspect", str(tiny_dataset)]) == 0
     table = capsys.readouterr().out
     assert "drawer-close-v3" in table and "heldout_tasks" in table and "100%" in table
-    assert main(["validate", str(tiny_dataset), "--json"]) == 0
-    assert capsys.readouterr().out == "[]\n"
+    assert main(["validate", str(tiny_dataset), "--json", "--workers", "1", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["status"], report["episodes"], report["faults"], report["not_checked"]) == ("clean", 7, [], [])
     assert main(["inspect", str(tiny_dataset / "nowhere")]) == 2
     assert "index.json" in capsys.readouterr().err
 

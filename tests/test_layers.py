@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config"},
-    {"geometry", "nn"},
+    {"geometry", "nn", "page", "plots", "viz"},
     {"data", "normalise"},
     {"encoders"},
     {"synthesis"},
@@ -15,7 +15,7 @@ TIERS = [
     {"joint"},
     {"model"},
     {"checkpoint"},
-    {"losses", "metrics", "viz", "plots", "closed_loop", "controllers", "baselines", "holdout", "figures"},
+    {"losses", "metrics", "closed_loop", "controllers", "baselines", "holdout", "figures"},
     {"evaluation"},
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},

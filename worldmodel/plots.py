@@ -1,7 +1,7 @@
-"""Charts as inline SVG: lines, bars with intervals, and camera frusta with tracks seen from one viewpoint.
+"""Charts as inline SVG: lines, histograms, bars with intervals, and camera frusta with tracks in space.
 
 Colours are classes (`s0`, `s1`, ... for series, `true` and `predicted` for scenes) that the page's style sheet defines
-for light, dark and print; so a chart needs no script and scales with its column.
+for light, dark and print; so a chart needs no script and scales with its column. The page's script only turns scenes.
 """
 
 import math
@@ -11,6 +11,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 400, 240
+SCENE_HEIGHT = 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
 DASHES = ("", "6 4", "2 3", "8 3 2 3")
 
@@ -119,7 +120,58 @@ def interval_chart(rows: Mapping[str, Mapping[str, tuple[float, float, float]]],
     return f'<figure class="plot narrow">{"".join(parts)}</svg>{legend(names)}</figure>'
 
 
-def _project(points: np.ndarray, azimuth: float = 35.0, elevation: float = 25.0) -> np.ndarray:
+def histogram(
+    series: Mapping[str, np.ndarray], x_label: str, caption: str, *, bins: int = 40, log: bool = False
+) -> str:
+    """Draw the distribution of named values, stacked in common bins; `log` shows rare values beside frequent ones."""
+    values = {name: np.asarray(v, np.float64).ravel() for name, v in series.items() if np.size(v)}
+    if not values:
+        return '<p class="quiet">Nothing was recorded.</p>'
+    every = np.concatenate(list(values.values()))
+    low, high = float(every.min()), float(every.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, bins + 1)
+    counts = np.stack([np.histogram(v, edges)[0] for v in values.values()])
+    tops = np.cumsum(counts, axis=0)
+    most = float(tops[-1].max())
+    full = math.log10(most + 1) if log else most
+
+    def across(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
+
+    def up(count: float) -> float:
+        share = (math.log10(count + 1) if log else count) / full
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+    marks = [10.0**p for p in range(math.ceil(full))] if log else ticks(0, most, 4)
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">']
+    for mark in marks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(mark):.1f}" y2="{up(mark):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{up(mark) + 4:.1f}" text-anchor="end">{mark:.6g}</text>')
+    for tick in ticks(low, high, 6):
+        parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:.4g}</text>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    for i, (row, top) in enumerate(zip(counts, tops, strict=True)):
+        for b in np.flatnonzero(row):
+            left, width = across(edges[b]), across(edges[b + 1]) - across(edges[b])
+            y, bottom = up(top[b]), up(top[b] - row[b])
+            parts.append(
+                f'<rect class="s{i % 4}" x="{left:.1f}" y="{y:.1f}" width="{max(width - 1, 1):.1f}" '
+                f'height="{bottom - y:.1f}"/>'
+            )
+    key = "".join(f'<span><i class="s{i % 4}"></i>{escape(name)}</span>' for i, name in enumerate(values))
+    key = f'<div class="legend">{key}</div>' if len(values) > 1 else ""
+    return f'<figure class="plot"><figcaption>{escape(caption)}</figcaption>{"".join(parts)}</svg>{key}</figure>'
+
+
+AZIMUTH, ELEVATION = 35.0, 25.0
+"""Degrees: the viewpoint of scenes, from the front right and above."""
+
+
+def _project(points: np.ndarray, azimuth: float = AZIMUTH, elevation: float = ELEVATION) -> np.ndarray:
     """Orthographic picture coordinates (N, 2), y down, of base-frame points (N, 3), z up."""
     a, e = math.radians(azimuth), math.radians(elevation)
     right = np.array([math.cos(a), math.sin(a), 0.0])
@@ -127,11 +179,12 @@ def _project(points: np.ndarray, azimuth: float = 35.0, elevation: float = 25.0)
     return points @ np.stack((right, -up), axis=1)
 
 
-def _frustum(camera_to_base: np.ndarray, fov: float, depth: float) -> np.ndarray:
-    """Five corners (5, 3) in the base frame: the camera and the far rectangle of its view (square picture)."""
+def _frustum(camera_to_base: np.ndarray, fov: float, depth: float, aspect: float = 1.0) -> np.ndarray:
+    """Five corners (5, 3) in the base frame: the camera and the far rectangle of its view, `aspect` times as wide."""
     half = depth * math.tan(fov / 2)
+    wide = aspect * half
     corners = np.array(
-        [[0, 0, 0], [-half, -half, depth], [half, -half, depth], [half, half, depth], [-half, half, depth]]
+        [[0, 0, 0], [-wide, -half, depth], [wide, -half, depth], [wide, half, depth], [-wide, half, depth]]
     )
     return corners @ camera_to_base[:3, :3].T + camera_to_base[:3, 3]
 
@@ -174,3 +227,66 @@ def scene(
     )
     head = f"<figcaption>{escape(caption)}</figcaption>"
     return f'<figure class="plot">{head}{"".join(parts)}<div class="legend">{key}</div></figure>'
+
+
+def orbit(cameras: Sequence[tuple[np.ndarray, float, float]], tracks: Mapping[str, np.ndarray], caption: str) -> str:
+    """Draw camera frusta and named tracks in the base frame; the page's script lets the reader turn the scene.
+
+    cameras: poses (4, 4) with vertical field of view in radians and width over height; tracks: polylines (T, 3) in
+    metres whose last point is marked. Where there are cameras, the axes of the base are drawn too.
+    """
+    places = [
+        *(pose[None, :3, 3] for pose, _, _ in cameras),
+        *tracks.values(),
+        *([np.zeros((1, 3))] if cameras else []),
+    ]
+    extent = 0.15 * float(np.ptp(np.concatenate(places), axis=0).max()) if places else 0.0
+    lines: list[tuple[str, str, np.ndarray, bool]] = []
+    for pose, fov, aspect in cameras:
+        apex, *far = _frustum(pose, fov, extent, aspect)
+        lines.append(("camera", "", np.stack([*far, far[0]]), False))
+        lines.extend(("camera", "", np.stack([apex, corner]), False) for corner in far)
+    if cameras:
+        lines.extend(("base", "", np.stack([np.zeros(3), axis]), False) for axis in extent * np.eye(3))
+    for i, track in enumerate(tracks.values()):
+        lines.append((f"s{i % 4}", DASHES[i // 4 % 4], track, True))
+    lines = [line for line in lines if len(line[2]) and np.isfinite(line[2]).all()]
+    if not lines:
+        return '<p class="quiet">No pose or track to draw.</p>'
+    every = np.concatenate([points for _, _, points, _ in lines])
+    centre = (every.min(0) + every.max(0)) / 2
+    # The whole ball fits, so nothing leaves the picture however it is turned.
+    radius = max(float(np.linalg.norm(every - centre, axis=1).max()), 1e-3)
+    middle, scale = np.array([WIDTH / 2, SCENE_HEIGHT / 2]), (SCENE_HEIGHT - 20) / 2 / radius
+    bar = ticks(0, 80 / scale, 3)[-1]
+    view = f"{middle[0]:g} {middle[1]:g} {scale:.2f}"
+    parts = [
+        f'<svg class="chart scene orbit" viewBox="0 0 {WIDTH} {SCENE_HEIGHT}" role="img" tabindex="0" '
+        f'aria-label="{escape(caption)}" data-view="{view}" data-azimuth="{AZIMUTH:g}" data-elevation="{ELEVATION:g}">'
+    ]
+    for name, dash, points, marked in lines:
+        offset = points - centre
+        placed = _project(offset) * scale + middle
+        parts.append(
+            f'<polyline class="{name}" stroke-dasharray="{dash}" data-xyz="{_coordinates(offset)}" '
+            f'points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in placed)}"/>'
+        )
+        if marked:
+            at = f'cx="{placed[-1, 0]:.1f}" cy="{placed[-1, 1]:.1f}"'
+            parts.append(f'<circle class="{name}" data-xyz="{_coordinates(offset[-1:])}" {at} r="3.5"/>')
+    parts.append(
+        f'<line class="bar" x1="14" x2="{14 + bar * scale:.1f}" y1="{SCENE_HEIGHT - 10}" y2="{SCENE_HEIGHT - 10}"/>'
+    )
+    parts.append(f'<text x="{20 + bar * scale:.1f}" y="{SCENE_HEIGHT - 6}">{bar * 100:g} cm</text></svg>')
+    key = "".join(
+        f'<span><svg width="24" height="8" aria-hidden="true"><line class="s{i % 4}" x1="1" x2="23" y1="4" y2="4" '
+        f'stroke-dasharray="{DASHES[i // 4 % 4]}"/></svg>{escape(name)}</span>'
+        for i, name in enumerate(tracks)
+    )
+    head = f"<figcaption>{escape(caption)}</figcaption>"
+    return f'<figure class="plot">{head}{"".join(parts)}<div class="legend">{key}</div></figure>'
+
+
+def _coordinates(points: np.ndarray) -> str:
+    """Coordinates in metres to the millimetre, apart by spaces."""
+    return " ".join(f"{value:.3f}" for value in points.ravel())

@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.figures import FIGURES, SampleClip
+from worldmodel.page import compose
 from worldmodel.plots import line_chart, number
 from worldmodel.report_closed_loop import closed_loop_section
 from worldmodel.report_samples import sample_sections
@@ -73,16 +72,12 @@ def render(results: dict) -> str:
     sections["By task"] = ("tasks", _tasks(offline))
     sections["Predicted and true"] = ("samples", sample_sections(offline, SPLIT_NAMES))
     sections["Protocol"] = ("protocol", _protocol(offline, results["stamp"]))
-    body = "".join(f'<section><h2 id="{name}">{title}</h2>{html}</section>' for title, (name, html) in sections.items())
-    links = "".join(f'<a href="#{name}">{title}</a>' for title, (name, _) in sections.items())
-    template = Template(files("worldmodel").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(f"{results['title']}: evaluation"),
-        verdict=_verdict(offline),
-        cards=_cards(offline, closed),
-        navigation=links,
-        sections=body,
-        footer="Every figure on this page is also in report.json beside it.",
+    return compose(
+        f"{results['title']}: evaluation",
+        _verdict(offline),
+        _cards(offline, closed),
+        sections,
+        "Every figure on this page is also in report.json beside it.",
     )
 
 
@@ -99,10 +94,10 @@ def _verdict(offline: list[dict]) -> str:
     for result in offline:
         won, judged = headline_counts(result)
         parts.append(f"{won} of {judged} figures beat every trivial baseline on {SPLIT_NAMES[result['split']].lower()}")
-    return escape("; ".join(parts) + "." if parts else "No offline evaluation in this report.")
+    return "; ".join(parts) + "." if parts else "No offline evaluation in this report."
 
 
-def _cards(offline: list[dict], closed: list[dict]) -> str:
+def _cards(offline: list[dict], closed: list[dict]) -> list[tuple[str, str]]:
     cards = []
     for result in closed:
         low, high = result["interval"]
@@ -117,7 +112,7 @@ def _cards(offline: list[dict], closed: list[dict]) -> str:
         won, judged = headline_counts(result)
         where = SPLIT_NAMES[result["split"]].lower()
         cards.append((f"{won} / {judged}", f"figures beat their baselines, {where} ({result['clips']} clips)"))
-    return "".join(f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in cards)
+    return cards
 
 
 def _summary(offline: list[dict]) -> str:

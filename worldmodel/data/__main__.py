@@ -3,11 +3,19 @@
 import argparse
 import json
 import logging
+import os
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 from worldmodel.data.formats.registry import FORMATS
-from worldmodel.errors import WorldModelError
+from worldmodel.errors import ConfigError, WorldModelError
+
+USAGE = 64
+"""Exit status of a command that was given wrongly (EX_USAGE); 2 is for data that are wrong."""
+SHOWN = 20
+"""Faults of one field and severity that `validate` prints; --json has all."""
 
 DESCRIPTION = """\
 Make, check and look at datasets: folders of WebDataset shards with index.json and stats.json.
@@ -16,7 +24,7 @@ Make, check and look at datasets: folders of WebDataset shards with index.json a
   python -m worldmodel.data import lerobot SRC data/mine      shards from a dataset in a foreign format
   python -m worldmodel.data export lerobot data/demo OUT      our shards as a LeRobot dataset
   python -m worldmodel.data validate data/demo                read everything and list every fault
-  python -m worldmodel.data inspect data/demo                 what is in it
+  python -m worldmodel.data inspect data/demo --html a.html   what is in it, as a table and as a page to look at
   python -m worldmodel.data stats data/demo                   compute stats.json again, from the train split
 """
 GENERATE = """\
@@ -28,6 +36,19 @@ five test tasks, which training refuses to see). The bytes are a function of the
 of workers. An interrupted run continues when it is started again with the same arguments; a folder that holds other
 data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying (MUJOCO_GL overrides).
 """
+VALIDATE = """\
+Read every shard and every member and list all faults, each with file, key, field, message and fix: schema, checksums,
+lengths, clocks and rates, NaN and infinity, rotations, reprojection of object points, dead or clipped sensor channels,
+jumps of actions, black, plain or frozen pictures, the gripper's sign, copies of episodes, leakage between splits.
+
+Exit status: 0 clean, 1 warnings only, 2 errors, 64 the command itself was wrong.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: error: {message}\n")
 
 IMPORT = """\
 Turn a dataset in a foreign format into shards, index and statistics.
@@ -50,7 +71,7 @@ it again. Pictures are compressed with H.264; --lossless stores them as PNG and 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m worldmodel.data", description=DESCRIPTION, formatter_class=raw)
+    parser = _Parser(prog="python -m worldmodel.data", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -108,11 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "validate",
         help="read everything and list every fault",
-        description="Read every shard and every field and list all faults, each with file, key, field and a fix; also "
-        "leakage between splits. Exit status 0 if there is none, 1 otherwise.",
+        description=VALIDATE,
+        formatter_class=raw,
     )
     command.add_argument("directory", type=Path, help="dataset folder")
-    command.add_argument("--json", action="store_true", help="faults as JSON on standard output")
+    command.add_argument("--json", action="store_true", help="the whole report as JSON on standard output")
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
         "stats",
@@ -125,9 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "inspect",
         help="what is in a dataset",
-        description="Table of tasks, splits, episodes, successes, steps and sizes.",
+        description="Table of tasks, splits, episodes, successes, steps and sizes; with --html also a page with a "
+        "video per task, histograms of actions and forces, and cameras and trajectories in space.",
     )
     command.add_argument("directory", type=Path, help="dataset folder")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write one page that loads nothing else")
     return parser
 
 
@@ -139,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[options.command](options)
     except WorldModelError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USAGE if isinstance(error, ConfigError) else 2
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -193,16 +218,34 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from worldmodel.data.validate import validate
+    from worldmodel.data.validate import examine
 
-    faults = validate(options.directory)
+    workers = options.workers if options.workers is not None else os.cpu_count() or 1
+    report = examine(options.directory, workers=workers, progress=not options.quiet)
     if options.json:
-        print(json.dumps([fault._asdict() for fault in faults], indent=1))
-    else:
-        for fault in faults:
+        print(json.dumps(report.plain(), indent=1))
+        return report.status
+    printed: Counter[tuple[str, str]] = Counter()
+    for fault in report.faults:
+        printed[kind := (fault.severity, fault.field)] += 1
+        if printed[kind] <= SHOWN:
             print(fault)
-        print(f"{options.directory}: {len(faults)} fault{'' if len(faults) == 1 else 's'}")
-    return 1 if faults else 0
+    for (severity, field), number in printed.items():
+        if number > SHOWN:
+            print(f"{severity}: {field}: {number - SHOWN} more; --json lists all")
+    for note, number in report.notes:
+        print(f"note: {note.field or note.file}: {note.message}" + (f" ({number} episodes)" if number > 1 else ""))
+    points = report.projection
+    if points.points:
+        visible, inside = points.visible / points.points, points.inside / points.points
+        both = points.visible_inside / max(points.visible, 1)
+        print(
+            f"object points: {visible:.1%} marked visible ({both:.1%} of them in a picture), {inside:.1%} in a picture"
+        )
+    errors, warnings = report.count("error"), report.count("warning")
+    counts = f"{errors} error{'' if errors == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}"
+    print(f"{options.directory}: {report.episodes} episodes, {counts}")
+    return report.status
 
 
 def _stats(options: argparse.Namespace) -> int:
@@ -217,26 +260,13 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from worldmodel.data.shards import ShardReader
+    from worldmodel.data.overview import table
 
-    reader = ShardReader(options.directory)
-    rows: dict[tuple[str, str], list[int]] = {}
-    for entry in reader.entries:
-        for key in ((entry.split, entry.task), (entry.split, "all")):
-            row = rows.setdefault(key, [0, 0, 0, 0])
-            for column, value in enumerate((1, int(entry.success), entry.length, entry.size)):
-                row[column] += value
-    print(
-        f"{options.directory}: {len(reader)} episodes, {reader.frames} steps, "
-        f"{len(reader.index['shards'])} shards, embodiments {', '.join(reader.index['embodiments'])}, "
-        f"schema {reader.index['schema_version']}"
-    )
-    print(f"{'split':18}{'task':28}{'episodes':>9}{'success':>9}{'steps':>9}{'MB':>9}")
-    for split in dict.fromkeys(split for split, _ in rows):
-        for (_, task), row in sorted(
-            (item for item in rows.items() if item[0][0] == split), key=lambda item: item[0][1] == "all"
-        ):
-            print(f"{split:18}{task:28}{row[0]:>9}{row[1] / row[0]:>9.0%}{row[2]:>9}{row[3] / 1e6:>9.1f}")
+    print(table(options.directory))
+    if options.html is not None:
+        from worldmodel.data.overview_page import write_page
+
+        print(f"page: {write_page(options.directory, options.html)}")
     return 0
 
 

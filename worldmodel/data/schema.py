@@ -1,7 +1,8 @@
 """One recorded episode: its fields, the checks every reader applies, and its members in a shard.
 
 Members of a sample: `meta.json`, `rgb.<camera>.NNNNNN.jpg` or `rgb.<camera>.mp4`, `camera.npz`
-(`<camera>.intrinsics`, `<camera>.camera_to_base`), `objects.npz`, `tactile.npz`, `proprio.npy`, `action.npy`.
+(`<camera>.intrinsics`, `<camera>.camera_to_base`), `objects.npz`, `tactile.npz`, `proprio.npy`, `action.npy`, and
+optionally `times.npz` (stream -> (T,) seconds at which its samples were taken; without it, step i is at i / fps).
 A modality that the robot lacks is named in `meta["absent"]` and its members are missing.
 """
 
@@ -35,6 +36,7 @@ class Episode:
     taxels: np.ndarray | None = None  # (T, S', C, rows, columns) float32, for meta["taxel_sensors"] only
     proprio: np.ndarray | None = None  # (T, P) float32
     action: np.ndarray | None = None  # (T, D) float32; action[i] is held after observation i
+    times: dict[str, np.ndarray] = field(default_factory=dict)  # stream -> (T,) float64 seconds, on one clock
 
     @property
     def length(self) -> int:
@@ -44,7 +46,7 @@ class Episode:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, for bounded caches."""
-        arrays = [*self.rgb.values(), *self.intrinsics.values(), *self.camera_to_base.values()]
+        arrays = [*self.rgb.values(), *self.intrinsics.values(), *self.camera_to_base.values(), *self.times.values()]
         arrays += [
             a for a in (self.points, self.visible, self.wrench, self.taxels, self.proprio, self.action) if a is not None
         ]
@@ -75,6 +77,8 @@ def encode(episode: Episode) -> dict[str, bytes]:
             buffer = io.BytesIO()
             np.save(buffer, value, allow_pickle=False)
             members[f"{name}.npy"] = buffer.getvalue()
+    if episode.times:
+        members["times.npz"] = _encode_npz(episode.times)
     return members
 
 
@@ -115,6 +119,8 @@ def decode(members: dict[str, bytes], where: str, *, images: bool = True, check:
         episode.proprio = _decode_npy(members, "proprio.npy", where)
     if "action" not in absent:
         episode.action = _decode_npy(members, "action.npy", where)
+    if "times.npz" in members:
+        episode.times = _decode_npz(members, "times.npz", where)
     if images and "rgb" not in absent:
         for camera in meta["cameras"]:
             episode.rgb[camera] = _decode_images(members, camera, meta["length"], where)
@@ -141,6 +147,7 @@ def faults(episode: Episode) -> list[str]:
         if value is not None:
             arrays[name] = value
     arrays |= {f"rgb.{camera}": value for camera, value in episode.rgb.items()}
+    arrays |= {f"times.{stream}": value for stream, value in episode.times.items()}
     for name, value in arrays.items():
         if len(value) != t:
             found.append(f"{name}: {len(value)} steps, meta.json says length {t}; both must agree")

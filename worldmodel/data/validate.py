@@ -1,146 +1,261 @@
-"""Read a whole dataset and list every fault in it, with a fix for each; leakage between splits included."""
+"""Read a whole dataset over many processes and list every fault in it, with severity and fix."""
 
-import hashlib
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from worldmodel.data.schema import Episode, decode, faults
-from worldmodel.data.shards import INDEX, Entry, ShardReader
+from worldmodel.data.checks import gripper, images, leaks, signals, structure, timing
+from worldmodel.data.checks.finding import Fault, Projection, Sample, Severity, Summary, Survey
+from worldmodel.data.shards import INDEX, ShardReader
 from worldmodel.data.statistics import STATISTICS, compute_statistics, load_statistics, statistics_hash
-from worldmodel.errors import DataError
+from worldmodel.errors import ConfigError, DataError
 
-_RESTORE = "restore the file from a copy or generate the dataset again"
+FIELD_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (structure.check_fields, structure.check_cameras)
+"""Checks whose faults hide the field from the checks that follow."""
+EPISODE_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
+    structure.check_index_agrees,
+    structure.check_types,
+    structure.check_members,
+    timing.check_clocks,
+    timing.check_sync,
+    timing.check_video_rate,
+    images.check_black,
+    images.check_constant,
+    images.check_frozen,
+    images.check_reprojection,
+    gripper.check_names,
+    leaks.check_comparable,
+)
+DATASET_CHECKS: tuple[Callable[[Survey], Iterator[Fault]], ...] = (
+    timing.check_one_rate,
+    signals.check_jumps,
+    signals.check_dead,
+    signals.check_stuck,
+    signals.check_clipped,
+    gripper.check_sign,
+    leaks.check_copies,
+    leaks.check_ids,
+    leaks.check_initial_states,
+    leaks.check_heldout_tasks,
+)
+_REPORT_BUG = "if the data look right, this check is wrong: report it with this line"
 
 
-class Fault(NamedTuple):
-    """One thing that is wrong, where, and what to do about it."""
+@dataclass(frozen=True)
+class Report:
+    """What a validation found: faults in the order of the shards, what could not be checked, and what was measured."""
 
-    file: str
-    key: str
-    field: str
-    problem: str
-    fix: str
+    root: Path
+    episodes: int
+    faults: list[Fault]
+    notes: list[tuple[Fault, int]]  # a note, as its first episode has it, and the number of episodes with it
+    projection: Projection
 
-    def __str__(self) -> str:
-        place = " ".join(part for part in (self.file, self.key, self.field) if part)
-        return f"{place}: {self.problem} [{self.fix}]"
+    def count(self, severity: Severity) -> int:
+        """Number of faults of `severity`."""
+        return sum(fault.severity == severity for fault in self.faults)
+
+    @property
+    def status(self) -> int:
+        """0 clean, 1 warnings only, 2 errors."""
+        return 2 if self.count("error") else 1 if self.faults else 0
+
+    def plain(self) -> dict[str, Any]:
+        """The report as plain values for JSON."""
+        return {
+            "directory": str(self.root),
+            "status": ("clean", "warnings", "errors")[self.status],
+            "episodes": self.episodes,
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "faults": [fault._asdict() for fault in self.faults],
+            "not_checked": [{**note._asdict(), "episodes": number} for note, number in self.notes],
+            "points": self.projection._asdict(),
+        }
 
 
-def validate(root: str | Path) -> list[Fault]:
-    """Every fault of the dataset in `root`; an empty list if it is sound."""
+def validate(root: str | Path, *, workers: int = 1, progress: bool = False) -> list[Fault]:
+    """Every error and warning of the dataset in `root`; an empty list if it is sound."""
+    return examine(root, workers=workers, progress=progress).faults
+
+
+def examine(root: str | Path, *, workers: int = 1, progress: bool = False) -> Report:
+    """Read every shard of the dataset in `root` and run all checks.
+
+    Args:
+        root: folder with `index.json` and shards.
+        workers: processes; 1 runs in this one. The report does not depend on it.
+        progress: show a bar of episodes.
+
+    Raises:
+        ConfigError: no such folder, or fewer than one worker.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ConfigError(f"{root}: no such folder; give the folder that holds {INDEX}")
+    if workers < 1:
+        raise ConfigError(f"workers must be 1 or more, got {workers}")
+    nothing = Projection(0, 0, 0, 0)
     try:
         reader = ShardReader(root, cache_bytes=0, check_sizes=False)
     except DataError as error:
-        return [Fault(INDEX, "", "", str(error), "generate the dataset again")]
-    found = list(_shards(reader))
-    for i, entry in enumerate(reader.entries):
-        found += _episode(reader, i, entry)
-    found += _leaks(reader)
-    if not found:
-        found += _statistics(reader)
-    return found
+        return Report(root, 0, [Fault(INDEX, "", "", str(error), "generate the dataset again")], [], nothing)
+    results = _all_shards(reader, workers, progress)
+    survey = Survey(reader, [summary for result in results for summary in result.summaries])
+    found = [fault for result in results for fault in result.faults]
+    found += _run(structure.check_totals, INDEX, reader, reader.entries)
+    for check in DATASET_CHECKS:
+        found += _run(check, INDEX, survey)
+    if not any(fault.severity == "error" for fault in found):
+        found += _run(_statistics, STATISTICS, reader)
+    else:
+        found.append(Fault(STATISTICS, "", "", "not compared with the shards, which have errors", "", "note"))
+    notes: dict[tuple[str, str], tuple[Fault, int]] = {}
+    for fault in found:
+        if fault.severity == "note":
+            note, number = notes.get((fault.field, fault.message), (fault, 0))
+            notes[fault.field, fault.message] = (note, number + 1)
+    counts = [summary.projection for summary in survey.summaries if summary.projection is not None]
+    return Report(
+        root,
+        len(reader),
+        [fault for fault in found if fault.severity != "note"],
+        list(notes.values()),
+        Projection(*(sum(column) for column in zip(*counts, strict=True))) if counts else nothing,
+    )
 
 
-def _shards(reader: ShardReader) -> Iterator[Fault]:
-    for shard in reader.index["shards"]:
-        try:
-            reader.check_size(shard)
-        except DataError as error:
-            yield Fault(shard["name"], "", "size", str(error), _RESTORE)
-            continue
-        with open(reader.root / shard["name"], "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != shard["sha256"]:
-            yield Fault(shard["name"], "", "sha256", f"{digest}, the index says {shard['sha256']}", _RESTORE)
+class ShardResult(NamedTuple):
+    """What the examination of one shard came to."""
+
+    faults: list[Fault]
+    summaries: list[Summary]
 
 
-def _episode(reader: ShardReader, i: int, entry: Entry) -> list[Fault]:
+def _run(check: Callable[..., Iterator[Fault]], file: str, *arguments: Any, key: str = "") -> list[Fault]:
+    """The faults that `check` finds; that it fails is one too, and the other checks go on."""
+    found: list[Fault] = []
     try:
-        episode = decode(reader.members(i), f"{entry.shard}: key {entry.key}", check=False)
-    except DataError as error:
-        message = str(error).removeprefix(f"{entry.shard}: key {entry.key}: ")
-        name, _, problem = message.partition(": ")
-        return [Fault(entry.shard, entry.key, name if problem else "", problem or message, _RESTORE)]
-    found = []
-    for message in [*faults(episode), *_reprojection(episode)]:
-        name, _, rest = message.partition(": ")
-        problem, _, fix = rest.partition("; ")
-        found.append(Fault(entry.shard, entry.key, name, problem, fix or "write the episode again"))
-    for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
-        if episode.meta[name] != getattr(entry, name):
-            found.append(
-                Fault(
-                    entry.shard,
-                    entry.key,
-                    f"meta.json {name}",
-                    f"{episode.meta[name]!r}, the index says {getattr(entry, name)!r}",
-                    "write the index again",
-                )
-            )
+        found.extend(check(*arguments))
+    except Exception as error:  # data can be wrong in ways that no check foresees, and must not hide the rest
+        name = check.__name__.removeprefix("check_").strip("_")
+        message = f"could not be examined for {name!r}: {type(error).__name__}: {error}"
+        found.append(Fault(file, key, "", message, _REPORT_BUG))
     return found
 
 
-def _reprojection(episode: Episode) -> Iterator[str]:
-    """Points marked visible must lie in front of at least one camera and inside its picture."""
-    if episode.points is None or episode.visible is None or not episode.rgb or faults(episode):
-        return
-    seen = np.zeros(episode.visible.shape, bool)
-    for camera, images in episode.rgb.items():
-        if camera not in episode.camera_to_base:
-            continue
-        pose, matrix = episode.camera_to_base[camera], episode.intrinsics[camera]
-        in_camera = (episode.points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
-        depth = in_camera[..., 2]
-        pixels = in_camera / np.maximum(depth, 1e-6)[..., None] @ matrix.transpose(0, 2, 1)
-        size = np.array(images.shape[2:0:-1])
-        # Half a pixel of slack: the flag was computed before rounding to float32.
-        seen |= (depth > 0) & ((pixels[..., :2] >= -0.5) & (pixels[..., :2] <= size + 0.5)).all(-1)
-    if (wrong := episode.visible & ~seen).any():
-        step, point = (int(n) for n in np.argwhere(wrong)[0])
-        yield (
-            f"visible: point {episode.meta['point_names'][point]!r} is marked visible at step {step} but projects "
-            "into no picture; check camera_to_base (OpenCV axes, base frame) and the flag"
-        )
+def examine_shard(reader: ShardReader, number: int) -> ShardResult:
+    """All faults within shard `number`, and a summary of each of its episodes that could be decoded."""
+    shard = reader.index["shards"][number]
+    faults = _run(structure.check_file, shard["name"], reader, shard)
+    first = sum(len(other["entries"]) for other in reader.index["shards"][:number])
+    summaries = []
+    for i in range(first, first + len(shard["entries"])):
+        entry = reader.entries[i]
+        try:
+            found, summary = _examine_episode(reader, i)
+        except Exception as error:  # decoders of foreign bytes raise anything; the rest of the shard must be read
+            message = f"cannot be decoded: {type(error).__name__}: {error}"
+            found, summary = [Fault(entry.shard, entry.key, "", message, structure.RESTORE)], None
+        faults += found
+        if summary is not None:
+            summaries.append(summary)
+    return ShardResult(faults, summaries)
 
 
-def _leaks(reader: ShardReader) -> Iterator[Fault]:
-    for entry in reader.entries:
-        if entry.task in reader.heldout_tasks and entry.split != "heldout_tasks":
-            yield Fault(
-                entry.shard,
-                entry.key,
-                "split",
-                f"held-out task {entry.task!r} is in split {entry.split!r}",
-                "move it to split 'heldout_tasks'",
-            )
-    for name, fix in (
-        ("episode_id", "give every episode an id of its own"),
-        ("initial_state", "draw held-out episodes with other seeds"),
-    ):
-        first: dict[str, Entry] = {}
-        for entry in reader.entries:
-            other = first.setdefault(getattr(entry, name), entry)
-            if other is not entry and (name == "episode_id" or other.split != entry.split):
-                yield Fault(
-                    entry.shard,
-                    entry.key,
-                    name,
-                    f"the same as {other.key} of split {other.split!r} in {other.shard}",
-                    fix,
-                )
+def _examine_episode(reader: ShardReader, i: int) -> tuple[list[Fault], Summary | None]:
+    sample, found = structure.read_sample(reader, i)
+    if sample is None:
+        return found, None
+    entry = sample.entry
+    for check in FIELD_CHECKS:
+        found += _run(check, entry.shard, sample, key=entry.key)
+    sample = replace(sample, episode=structure.without(sample.episode, {fault.field for fault in found}))
+    if rate := _run(timing.check_rate_stated, entry.shard, sample, key=entry.key):
+        return [*found, *rate], None
+    for check in EPISODE_CHECKS:
+        found += _run(check, entry.shard, sample, key=entry.key)
+    episode = sample.episode
+    return found, Summary(
+        entry=entry,
+        fps=float(episode.meta["fps"]),
+        content=leaks.content(episode),
+        has_state=not {"objects", "proprio"} <= set(episode.meta.get("absent", ())),
+        channels=signals.channels(episode),
+        jumps=signals.jumps(episode),
+        grips=gripper.grips(episode),
+        projection=images.projection(episode),
+    )
 
 
-def _statistics(reader: ShardReader) -> list[Fault]:
+def _all_shards(reader: ShardReader, workers: int, progress: bool) -> list[ShardResult]:
+    """The results of all shards in their order. A process that dies costs one shard, which is an error."""
+    from tqdm import tqdm
+
+    shards = reader.index["shards"]
+    with tqdm(total=len(reader), unit="episode", desc="validate", disable=not progress) as bar:
+        if min(workers, len(shards)) <= 1:
+            results = []
+            for number, shard in enumerate(shards):
+                results.append(examine_shard(reader, number))
+                bar.update(len(shard["entries"]))
+            return results
+        done: dict[int, ShardResult] = {}
+
+        def collect(futures: dict[Future[ShardResult], int]) -> None:
+            for future in as_completed(futures):
+                number = futures[future]
+                try:
+                    done[number] = future.result()
+                except BrokenProcessPool:
+                    continue
+                bar.update(len(shards[number]["entries"]))
+
+        with _pool(workers, reader.root) as pool:
+            collect({pool.submit(_work, number): number for number in range(len(shards))})
+        # One death takes the whole pool along: each shard that is left gets a process of its own.
+        for number in sorted(set(range(len(shards))) - set(done)):
+            with _pool(1, reader.root) as pool:
+                collect({pool.submit(_work, number): number})
+            if number not in done:
+                name = shards[number]["name"]
+                message = "the process that read this shard died, so nothing is known about it"
+                fix = "look for the kernel's out-of-memory message; run again with --workers 1"
+                done[number] = ShardResult([Fault(name, "", "", message, fix)], [])
+                bar.update(len(shards[number]["entries"]))
+        return [done[number] for number in range(len(shards))]
+
+
+def _pool(workers: int, root: Path) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(root,))
+
+
+_reader: ShardReader | None = None
+
+
+def _start_worker(root: Path) -> None:
+    global _reader
+    _reader = ShardReader(root, cache_bytes=0, check_sizes=False)
+
+
+def _work(number: int) -> ShardResult:
+    assert _reader is not None
+    return examine_shard(_reader, number)
+
+
+def _statistics(reader: ShardReader) -> Iterator[Fault]:
+    """`stats.json` is what the train split of these shards gives."""
     if "train" not in reader.index["splits"]:
-        return []
-    fix = "python -m worldmodel.data stats " + str(reader.root)
+        return
+    fix = f"python -m worldmodel.data stats {reader.root}"
     try:
         stored = load_statistics(reader.root)
+        if statistics_hash(stored) != statistics_hash(compute_statistics(reader)):
+            yield Fault(STATISTICS, "", "", "is not computed from these shards' train split", fix)
     except DataError as error:
-        return [Fault(STATISTICS, "", "", str(error), fix)]
-    if statistics_hash(stored) != statistics_hash(compute_statistics(reader)):
-        return [Fault(STATISTICS, "", "", "is not computed from these shards' train split", fix)]
-    return []
+        yield Fault(STATISTICS, "", "", str(error), fix)
