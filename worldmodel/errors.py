@@ -9,6 +9,10 @@ class DataError(WorldModelError):
     """A dataset, shard, sample or field is damaged or not what its schema says."""
 
 
+class SampleError(DataError):
+    """One stored sample is damaged, the rest of its dataset may be sound: what the policy `skip` passes over."""
+
+
 class ConfigError(WorldModelError, ValueError):
     """A configuration asks for something that does not exist or does not fit together."""
 

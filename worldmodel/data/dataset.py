@@ -3,6 +3,7 @@
 Shape legend: see `worldmodel.contracts`. Clips are numpy until `collate` makes a batch of tensors.
 """
 
+import bisect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +15,10 @@ from torch.utils.data import Dataset
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation
 from worldmodel.data.align import Aligned, align, check_cameras
 from worldmodel.data.shards import ByteCache, Entry, ShardReader
-from worldmodel.errors import DataError
+from worldmodel.errors import ConfigError, DataError, SampleError
+
+ON_ERROR = ("raise", "skip")
+"""Policies for a damaged sample: stop with its error, or take the next good clip and report it with the batch."""
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,13 @@ class Request(NamedTuple):
     future: bool
 
 
+class Skip(NamedTuple):
+    """A damaged episode that a clip was asked of, and what is wrong with it."""
+
+    key: str
+    reason: str
+
+
 class Clip(NamedTuple):
     """One item: the fields of `Observation` and `Future` without the batch axis."""
 
@@ -42,6 +53,14 @@ class Clip(NamedTuple):
     future: dict[str, np.ndarray]
     frame: np.ndarray  # (H,) int64
     key: str
+    skip: Skip | None = None  # what this clip stands in for
+
+
+class Delivery(NamedTuple):
+    """A batch as it leaves a worker, with what was passed over to fill it."""
+
+    batch: Batch
+    skips: list[Skip]
 
 
 class ClipDataset(Dataset[Clip]):
@@ -60,9 +79,13 @@ class ClipDataset(Dataset[Clip]):
         future: False leaves future pictures out.
         camera_map: name in the data for a camera of `spec`, or None for a camera the data lack.
         cache_bytes: bound of the cache of episodes without pictures; pictures are in the reader's.
+        on_error: `raise`, or `skip`: a clip of a damaged episode is replaced by the clip at the same step (modulo the
+            length) of the next good episode, always the same one, and says so in `Clip.skip`.
 
     Raises:
         DataError: no episode left, or cameras, rate or sizes that do not fit `spec`.
+        SampleError: from items too: a damaged episode under policy `raise`.
+        ConfigError: unknown policy.
     """
 
     def __init__(
@@ -77,8 +100,11 @@ class ClipDataset(Dataset[Clip]):
         future: bool = True,
         camera_map: Mapping[str, str | None] | None = None,
         cache_bytes: int = 1 << 28,
+        on_error: str = "raise",
     ) -> None:
-        self.reader, self.spec, self.split = reader, spec, split
+        if on_error not in ON_ERROR:
+            raise ConfigError(f"on_error {on_error!r} is none of {', '.join(ON_ERROR)}")
+        self.reader, self.spec, self.split, self.on_error = reader, spec, split, on_error
         self.images, self.future_images = images, images and future
         self.camera_map = dict(camera_map or {})
         if split not in reader.index["splits"]:
@@ -99,10 +125,8 @@ class ClipDataset(Dataset[Clip]):
         lengths = [reader.entries[i].length for i in self.episodes]
         self._ends = np.cumsum(lengths)
         self._cache = ByteCache(cache_bytes)
-        first_of_each = {reader.entries[i].embodiment: i for i in reversed(self.episodes)}
-        for i in first_of_each.values():
-            check_cameras(reader.read(i, images=False), spec, self.camera_map, self._where(reader.entries[i]))
-            self._aligned(i)
+        for embodiment in dict.fromkeys(reader.entries[i].embodiment for i in self.episodes):
+            self._check_first(embodiment)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -121,6 +145,44 @@ class ClipDataset(Dataset[Clip]):
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index, True, True)
         i, step = self.locate(request.clip)
+        try:
+            return self._clip(i, step, request)
+        except SampleError as error:
+            if self.on_error == "raise":
+                raise
+            return self._replacement(i, step, request, error)
+
+    def _replacement(self, i: int, step: int, request: Request, error: SampleError) -> Clip:
+        """A clip of the next good episode: a function of the request and the stored bytes, not of what came before."""
+        place = bisect.bisect_left(self.episodes, i)
+        for other in (*self.episodes[place + 1 :], *self.episodes[:place]):
+            try:
+                clip = self._clip(other, step % self.reader.entries[other].length, request)
+            except SampleError:
+                continue
+            return clip._replace(skip=Skip(self.reader.entries[i].key, str(error)))
+        raise DataError(
+            f"{self.reader.root}: all {len(self.episodes)} episodes are damaged, nothing to skip to: {error}"
+        )
+
+    def _check_first(self, embodiment: str) -> None:
+        """Holds the first readable episode of an embodiment against the spec."""
+        for i in self.episodes:
+            entry = self.reader.entries[i]
+            if entry.embodiment != embodiment:
+                continue
+            try:
+                episode = self.reader.read(i, images=False)
+            except SampleError:
+                if self.on_error == "raise":
+                    raise
+                continue
+            check_cameras(episode, self.spec, self.camera_map, self._where(entry))
+            self._aligned(i)
+            return
+        raise DataError(f"{self.reader.root}: every episode of embodiment {embodiment!r} is damaged")
+
+    def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, spec, data = self.reader.entries[i], self.spec, self._aligned(i)
         last = entry.length - 1
         history = history_steps(step, spec)
@@ -191,6 +253,11 @@ def history_steps(step: int, spec: ClipSpec) -> np.ndarray:
 def wrench_steps(history: np.ndarray, spec: ClipSpec) -> np.ndarray:
     """(H, R) time steps of the wrench series that end at each history frame."""
     return np.maximum(history[:, None] - np.arange(spec.stride - 1, -1, -1), 0)
+
+
+def deliver(clips: Sequence[Clip]) -> Delivery:
+    """`collate` with the report of what was passed over, which is how it leaves a worker process."""
+    return Delivery(collate(clips), [clip.skip for clip in clips if clip.skip is not None])
 
 
 def collate(clips: Sequence[Clip]) -> Batch:

@@ -21,7 +21,7 @@ import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.schema import Episode, decode, encode
-from worldmodel.errors import DataError
+from worldmodel.errors import DataError, SampleError
 
 INDEX = "index.json"
 
@@ -193,6 +193,8 @@ class ShardReader:
             self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
             start = 0
             for shard in self.index["shards"]:
+                if Path(shard["name"]).name != shard["name"]:
+                    raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
                 if check_sizes:
                     self.check_size(shard)
                 for fields in shard["entries"]:
@@ -210,7 +212,7 @@ class ShardReader:
         """Episode `i`, checked; without `images` its `rgb` may be empty. Do not write to its arrays.
 
         Raises:
-            DataError: naming shard, key and field of what is wrong.
+            SampleError: naming shard, key and field of what is wrong.
         """
         return self._cache.get((i, images), lambda: self._decode(i, images), lambda episode: episode.nbytes)
 
@@ -252,10 +254,13 @@ class ShardReader:
     def _decode(self, i: int, images: bool) -> Episode:
         entry = self.entries[i]
         where = f"{entry.shard}: key {entry.key}"
-        episode = decode(self.members(i), where, images=images)
+        try:
+            episode = decode(self.members(i), where, images=images)
+        except DataError as error:
+            raise SampleError(str(error)) from error
         for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
             if episode.meta[name] != getattr(entry, name):
-                raise DataError(
+                raise SampleError(
                     f"{where}: meta.json: {name} {episode.meta[name]!r}, the index says "
                     f"{getattr(entry, name)!r}; write the index again"
                 )
@@ -264,8 +269,6 @@ class ShardReader:
     def check_size(self, shard: dict[str, Any]) -> None:
         """Raise `DataError` if the file of `shard` (a record of the index) is not as long as the index says."""
         path = self.root / shard["name"]
-        if Path(shard["name"]).name != shard["name"]:
-            raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
         size = path.stat().st_size if path.is_file() else -1
         if size == shard["bytes"]:
             return
