@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.dataset import ClipDataset, Needs, collate
+from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.sampler import StreamLoader, StreamSampler, Tally
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError
@@ -74,6 +75,7 @@ class ClipDataModule(L.LightningDataModule):
             self.reader, spec, split="train", tasks=tasks, on_error=on_error, **self._options
         )
         refuse_heldout(self.train_clips)
+        check_embodiments(spec, {entry.embodiment for entry in self.train_clips.entries()}, root)
         self._loader: StreamLoader | None = None
         self._tally = Tally()
         self._start = 0

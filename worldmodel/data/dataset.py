@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation
 from worldmodel.data.align import Aligned, align, check_cameras
+from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.shards import ByteCache, Entry, ShardReader
 from worldmodel.errors import ConfigError, DataError, SampleError
 
@@ -85,7 +86,7 @@ class ClipDataset(Dataset[Clip]):
     Raises:
         DataError: no episode left, or cameras, rate or sizes that do not fit `spec`.
         SampleError: from items too: a damaged episode under policy `raise`.
-        ConfigError: unknown policy.
+        ConfigError: unknown policy, or the data have an embodiment that `spec` lacks.
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class ClipDataset(Dataset[Clip]):
         lengths = [reader.entries[i].length for i in self.episodes]
         self._ends = np.cumsum(lengths)
         self._cache = ByteCache(cache_bytes)
-        for embodiment in dict.fromkeys(reader.entries[i].embodiment for i in self.episodes):
+        embodiments = dict.fromkeys(reader.entries[i].embodiment for i in self.episodes)
+        check_embodiments(spec, embodiments, f"{reader.root}, split {split!r}", complete=False)
+        for embodiment in embodiments:
             self._check_first(embodiment)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.embodiments import metadata_faults
 from worldmodel.errors import DataError
 
 META_FIELDS = ("schema_version", "episode_id", "embodiment", "task", "instruction", "split", "fps", "length", "success")
@@ -131,7 +132,7 @@ def check_episode(episode: Episode, where: str) -> None:
 
 def faults(episode: Episode) -> list[str]:
     """Every fault of `episode`, each as `field: what is wrong; what would be right`."""
-    found: list[str] = []
+    found = metadata_faults(episode.meta)
     t = episode.length
     arrays: dict[str, np.ndarray] = {}
     for group, values in (("intrinsics", episode.intrinsics), ("camera_to_base", episode.camera_to_base)):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.embodiments import metadata_faults
 from worldmodel.data.schema import Episode, decode, encode
 from worldmodel.errors import DataError, SampleError
 
@@ -78,7 +79,7 @@ def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any
     The bytes depend on the samples only: times, owners and order are fixed.
 
     Raises:
-        DataError: a key holds a dot, a slash or is used twice.
+        DataError: a key holds a dot, a slash or is used twice, or the metadata contradict the embodiment registry.
     """
     from webdataset.writer import TarWriter
 
@@ -88,6 +89,8 @@ def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any
     for key, episode in samples:
         if "." in key or "/" in key or key in {entry["key"] for entry in entries}:
             raise DataError(f"{path.name}: key {key!r} must be unique and hold no dot and no slash")
+        for message in metadata_faults(episode.meta):
+            raise DataError(f"{path.name}: key {key}: {message}")
         writer.write({"__key__": key, **encode(episode)})
         ends.append(writer.tarstream.offset)
         meta = episode.meta

@@ -15,7 +15,8 @@ from worldmodel.errors import DataError
 STATISTICS = "stats.json"
 FIELDS = ("proprio", "action", "wrench", "taxels", "points", "camera_translation")
 """Shapes: proprio (P,), action (D,), wrench (S, 6), taxels (C, 1, 1) pooled over sensors and cells, points (3,) pooled
-over points, camera_translation (3,) pooled over cameras; `count` is the number of values behind each number."""
+over points, camera_translation (3,) pooled over cameras; `count` is the number of values behind each number, `floor`
+the least `std` given out and `floored` the dimensions that were raised to it."""
 _MEASURES = ("mean", "std", "min", "max", "q01", "q99", "count")
 
 
@@ -68,7 +69,7 @@ def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, 
     column = np.concatenate(values).astype(np.float64)
     std = column.std(0)
     # A dimension that hardly moves would blow up when divided by its own spread.
-    floor = max(1e-3, 0.01 * float(std.max()))
+    floor = float(f"{max(1e-3, 0.01 * float(std.max())):.9g}")
     low, high = np.quantile(column, (0.01, 0.99), axis=0)
     measures = {
         "mean": column.mean(0),
@@ -80,7 +81,7 @@ def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, 
     }
     # Nine digits carry every float32 and hide the last bits, in which summation order shows.
     digits: dict[str, Any] = {key: _rounded(value) for key, value in measures.items()}
-    return {**digits, "count": len(column)}
+    return {**digits, "count": len(column), "floor": floor, "floored": (std < floor).tolist()}
 
 
 def _rounded(value: np.ndarray) -> Any:

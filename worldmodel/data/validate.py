@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from worldmodel.data.embodiments import beyond_limits
 from worldmodel.data.schema import Episode, decode, faults
 from worldmodel.data.shards import INDEX, Entry, ShardReader
 from worldmodel.data.statistics import STATISTICS, compute_statistics, load_statistics, statistics_hash
@@ -65,7 +66,8 @@ def _episode(reader: ShardReader, i: int, entry: Entry) -> list[Fault]:
         name, _, problem = message.partition(": ")
         return [Fault(entry.shard, entry.key, name if problem else "", problem or message, _RESTORE)]
     found = []
-    for message in [*faults(episode), *_reprojection(episode)]:
+    limits = beyond_limits(entry.embodiment, episode.action)
+    for message in [*faults(episode), *_reprojection(episode), *limits]:
         name, _, rest = message.partition(": ")
         problem, _, fix = rest.partition("; ")
         found.append(Fault(entry.shard, entry.key, name, problem, fix or "write the episode again"))
