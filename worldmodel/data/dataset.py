@@ -75,11 +75,13 @@ class ClipDataset(Dataset[Clip]):
         spec: names and sizes of the clips.
         split: which split to take.
         tasks: only these tasks; None is all of the split.
+        embodiments: only these embodiments; None is all of the split.
         only_success: leave failed demonstrations out; their number is in `left_out` and logged.
         images: False leaves all pictures out (`rgb` is (H, V, 3, 0, 0)), for models that read cached features.
         future: False leaves future pictures out.
         camera_map: name in the data for a camera of `spec`, or None for a camera the data lack.
-        cache_bytes: bound of the cache of episodes without pictures; pictures are in the reader's.
+        cache: of episodes without pictures, to share between clip datasets that differ in their filters alone; None
+            is one of its own. Pictures are in the reader's cache.
         on_error: `raise`, or `skip`: a clip of a damaged episode is replaced by the clip at the same step (modulo the
             length) of the next good episode, always the same one, and says so in `Clip.skip`.
 
@@ -96,11 +98,12 @@ class ClipDataset(Dataset[Clip]):
         *,
         split: str,
         tasks: Sequence[str] | None = None,
+        embodiments: Sequence[str] | None = None,
         only_success: bool = True,
         images: bool = True,
         future: bool = True,
         camera_map: Mapping[str, str | None] | None = None,
-        cache_bytes: int = 1 << 28,
+        cache: ByteCache | None = None,
         on_error: str = "raise",
     ) -> None:
         if on_error not in ON_ERROR:
@@ -110,10 +113,12 @@ class ClipDataset(Dataset[Clip]):
         self.camera_map = dict(camera_map or {})
         if split not in reader.index["splits"]:
             raise DataError(f"{reader.root}: no split {split!r}; it has {sorted(reader.index['splits'])}")
-        present = {entry.task for entry in reader.entries if entry.split == split}
-        if unknown := sorted(set(tasks or ()) - present):
-            raise DataError(f"{reader.root}: split {split!r} has no tasks {unknown}; it has {sorted(present)}")
-        of_split = [i for i, e in enumerate(reader.entries) if e.split == split and (tasks is None or e.task in tasks)]
+        of_split = [i for i, entry in enumerate(reader.entries) if entry.split == split]
+        for kind, wanted in (("task", tasks), ("embodiment", embodiments)):
+            present = {getattr(reader.entries[i], kind) for i in of_split}
+            if unknown := sorted(set(wanted or ()) - present):
+                raise DataError(f"{reader.root}: split {split!r} has no {kind}s {unknown}; it has {sorted(present)}")
+            of_split = [i for i in of_split if wanted is None or getattr(reader.entries[i], kind) in wanted]
         self.episodes = [i for i in of_split if reader.entries[i].success or not only_success]
         self.left_out = len(of_split) - len(self.episodes)
         """Failed demonstrations that `only_success` left out."""
@@ -125,10 +130,10 @@ class ClipDataset(Dataset[Clip]):
             raise DataError(f"{reader.root}: no episode left in split {split!r} ({self.left_out} failed ones left out)")
         lengths = [reader.entries[i].length for i in self.episodes]
         self._ends = np.cumsum(lengths)
-        self._cache = ByteCache(cache_bytes)
-        embodiments = dict.fromkeys(reader.entries[i].embodiment for i in self.episodes)
-        check_embodiments(spec, embodiments, f"{reader.root}, split {split!r}", complete=False)
-        for embodiment in embodiments:
+        self._cache = ByteCache(1 << 28) if cache is None else cache
+        found = dict.fromkeys(reader.entries[i].embodiment for i in self.episodes)
+        check_embodiments(spec, found, f"{reader.root}, split {split!r}", complete=False)
+        for embodiment in found:
             self._check_first(embodiment)
 
     def __len__(self) -> int:
@@ -242,7 +247,7 @@ class ClipDataset(Dataset[Clip]):
             entry = self.reader.entries[i]
             return align(self.reader.read(i, images=False), self.spec, self.camera_map, self._where(entry))
 
-        return self._cache.get(i, make, lambda aligned: aligned.nbytes)
+        return self._cache.get((self.reader.root, i), make, lambda aligned: aligned.nbytes)
 
     def _where(self, entry: Entry) -> str:
         return f"{entry.shard}: key {entry.key}"
