@@ -2,17 +2,23 @@
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
 from synthetic import made_up_dataset
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.data.datamodule import ClipDataModule, MixtureLog
 from worldmodel.data.mixture import PERIOD, Source, apportion, make_sources
 from worldmodel.data.sampler import StreamSampler
-from worldmodel.errors import ConfigError
+from worldmodel.data.shards import ShardReader
+from worldmodel.data.statistics import load_statistics, merge_statistics
+from worldmodel.errors import ConfigError, DataError
 
 SPEC = ClipSpec(
     cameras=("front",), embodiments=("robot_a", "robot_b"), height=16, width=16, fps=20.0, action=4, proprio=4, future=1
@@ -143,3 +149,72 @@ def test_sources_need_a_root_and_tasks_are_named_once(roots: tuple[str, str]) ->
         make_sources([{"weight": 1}])
     with pytest.raises(ConfigError, match="not both"):
         module(roots[0], [Source(root=roots[0])], tasks=["lift"])
+
+
+def test_statistics_of_several_datasets_are_those_of_the_union(tmp_path: Path) -> None:
+    one = made_up_dataset(tmp_path / "one", {("robot_a", "lift"): 2, ("robot_b", "lift"): 1})
+    two = made_up_dataset(tmp_path / "two", {("human", "lift"): 1, ("robot_a", "push"): 3}, length=9)
+    parts = [load_statistics(root) for root in (one, two)]
+    merged = merge_statistics(parts)["embodiments"]
+    assert set(merged) == {"robot_a", "robot_b", "human"} and merge_statistics(parts[:1]) is parts[0]
+    readers = [ShardReader(root) for root in (one, two)]
+    values = [r.read(i).action for r in readers for i, e in enumerate(r.entries) if e.embodiment == "robot_a"]
+    action = np.concatenate([value for value in values if value is not None])
+    found = merged["robot_a"]["action"]
+    assert found["count"] == len(action) and "action" not in merged["human"]
+    np.testing.assert_allclose(found["mean"], action.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found["std"], action.std(0), atol=1e-6)
+    np.testing.assert_allclose(found["max"], action.max(0), atol=1e-6)
+    parts[1]["embodiments"]["robot_a"]["action"]["mean"] = [0.0]
+    with pytest.raises(DataError, match=r"embodiment 'robot_a': field 'action' has the shapes \[\(1,\), \(4,\)\]"):
+        merge_statistics(parts)
+
+
+def test_a_phase_names_its_own_mixture() -> None:
+    from worldmodel.curriculum import data_settings, make_phases, other_roots
+
+    own = [{"root": "b", "weight": 1}, {"root": "a", "weight": 2}, {"root": "c", "weight": 0}]
+    phase = {"objective": "tokeniser", "trains": [], "steps": 1, "batch_size": 1, "learning_rate": 0.1}
+    phases = make_phases({"first": phase, "second": {**phase, "data": {"mixture": own}}})
+    config = {"data": {"root": "a", "mixture": None, "on_error": "skip"}}
+    assert [data_settings(config, p)["mixture"] for p in phases] == [None, own]
+    assert other_roots(config, phases) == ["b"] and other_roots(config, phases[:1]) == []
+    with pytest.raises(ConfigError, match=r"phase 'first': data\.roots is none of mixture, on_error"):
+        make_phases({"first": {**phase, "data": {"roots": []}}})
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*")
+def test_the_realised_mix_is_in_the_csv_of_a_run(roots: tuple[str, str], tmp_path: Path) -> None:
+    data = module(roots[0], [{"root": roots[0]}, {"root": roots[1], "weight": 3}], batch_size=8)
+    trainer = L.Trainer(
+        max_steps=10,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        log_every_n_steps=1,
+        callbacks=[MixtureLog(every=5)],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(BoringClips(), data)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    last = [line.split(",") for line in lines[1:] if line.split(",")[header.index("mix/two")]][-1]
+    assert float(last[header.index("mix/two")]) == pytest.approx(0.75, abs=0.2)
+    assert data.batches_done() == 10 and sum(data.realised.values()) == pytest.approx(1)
+
+
+class BoringClips(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return self.weight.sum()
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        """Present because a data module has a validation loader."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
