@@ -13,10 +13,12 @@ import torch
 
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.align import text_ids
-from worldmodel.data.datamodule import ClipDataModule, StreamSampler
+from worldmodel.data.cache import ByteCache
+from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.data.dataset import ClipDataset, collate
 from worldmodel.data.live import observation_from_history
-from worldmodel.data.shards import ByteCache, ShardReader
+from worldmodel.data.sampler import StreamSampler
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, ContractError, DataError
 
 SPEC = ClipSpec()
@@ -176,16 +178,16 @@ def test_cache_is_bounded_in_bytes() -> None:
 
 
 def test_sampler_covers_every_epoch_exactly_once_over_two_ranks() -> None:
-    ranks = [StreamSampler(23, 3, seed=7, rank=rank, world_size=2) for rank in (0, 1)]
+    ranks = [StreamSampler([23], 3, seed=7, rank=rank, world_size=2) for rank in (0, 1)]
     stream = [index for k in range(23) for rank in ranks for index in rank.batch(k)]
     for epoch in range(6):
         assert sorted(stream[23 * epoch : 23 * (epoch + 1)]) == list(range(23))
     assert stream[:23] != stream[23:46]
     assert stream[:6] != [
-        i for k in (0,) for rank in (0, 1) for i in StreamSampler(23, 3, seed=8, rank=rank, world_size=2).batch(k)
+        i for k in (0,) for rank in (0, 1) for i in StreamSampler([23], 3, seed=8, rank=rank, world_size=2).batch(k)
     ]
     with pytest.raises(ConfigError, match="rank 2"):
-        StreamSampler(23, 3, seed=7, rank=2, world_size=2)
+        StreamSampler([23], 3, seed=7, rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -204,7 +206,7 @@ def test_resuming_twice_in_one_epoch_repeats_and_drops_nothing(tiny_dataset: Pat
         state = part.state_dict()
     assert keys == whole and state["batches"] == 9
     other = ClipDataModule(root=str(tiny_dataset), spec=SPEC, batch_size=5, seed=3, images=False)
-    with pytest.raises(ConfigError, match="batch_size: 4 then, 5 now"):
+    with pytest.raises(ConfigError, match="4 × 1 then, 5 × 1 now; their product must stay 4"):
         other.load_state_dict(state)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,16 @@ from torch import Tensor
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.config import with_tuples
 from worldmodel.contracts import Batch, ClipSpec
-from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.data.datamodule import ClipDataModule, MixtureLog
 from worldmodel.data.dataset import ClipDataset, collate
-from worldmodel.data.shards import ShardReader
-from worldmodel.data.statistics import load_statistics, statistics_hash
+from worldmodel.data.embodiments import check_embodiments
+from worldmodel.data.mixture import make_sources
+from worldmodel.data.shards import INDEX, ShardReader
+from worldmodel.data.statistics import load_statistics, merge_statistics, statistics_hash
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
 from worldmodel.samples import log_samples, write_samples
-from worldmodel.training import PARTS, Ingredient, MovingAverage, Phase, PhaseModule, SaveProgress, Throughput
+from worldmodel.training import DATA, PARTS, Ingredient, MovingAverage, Phase, PhaseModule, SaveProgress, Throughput
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +77,22 @@ def train(config: Mapping[str, Any]) -> Path:
         log.info("%s is already trained; another run_dir or an empty one trains again", run)
         return run
     spec = make_spec(config["data"]["spec"])
-    statistics = load_statistics(config["data"]["root"])
-    reader = ShardReader(config["data"]["root"], cache_bytes=config["data"]["cache_bytes"])
+    phases = make_phases(config["phases"])
+    strict = config["data"]["on_error"] == "raise"
+    reader = ShardReader(config["data"]["root"], cache_bytes=config["data"]["cache_bytes"], check_sizes=strict)
+    others = other_roots(config, phases)
+    readers = [reader, *(ShardReader(root, cache_bytes=0, check_sizes=strict) for root in others)]
+    trained = {entry.embodiment for r in readers for entry in r.entries if entry.split == "train"}
+    check_embodiments(spec, trained, ", ".join(str(r.root) for r in readers))
+    statistics = merge_statistics([load_statistics(r.root) for r in readers])
     model = build_model(config["model"], spec, statistics)
     model.metadata = describe(
-        config["model"], spec, statistics, statistics_hash(statistics), training_record(config, reader)
+        config["model"], spec, statistics, statistics_hash(statistics), training_record(config, readers)
     )
     for part in PARTS:
         count = sum(p.numel() for p in getattr(model, part).parameters())
         log.info("%-12s %10s parameters", part, f"{count:,}")
     loggers = make_loggers(config, run)
-    phases = make_phases(config["phases"])
     for number, phase in enumerate(phases):
         folder = run / "phases" / f"{number}-{phase.name}"
         if (folder / "model.safetensors").is_file():
@@ -124,14 +131,27 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [where]
 
 
-def training_record(config: Mapping[str, Any], reader: ShardReader) -> dict[str, Any]:
+def data_settings(config: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
+    """`mixture` and `on_error` of a phase: its own, or those of the experiment."""
+    return {name: phase.data.get(name, config["data"][name]) for name in DATA}
+
+
+def other_roots(config: Mapping[str, Any], phases: Sequence[Phase]) -> list[str]:
+    """Datasets that phases train on beside `data.root`."""
+    mixtures = [data_settings(config, phase)["mixture"] for phase in phases]
+    roots = [source.root for mixture in mixtures if mixture is not None for source in make_sources(mixture)]
+    return [root for root in dict.fromkeys(roots) if root != config["data"]["root"]]
+
+
+def training_record(config: Mapping[str, Any], readers: Sequence[ShardReader]) -> dict[str, Any]:
     """What this model will have seen, so that an evaluation can refuse to call it held out."""
-    entries = [e for e in reader.entries if e.split == "train"]
+    entries = [e for reader in readers for e in reader.entries if e.split == "train"]
     return {
         "seed": config["seed"],
         "phases": {name: values["steps"] for name, values in config["phases"].items()},
         "data_root": str(config["data"]["root"]),
-        "index_sha256": hashlib.sha256((Path(config["data"]["root"]) / "index.json").read_bytes()).hexdigest(),
+        "index_sha256": hashlib.sha256((readers[0].root / INDEX).read_bytes()).hexdigest(),
+        "other_data": {str(r.root): hashlib.sha256((r.root / INDEX).read_bytes()).hexdigest() for r in readers[1:]},
         "split": "train",
         "tasks": sorted({e.task for e in entries}),
         "episodes": [e.key for e in entries],
@@ -168,12 +188,15 @@ def run_phase(
     """Trains one phase, resuming from its `last.ckpt` if there is one, and leaves its averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"
-    latents = latent_cache(model, reader, spec, run) if phase.objective == "world" else None
+    chosen = data_settings(config, phase)
+    # The cache holds the frames of one dataset whose every sample can be read.
+    cached = phase.objective == "world" and chosen["on_error"] == "raise" and not other_roots(config, [phase])
+    latents = latent_cache(model, reader, spec, run) if cached else None
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
-        model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec)))
+        model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
     if not resumed and "denoiser" in phase.trains:
-        sample = sample_batch(reader, spec, count=64)
+        sample = sample_batch(reader, spec, count=64, on_error=chosen["on_error"])
         model.fit_guess(sample.observation, sample.future)
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
     average = MovingAverage(decay=phase.ema)
@@ -186,6 +209,8 @@ def run_phase(
         num_workers=settings["workers"],
         reader=reader,
         needs=partial(phase.needs, config["seed"]),
+        complete=False,
+        **chosen,
     )
     trainer = L.Trainer(
         max_steps=phase.steps,
@@ -195,7 +220,7 @@ def run_phase(
         gradient_clip_val=phase.clip,
         logger=loggers,
         log_every_n_steps=max(1, min(20, phase.steps // 2)),
-        callbacks=[average, Throughput(), SaveProgress(path=last, every=settings["save_every"])],
+        callbacks=[average, Throughput(), MixtureLog(), SaveProgress(path=last, every=settings["save_every"])],
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=run,
@@ -211,7 +236,7 @@ def run_phase(
     average.copy_to(module)
     if phase.objective == "tokeniser":
         with torch.no_grad():
-            clips = whole_clips(sample_batch(reader, spec))
+            clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
     if "denoiser" in phase.trains:
         log_samples(
@@ -221,9 +246,9 @@ def run_phase(
     last.unlink(missing_ok=True)
 
 
-def sample_batch(reader: ShardReader, spec: ClipSpec, count: int = 256) -> Batch:
+def sample_batch(reader: ShardReader, spec: ClipSpec, count: int = 256, on_error: str = "raise") -> Batch:
     """About `count` clips spread evenly over the training data: what fixes scales before a phase trains."""
-    dataset = ClipDataset(reader, spec, split="train")
+    dataset = ClipDataset(reader, spec, split="train", on_error=on_error)
     return collate([dataset[i] for i in range(0, len(dataset), max(len(dataset) // count, 1))])
 
 

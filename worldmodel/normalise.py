@@ -24,6 +24,11 @@ def padded(values: Any, size: int, fill: float) -> Tensor:
     return out
 
 
+def moment_of(statistics: Mapping[str, Any], name: str, moment: str) -> Any:
+    """One measure of a field of an embodiment, empty if it lacks that sense (a human has no action)."""
+    return statistics[name][moment] if name in statistics else []
+
+
 class Normaliser(nn.Module):
     """Standardises per embodiment. Its buffers travel with checkpoints and inside exported graphs."""
 
@@ -38,9 +43,9 @@ class Normaliser(nn.Module):
         sizes = {"proprio": spec.proprio, "action": spec.action, "points": 3, "camera_translation": 3}
         for name, size in (*sizes.items(), ("wrench", sensors * 6)):
             for moment, fill in (("mean", 0.0), ("std", 1.0)):
-                rows = [padded(statistics[e][name][moment], size, fill) for e in spec.embodiments]
+                rows = [padded(moment_of(statistics[e], name, moment), size, fill) for e in spec.embodiments]
                 self.register_buffer(f"{name}_{moment}", torch.stack(rows))
-        taxels = [padded(statistics[e]["taxels"]["std"], spec.taxels[0], 1.0) for e in spec.embodiments]
+        taxels = [padded(moment_of(statistics[e], "taxels", "std"), spec.taxels[0], 1.0) for e in spec.embodiments]
         self.register_buffer("taxels_std", torch.stack(taxels))
 
     def moments(self, name: str, embodiment: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

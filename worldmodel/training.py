@@ -22,6 +22,8 @@ from worldmodel.model import WorldModel
 OBJECTIVES = ("tokeniser", "understanding", "world")
 INGREDIENTS = (*MODES, "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "denoiser", "expert")
+DATA = ("mixture", "on_error")
+"""What a phase may say about its data, instead of the `data` of the experiment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,15 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     insulate: bool = True
     huber: float | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if unknown := [part for part in self.trains if part not in PARTS]:
             raise ConfigError(f"phase {self.name!r}: trains {unknown[0]!r}, which is none of {', '.join(PARTS)}")
+        if unknown := sorted(set(self.data) - set(DATA)):
+            raise ConfigError(f"phase {self.name!r}: data.{unknown[0]} is none of {', '.join(DATA)}")
         if (self.objective == "world") != bool(self.mixture):
             raise ConfigError(f"phase {self.name!r}: a mixture of modes belongs to objective `world` and only there")
 

@@ -1,131 +1,51 @@
-"""The Lightning data module: which clips train, in which order, and how an interrupted run finds its place again.
+"""The Lightning data module: which clips train, in which order, and how an interrupted run finds its place again."""
 
-The order of training batches is one endless stream: the permutations of all epochs, one after another, cut into global
-batches. Batch k of rank r is a pure function of (seed, k, r), so a run that resumes at batch k repeats and drops
-nothing; workers take batches round robin and do not change the order.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
-from torch.utils.data import DataLoader, Sampler, Subset
+import torch
+from torch.utils.data import DataLoader, Subset
 
-from worldmodel.contracts import Batch, ClipSpec
-from worldmodel.data.dataset import ClipDataset, Needs, Request, collate
+from worldmodel.contracts import ClipSpec
+from worldmodel.data.dataset import ClipDataset, Needs, collate
+from worldmodel.data.embodiments import check_embodiments
+from worldmodel.data.mixture import Mixture, Source, make_sources
+from worldmodel.data.sampler import StreamLoader, StreamSampler, Tally
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError
-
-
-class StreamSampler(Sampler[list[int]]):
-    """Endless batches of indices below `size` for one rank; starts at batch `start`.
-
-    Args:
-        size: number of items.
-        batch_size: items per batch and rank.
-        seed: of the order.
-        rank: this process.
-        world_size: processes that share the stream; their batches are disjoint parts of it.
-        start: first batch, as a resumed run needs it.
-
-    Raises:
-        ConfigError: no items, or rank not below world_size.
-    """
-
-    def __init__(
-        self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
-    ) -> None:
-        if size < 1 or batch_size < 1:
-            raise ConfigError(f"sampler needs items and a batch size of at least 1, got {size} and {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} must be in 0..{world_size - 1}")
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
-        self._orders: dict[int, np.ndarray] = {}
-
-    def __iter__(self) -> Iterator[list[int]]:
-        number = self.start
-        while True:
-            yield self.batch(number)
-            number += 1
-
-    def batch(self, number: int) -> list[int]:
-        """Indices of batch `number` of this rank."""
-        first = (number * self.world_size + self.rank) * self.batch_size
-        return [int(self._order(p // self.size)[p % self.size]) for p in range(first, first + self.batch_size)]
-
-    def epoch(self, number: int) -> float:
-        """Epochs of the data that lie before batch `number`."""
-        return number * self.world_size * self.batch_size / self.size
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(self.size)
-            # A batch may straddle two epochs; older orders are not needed again.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
-        return self._orders[epoch]
-
-
-class StreamLoader:
-    """Iterable over training batches that counts what it has handed out.
-
-    Plain and without length, so that Lightning leaves its sampler alone; `position` survives prefetching by workers
-    because it counts batches that left the loader, not batches that were asked of it. `needs` says of each batch number
-    what it will use.
-    """
-
-    def __init__(
-        self,
-        dataset: ClipDataset,
-        sampler: StreamSampler,
-        num_workers: int,
-        needs: Callable[[int], Needs] | None = None,
-    ) -> None:
-        self.sampler, self.position, self.needs = sampler, sampler.start, needs
-        self._dataset, self._num_workers = dataset, num_workers
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.sampler.start = self.position
-        loader = DataLoader(
-            self._dataset,
-            batch_sampler=self._requests(),
-            collate_fn=collate,
-            num_workers=self._num_workers,
-            persistent_workers=False,
-        )
-        for batch in loader:
-            self.position += 1
-            yield batch
-
-    def _requests(self) -> Iterator[list[Request]]:
-        for number, indices in enumerate(self.sampler, self.position):
-            rows, images, future = Needs() if self.needs is None else self.needs(number)
-            yield [Request(index, images, future) for index in indices[:rows]]
 
 
 class ClipDataModule(L.LightningDataModule):
     """Training clips of split `train` and evaluation clips of the held-out splits.
 
     Args:
-        root: dataset folder.
+        root: dataset folder; evaluation clips come from it and, without a mixture, training clips too.
         spec: names and sizes of the clips.
         batch_size: clips per batch and rank.
         seed: of the training order.
         num_workers: loader processes; 0 loads in the training process.
-        tasks: only these training tasks; None is all.
+        tasks: only these training tasks of `root`, or weights by task; None is all.
+        mixture: what training clips are drawn from and how often (see `mixture`), instead of `root` alone.
         only_success: leave failed demonstrations out of training and evaluation.
         images: False leaves all pictures out.
         future: False leaves future pictures out.
         camera_map: see `ClipDataset`.
-        cache_bytes: bound of the decoded pictures kept in memory, per process.
+        cache_bytes: bound of the decoded pictures kept in memory, per process, shared out among the datasets.
         reader: an open reader of `root` whose cache to share, instead of one of its own.
+        complete: whether the training data must have every embodiment of `spec`; False where other phases train on the
+            rest.
+        on_error: `raise` stops training at a damaged sample, `skip` replaces it (see `ClipDataset`) and counts it in
+            `skipped`, in the log and in the checkpoint. Evaluation always raises.
         needs: what training batch number k will use (see `Needs`); None is everything. Rows it leaves out are not made
             up for: that batch is smaller.
         validation_clips: clips of `heldout_episodes` in the validation loader, evenly spread; None is all.
 
     Raises:
         DataError: the data do not fit `spec`, or training would see a held-out split or task.
+        ConfigError: the mixture names what does not exist, or embodiments of data and `spec` differ.
     """
 
     def __init__(
@@ -136,40 +56,64 @@ class ClipDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int,
         num_workers: int = 0,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str] | Mapping[str, float] | None = None,
+        mixture: Sequence[Mapping[str, Any] | Source] | None = None,
         only_success: bool = True,
         images: bool = True,
         future: bool = True,
         camera_map: Mapping[str, str | None] | None = None,
         cache_bytes: int = 1 << 30,
         reader: ShardReader | None = None,
+        on_error: str = "raise",
+        complete: bool = True,
         needs: Callable[[int], Needs] | None = None,
         validation_clips: int | None = 256,
     ) -> None:
         super().__init__()
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
         self.num_workers, self.validation_clips, self.needs = num_workers, validation_clips, needs
-        self.reader = reader or ShardReader(root, cache_bytes=cache_bytes)
+        if mixture is not None and tasks is not None:
+            raise ConfigError("give either `mixture`, whose sources name their tasks, or `tasks` of `root`, not both")
+        sources = make_sources([Source(root=root, tasks=tasks)] if mixture is None else mixture)
+        roots = list(dict.fromkeys([root, *(source.root for source in sources)]))
+        readers = {} if reader is None else {root: reader}
+        for name in roots[len(readers) :]:
+            # A truncated shard is a fault of the samples that it lost, which `skip` passes over one by one.
+            readers[name] = ShardReader(name, cache_bytes=cache_bytes // len(roots), check_sizes=on_error == "raise")
+        self.reader = readers[root]
         self._options: dict[str, Any] = {
             "only_success": only_success,
             "images": images,
             "future": future,
             "camera_map": camera_map,
         }
-        self.train_clips = ClipDataset(self.reader, spec, split="train", tasks=tasks, **self._options)
-        refuse_heldout(self.train_clips)
+        self.train_clips = Mixture(sources, readers, spec, on_error=on_error, **self._options)
+        for part in self.train_clips.parts:
+            refuse_heldout(part)
+        trained = {entry.embodiment for part in self.train_clips.parts for entry in part.entries()}
+        check_embodiments(spec, trained, ", ".join(dict.fromkeys(s.root for s in sources)), complete=complete)
         self._loader: StreamLoader | None = None
+        self._tally = Tally(len(self.train_clips.parts))
         self._start = 0
+        self._counted_by: L.Trainer | None = None
         self._processed_before = 0
 
     def train_dataloader(self) -> StreamLoader:
-        """Endless training batches from where the run stopped; limit them by steps."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._processed_before = self._processed()
+        """Endless training batches from where the run is; limit them by steps."""
+        self._start = self.batches_done()
+        self._tally.settle(self._start, forget=True)
+        rank, world_size = self._ranks()
+        self._counted_by, self._processed_before = self.trainer, self._processed()
         sampler = StreamSampler(
-            len(self.train_clips), self.batch_size, seed=self.seed, rank=rank, world_size=world_size, start=self._start
+            self.train_clips.sizes,
+            self.batch_size,
+            seed=self.seed,
+            shares=self.train_clips.shares,
+            rank=rank,
+            world_size=world_size,
+            start=self._start,
         )
-        self._loader = StreamLoader(self.train_clips, sampler, self.num_workers, self.needs)
+        self._loader = StreamLoader(self.train_clips, sampler, self.num_workers, self.needs, self._tally)
         return self._loader
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -192,36 +136,94 @@ class ClipDataModule(L.LightningDataModule):
 
     def batches_done(self) -> int:
         """Training batches of this rank that are used up, earlier runs included."""
-        if self._loader is None:
+        if self._loader is None or self.trainer is not self._counted_by:
             return self._start
         if self.trainer is None:
             return self._loader.position
         return self._start + self._processed() - self._processed_before
 
+    @property
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        """Damaged episodes by key: `reason`, and how many `clips` of this rank's batches so far were replaced."""
+        self._tally.settle(self.batches_done())
+        return self._tally.skipped
+
+    @property
+    def realised(self) -> dict[str, float]:
+        """Share of every part in this rank's batches so far; `train_clips.asked()` is what it should be."""
+        self._tally.settle(self.batches_done())
+        total = max(int(self._tally.drawn.sum()), 1)
+        return {name: int(n) / total for name, n in zip(self.train_clips.names, self._tally.drawn, strict=True)}
+
     def state_dict(self) -> dict[str, Any]:
-        """Position in the training stream and what it depends on."""
-        return {
-            "batches": self.batches_done(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "size": len(self.train_clips),
-        }
+        """Position in the training stream, what it depends on, and what all ranks drew and passed over up to it.
+
+        Every rank must call it at the same step, as Lightning does when it saves.
+        """
+        self._tally.settle(self.batches_done())
+        drawn, skipped = np.zeros_like(self._tally.drawn), {}
+        for report in self._gather({"drawn": self._tally.drawn.tolist(), "skipped": self._tally.skipped}):
+            drawn += np.array(report["drawn"], np.int64)
+            for key, record in report["skipped"].items():
+                clips = skipped.get(key, {"clips": 0})["clips"] + record["clips"]
+                skipped[key] = {"reason": record["reason"], "clips": clips}
+        return {"batches": self.batches_done(), **self._order(), "drawn": drawn.tolist(), "skipped": skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of `state_dict`.
 
+        Workers do not matter. Another number of ranks is exact if the batch size changes with it, so that a global
+        batch holds the same clips, and if batches are used whole (no `needs`); anything else is refused.
+
         Raises:
-            ConfigError: seed, batch size or data differ, so that the position means something else.
+            ConfigError: seed, global batch or data differ, so that the position means something else.
         """
-        now = self.state_dict()
+        now = self._order()
         differing = [
-            f"{name}: {state_dict[name]} then, {now[name]} now"
-            for name in ("batch_size", "seed", "size")
-            if state_dict[name] != now[name]
+            f"{name}: {state_dict.get(name)} then, {now[name]} now"
+            for name in ("seed", "parts", "sizes", "shares")
+            if state_dict.get(name) != now[name]
         ]
+        then = {name: int(state_dict.get(name, 0)) for name in ("batch_size", "ranks")}
+        clips = then["batch_size"] * then["ranks"]
+        if clips != now["batch_size"] * now["ranks"]:
+            differing.append(
+                f"batch_size × ranks: {then['batch_size']} × {then['ranks']} then, {now['batch_size']} × "
+                f"{now['ranks']} now; their product must stay {clips}"
+            )
+        elif then["ranks"] != now["ranks"] and self.needs is not None:
+            differing.append(
+                f"ranks: {then['ranks']} then, {now['ranks']} now, while this phase uses parts of each rank's batch; "
+                f"resume on {then['ranks']}"
+            )
         if differing:
             raise ConfigError(f"cannot resume the data order of {self.root}: " + "; ".join(differing))
         self._start = int(state_dict["batches"])
+        # The checkpoint has the sum over ranks, so one rank goes on from it.
+        if self._ranks()[0] == 0:
+            self._tally.load(state_dict["drawn"], state_dict["skipped"])
+
+    def _order(self) -> dict[str, Any]:
+        """Everything that the order of clips is a function of."""
+        mixture = self.train_clips
+        ranks = self._ranks()[1]
+        order = {"batch_size": self.batch_size, "ranks": ranks, "seed": self.seed}
+        return {**order, "parts": mixture.names, "sizes": mixture.sizes, "shares": mixture.shares}
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _gather(self, report: dict[str, Any]) -> list[dict[str, Any]]:
+        """The reports of all ranks, carried as JSON in tensors."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return [report]
+        strategy: Any = self.trainer.strategy
+        data = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8).to(strategy.root_device)
+        sizes = strategy.all_gather(torch.tensor([len(data)], device=data.device)).flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=data.device)
+        padded[: len(data)] = data
+        rows = strategy.all_gather(padded).reshape(len(sizes), -1)
+        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
     def _processed(self) -> int:
         # Lightning fetches a batch ahead, so what the loader handed out is not what was trained on.
@@ -239,3 +241,22 @@ def refuse_heldout(clips: ClipDataset) -> None:
                 f"{entry.shard}: key {entry.key}: task {entry.task!r} of split {entry.split!r} must not be trained on; "
                 f"held-out tasks: {list(clips.reader.heldout_tasks)}, the only split for training is 'train'"
             )
+
+
+class MixtureLog(L.Callback):
+    """Logs the realised mix and the number of replaced clips every few steps, where there is a mix or a replacement."""
+
+    def __init__(self, *, every: int = 20) -> None:
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hands the figures to the loggers of the run."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ClipDataModule) or trainer.global_step % self.every:
+            return
+        if len(data.realised) > 1:
+            pl_module.log_dict({f"mix/{name}": share for name, share in data.realised.items()})
+        if data.skipped:
+            pl_module.log("skipped_clips", float(sum(record["clips"] for record in data.skipped.values())))

@@ -3,6 +3,7 @@
 Shape legend: see `worldmodel.contracts`. Clips are numpy until `collate` makes a batch of tensors.
 """
 
+import bisect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,8 +14,13 @@ from torch.utils.data import Dataset
 
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation
 from worldmodel.data.align import Aligned, align, check_cameras
-from worldmodel.data.shards import ByteCache, Entry, ShardReader
-from worldmodel.errors import DataError
+from worldmodel.data.cache import ByteCache
+from worldmodel.data.embodiments import check_embodiments
+from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.errors import ConfigError, DataError, SampleError
+
+ON_ERROR = ("raise", "skip")
+"""Policies for a damaged sample: stop with its error, or take the next good clip and report it with the batch."""
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,13 @@ class Request(NamedTuple):
     future: bool
 
 
+class Skip(NamedTuple):
+    """A damaged episode that a clip was asked of, and what is wrong with it."""
+
+    key: str
+    reason: str
+
+
 class Clip(NamedTuple):
     """One item: the fields of `Observation` and `Future` without the batch axis."""
 
@@ -42,6 +55,14 @@ class Clip(NamedTuple):
     future: dict[str, np.ndarray]
     frame: np.ndarray  # (H,) int64
     key: str
+    skip: Skip | None = None  # what this clip stands in for
+
+
+class Delivery(NamedTuple):
+    """A batch as it leaves a worker, with what was passed over to fill it."""
+
+    batch: Batch
+    skips: list[Skip]
 
 
 class ClipDataset(Dataset[Clip]):
@@ -55,14 +76,20 @@ class ClipDataset(Dataset[Clip]):
         spec: names and sizes of the clips.
         split: which split to take.
         tasks: only these tasks; None is all of the split.
+        embodiments: only these embodiments; None is all of the split.
         only_success: leave failed demonstrations out; their number is in `left_out` and logged.
         images: False leaves all pictures out (`rgb` is (H, V, 3, 0, 0)), for models that read cached features.
         future: False leaves future pictures out.
         camera_map: name in the data for a camera of `spec`, or None for a camera the data lack.
-        cache_bytes: bound of the cache of episodes without pictures; pictures are in the reader's.
+        cache: of episodes without pictures, to share between clip datasets that differ in their filters alone; None
+            is one of its own. Pictures are in the reader's cache.
+        on_error: `raise`, or `skip`: a clip of a damaged episode is replaced by the clip at the same step (modulo the
+            length) of the next good episode, always the same one, and says so in `Clip.skip`.
 
     Raises:
         DataError: no episode left, or cameras, rate or sizes that do not fit `spec`.
+        SampleError: from items too: a damaged episode under policy `raise`.
+        ConfigError: unknown policy, or the data have an embodiment that `spec` lacks.
     """
 
     def __init__(
@@ -72,21 +99,27 @@ class ClipDataset(Dataset[Clip]):
         *,
         split: str,
         tasks: Sequence[str] | None = None,
+        embodiments: Sequence[str] | None = None,
         only_success: bool = True,
         images: bool = True,
         future: bool = True,
         camera_map: Mapping[str, str | None] | None = None,
-        cache_bytes: int = 1 << 28,
+        cache: ByteCache | None = None,
+        on_error: str = "raise",
     ) -> None:
-        self.reader, self.spec, self.split = reader, spec, split
+        if on_error not in ON_ERROR:
+            raise ConfigError(f"on_error {on_error!r} is none of {', '.join(ON_ERROR)}")
+        self.reader, self.spec, self.split, self.on_error = reader, spec, split, on_error
         self.images, self.future_images = images, images and future
         self.camera_map = dict(camera_map or {})
         if split not in reader.index["splits"]:
             raise DataError(f"{reader.root}: no split {split!r}; it has {sorted(reader.index['splits'])}")
-        present = {entry.task for entry in reader.entries if entry.split == split}
-        if unknown := sorted(set(tasks or ()) - present):
-            raise DataError(f"{reader.root}: split {split!r} has no tasks {unknown}; it has {sorted(present)}")
-        of_split = [i for i, e in enumerate(reader.entries) if e.split == split and (tasks is None or e.task in tasks)]
+        of_split = [i for i, entry in enumerate(reader.entries) if entry.split == split]
+        for kind, wanted in (("task", tasks), ("embodiment", embodiments)):
+            present = {getattr(reader.entries[i], kind) for i in of_split}
+            if unknown := sorted(set(wanted or ()) - present):
+                raise DataError(f"{reader.root}: split {split!r} has no {kind}s {unknown}; it has {sorted(present)}")
+            of_split = [i for i in of_split if wanted is None or getattr(reader.entries[i], kind) in wanted]
         self.episodes = [i for i in of_split if reader.entries[i].success or not only_success]
         self.left_out = len(of_split) - len(self.episodes)
         """Failed demonstrations that `only_success` left out."""
@@ -98,11 +131,11 @@ class ClipDataset(Dataset[Clip]):
             raise DataError(f"{reader.root}: no episode left in split {split!r} ({self.left_out} failed ones left out)")
         lengths = [reader.entries[i].length for i in self.episodes]
         self._ends = np.cumsum(lengths)
-        self._cache = ByteCache(cache_bytes)
-        first_of_each = {reader.entries[i].embodiment: i for i in reversed(self.episodes)}
-        for i in first_of_each.values():
-            check_cameras(reader.read(i, images=False), spec, self.camera_map, self._where(reader.entries[i]))
-            self._aligned(i)
+        self._cache = ByteCache(1 << 28) if cache is None else cache
+        found = dict.fromkeys(reader.entries[i].embodiment for i in self.episodes)
+        check_embodiments(spec, found, f"{reader.root}, split {split!r}", complete=False)
+        for embodiment in found:
+            self._check_first(embodiment)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -121,6 +154,44 @@ class ClipDataset(Dataset[Clip]):
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index, True, True)
         i, step = self.locate(request.clip)
+        try:
+            return self._clip(i, step, request)
+        except SampleError as error:
+            if self.on_error == "raise":
+                raise
+            return self._replacement(i, step, request, error)
+
+    def _replacement(self, i: int, step: int, request: Request, error: SampleError) -> Clip:
+        """A clip of the next good episode: a function of the request and the stored bytes, not of what came before."""
+        place = bisect.bisect_left(self.episodes, i)
+        for other in (*self.episodes[place + 1 :], *self.episodes[:place]):
+            try:
+                clip = self._clip(other, step % self.reader.entries[other].length, request)
+            except SampleError:
+                continue
+            return clip._replace(skip=Skip(self.reader.entries[i].key, str(error)))
+        raise DataError(
+            f"{self.reader.root}: all {len(self.episodes)} episodes are damaged, nothing to skip to: {error}"
+        )
+
+    def _check_first(self, embodiment: str) -> None:
+        """Holds the first readable episode of an embodiment against the spec."""
+        for i in self.episodes:
+            entry = self.reader.entries[i]
+            if entry.embodiment != embodiment:
+                continue
+            try:
+                episode = self.reader.read(i, images=False)
+            except SampleError:
+                if self.on_error == "raise":
+                    raise
+                continue
+            check_cameras(episode, self.spec, self.camera_map, self._where(entry))
+            self._aligned(i)
+            return
+        raise DataError(f"{self.reader.root}: every episode of embodiment {embodiment!r} is damaged")
+
+    def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, spec, data = self.reader.entries[i], self.spec, self._aligned(i)
         last = entry.length - 1
         history = history_steps(step, spec)
@@ -130,7 +201,7 @@ class ClipDataset(Dataset[Clip]):
         series = future_steps.reshape(spec.future, spec.stride)
         chunk = step + np.arange(spec.chunk)
         observation = {
-            "rgb": self._pictures(i, history, self.images and request.images),
+            "rgb": self._pictures(i, data, history, self.images and request.images),
             "intrinsics": data.intrinsics[history],
             "camera_to_base": data.camera_to_base[history],
             "points": data.points[history],
@@ -141,7 +212,7 @@ class ClipDataset(Dataset[Clip]):
             **data.constant,
         }
         future = {
-            "rgb": self._pictures(i, future_steps, self.future_images and request.future),
+            "rgb": self._pictures(i, data, future_steps, self.future_images and request.future),
             "camera_to_base": data.camera_to_base[sampled],
             "points": data.points[sampled],
             "visible": data.visible[sampled],
@@ -153,23 +224,21 @@ class ClipDataset(Dataset[Clip]):
         }
         return Clip(observation, future, entry.start + history, f"{entry.key}@{step}")
 
-    def _pictures(self, i: int, steps: np.ndarray, wanted: bool) -> np.ndarray:
+    def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
         """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
         spec = self.spec
         if not wanted:
             return np.zeros((len(steps), len(spec.cameras), 3, 0, 0), np.uint8)
-        episode = self.reader.read(i)
         out = np.zeros((len(steps), len(spec.cameras), 3, spec.height, spec.width), np.uint8)
-        for v, camera in enumerate(spec.cameras):
-            images = episode.rgb.get(self.camera_map.get(camera, camera) or "")
-            if images is None:
-                continue
-            if images.shape[1:3] != (spec.height, spec.width):
+        for v in np.flatnonzero(data.constant["has_rgb"]):
+            camera = spec.cameras[v]
+            images = self.reader.pictures(i, self.camera_map.get(camera) or camera, steps.tolist())
+            if images.shape[2:] != (spec.height, spec.width):
                 raise DataError(
-                    f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[1:3]}, "
+                    f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[2:]}, "
                     f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's"
                 )
-            out[:, v] = images[steps].transpose(0, 3, 1, 2)
+            out[:, v] = images
         return out
 
     def _aligned(self, i: int) -> Aligned:
@@ -177,7 +246,7 @@ class ClipDataset(Dataset[Clip]):
             entry = self.reader.entries[i]
             return align(self.reader.read(i, images=False), self.spec, self.camera_map, self._where(entry))
 
-        return self._cache.get(i, make, lambda aligned: aligned.nbytes)
+        return self._cache.get((self.reader.root, i), make, lambda aligned: aligned.nbytes)
 
     def _where(self, entry: Entry) -> str:
         return f"{entry.shard}: key {entry.key}"
@@ -191,6 +260,11 @@ def history_steps(step: int, spec: ClipSpec) -> np.ndarray:
 def wrench_steps(history: np.ndarray, spec: ClipSpec) -> np.ndarray:
     """(H, R) time steps of the wrench series that end at each history frame."""
     return np.maximum(history[:, None] - np.arange(spec.stride - 1, -1, -1), 0)
+
+
+def deliver(clips: Sequence[Clip]) -> Delivery:
+    """`collate` with the report of what was passed over, which is how it leaves a worker process."""
+    return Delivery(collate(clips), [clip.skip for clip in clips if clip.skip is not None])
 
 
 def collate(clips: Sequence[Clip]) -> Batch:

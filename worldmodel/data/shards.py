@@ -8,68 +8,27 @@ import hashlib
 import io
 import json
 import os
-import tarfile
-import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.cache import ByteCache
+from worldmodel.data.embodiments import metadata_faults
+from worldmodel.data.frames import FrameTable
 from worldmodel.data.schema import Episode, decode, encode
-from worldmodel.errors import DataError
+from worldmodel.data.sections import Entry, ShardFiles
+from worldmodel.errors import DataError, RemoteError, SampleError
 
 INDEX = "index.json"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One episode of a dataset, as the index knows it."""
-
-    key: str
-    shard: str
-    offset: int  # bytes from the start of the shard
-    size: int  # bytes of all members with their headers
-    crc32: int  # of that byte range
-    episode_id: str
-    length: int  # steps
-    task: str
-    split: str
-    embodiment: str
-    success: bool
-    initial_state: str  # digest of the first step's points and proprioception, for the leakage check
-    start: int = 0  # number of the episode's first frame, counted over the whole dataset
-
-
-class ByteCache:
-    """Least-recently-used cache bounded by the bytes of what it holds; safe to share between threads."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-        self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Any, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        """The value of `key`, made on a miss; a value larger than the whole cache is returned without being kept."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key][0]
-        value = make()
-        nbytes = size(value)
-        with self._lock:
-            if key not in self._items and nbytes <= self.limit:
-                self._items[key] = (value, nbytes)
-                self.used += nbytes
-            while self.used > self.limit:
-                self.used -= self._items.popitem(last=False)[1][1]
-        return value
+_TABLE_BYTES = 1 << 26
+"""Bound of the memory for places of pictures; an episode of 100 steps and two cameras takes under 2 kB of it."""
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str, Any]:
@@ -78,7 +37,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str,
     The bytes depend on the samples only: times, owners and order are fixed. One episode at a time is in memory.
 
     Raises:
-        DataError: a key holds a dot, a slash or is used twice.
+        DataError: a key holds a dot, a slash or is used twice, or the metadata contradict the embodiment registry.
     """
     from webdataset.writer import TarWriter
 
@@ -90,6 +49,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str,
         for key, episode in samples:
             if "." in key or "/" in key or key in keys:
                 raise DataError(f"{path.name}: key {key!r} must be unique and hold no dot and no slash")
+            for message in metadata_faults(episode.meta):
+                raise DataError(f"{path.name}: key {key}: {message}")
             keys.add(key)
             offset = writer.tarstream.offset
             writer.write({"__key__": key, **encode(episode)})
@@ -182,7 +143,7 @@ class ShardReader:
     """Random access to the episodes of a dataset folder.
 
     Args:
-        root: folder with `index.json` and shards.
+        root: folder with `index.json` and shards, or the URL of one (see `remote`).
         cache_bytes: bound of the cache of decoded episodes.
         check_sizes: False opens a damaged dataset too, to examine it.
 
@@ -190,8 +151,12 @@ class ShardReader:
         DataError: no index, another schema version, or a shard whose size is not the index's.
     """
 
+    root: Path
+    """The folder, or where the index of a URL was fetched to."""
+
     def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30, check_sizes: bool = True) -> None:
-        self.root = Path(root)
+        self._files = ShardFiles(root)
+        self.root = self._files.root
         self.index = read_json(
             self.root / INDEX,
             "the index of a dataset; `python -m worldmodel.data generate` writes it when all shards are finished",
@@ -203,12 +168,17 @@ class ShardReader:
                 "generate or convert the data again"
             )
         self._cache = ByteCache(cache_bytes)
+        self._tables = ByteCache(_TABLE_BYTES)
         self.entries: list[Entry] = []
         try:
             self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
             start = 0
             for shard in self.index["shards"]:
-                if check_sizes:
+                if Path(shard["name"]).name != shard["name"]:
+                    raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
+                self._files.records[shard["name"]] = shard
+                # Of a URL, sizes and checksums are checked when a shard is fetched.
+                if check_sizes and not self._files.remote:
                     self.check_size(shard)
                 for fields in shard["entries"]:
                     self.entries.append(Entry(**fields, shard=shard["name"], start=start))
@@ -225,40 +195,54 @@ class ShardReader:
         """Episode `i`, checked; without `images` its `rgb` may be empty. Do not write to its arrays.
 
         Raises:
-            DataError: naming shard, key and field of what is wrong.
+            SampleError: naming shard, key and field of what is wrong.
         """
         return self._cache.get((i, images), lambda: self._decode(i, images), lambda episode: episode.nbytes)
 
+    def pictures(self, i: int, camera: str, steps: Sequence[int]) -> np.ndarray:
+        """(n, 3, h, w) uint8: pictures of `camera` at `steps` of episode `i`; no others are decoded.
+
+        Raises:
+            SampleError: naming shard, key and member of what is wrong.
+        """
+        entry = self.entries[i]
+        # Building the table reads the whole section, which holds it against its checksum once.
+        table = self._tables.get(i, lambda: FrameTable.of(self._files.section(entry)[1]), lambda table: table.nbytes)
+        with ExitStack() as stack:
+            file: list[BinaryIO] = []
+
+            def read(offset: int, size: int) -> bytes:
+                if not file:
+                    file.append(stack.enter_context(self._files.open(entry)))
+                file[0].seek(entry.offset + offset)
+                return file[0].read(size)
+
+            def picture(step: int) -> np.ndarray:
+                return self._cache.get((i, camera, step), partial(table.picture, camera, step, read), _nbytes)
+
+            try:
+                if camera in table.videos:
+                    video = self._cache.get((i, camera), partial(table.video, camera, read), _nbytes)
+                    if max(steps) >= len(video):
+                        raise DataError(f"rgb.{camera}.mp4: {len(video)} frames, step {max(steps)} is asked for")
+                    return video[steps]
+                found = [picture(step) for step in steps]
+                if len(sizes := {picture.shape for picture in found}) > 1:
+                    raise DataError(f"rgb.{camera}: pictures of several sizes {sorted(sizes)}; all must be one size")
+            except (RemoteError, SampleError):
+                raise
+            except (DataError, OSError) as error:
+                raise SampleError(f"{entry.shard}: key {entry.key}: {error}") from error
+        return np.stack(found)
+
     def members(self, i: int) -> dict[str, bytes]:
         """The stored members of episode `i` by extension."""
-        entry = self.entries[i]
-        where = f"{entry.shard}: key {entry.key}"
-        try:
-            with open(self.root / entry.shard, "rb") as shard:
-                shard.seek(entry.offset)
-                data = shard.read(entry.size)
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error})") from error
-        if len(data) != entry.size:
-            raise DataError(f"{where}: truncated, {len(data)} of {entry.size} bytes; restore or regenerate the shard")
-        if zlib.crc32(data) != entry.crc32:
-            raise DataError(f"{where}: altered, its checksum is not the index's; restore or regenerate the shard")
-        members: dict[str, bytes] = {}
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-                for member in archive:
-                    key, _, extension = member.name.partition(".")
-                    if key != entry.key or not member.isfile() or "/" in member.name:
-                        raise DataError(
-                            f"{where}: unexpected member {member.name!r}; every member must be a plain "
-                            f"file named {entry.key}.<field>"
-                        )
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    members[extension] = content.read()
-        except tarfile.TarError as error:
-            raise DataError(f"{where}: not a valid tar section ({error}); regenerate the shard") from error
-        return members
+        data, places = self._files.section(self.entries[i])
+        return {name: data[offset : offset + size] for name, (offset, size) in places.items()}
+
+    def path(self, shard: str) -> Path:
+        """Where a shard lies on this machine; one of a URL is fetched first."""
+        return self._files.path(shard)
 
     def records(self) -> list[dict[str, Any]]:
         """The entries as plain dictionaries."""
@@ -267,10 +251,14 @@ class ShardReader:
     def _decode(self, i: int, images: bool) -> Episode:
         entry = self.entries[i]
         where = f"{entry.shard}: key {entry.key}"
-        episode = decode(self.members(i), where, images=images)
+        members = self.members(i)
+        try:
+            episode = decode(members, where, images=images)
+        except DataError as error:
+            raise SampleError(str(error)) from error
         for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
             if episode.meta[name] != getattr(entry, name):
-                raise DataError(
+                raise SampleError(
                     f"{where}: meta.json: {name} {episode.meta[name]!r}, the index says "
                     f"{getattr(entry, name)!r}; write the index again"
                 )
@@ -278,9 +266,7 @@ class ShardReader:
 
     def check_size(self, shard: dict[str, Any]) -> None:
         """Raise `DataError` if the file of `shard` (a record of the index) is not as long as the index says."""
-        path = self.root / shard["name"]
-        if Path(shard["name"]).name != shard["name"]:
-            raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
+        path = self.path(shard["name"])
         size = path.stat().st_size if path.is_file() else -1
         if size == shard["bytes"]:
             return
@@ -292,3 +278,7 @@ class ShardReader:
             f"{path}: {size} bytes, the index says {shard['bytes']}{first}: the shard is truncated or "
             "altered; restore it or generate it again"
         )
+
+
+def _nbytes(array: np.ndarray) -> int:
+    return array.nbytes

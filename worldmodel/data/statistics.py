@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from worldmodel.errors import DataError
 STATISTICS = "stats.json"
 FIELDS = ("proprio", "action", "wrench", "taxels", "points", "camera_translation")
 """Shapes: proprio (P,), action (D,), wrench (S, 6), taxels (C, 1, 1) pooled over sensors and cells, points (3,) pooled
-over points, camera_translation (3,) pooled over cameras; `count` is the number of values behind each number."""
+over points, camera_translation (3,) pooled over cameras; `count` is the number of values behind each number, `floor`
+the least `std` given out and `floored` the dimensions that were raised to it."""
 _MEASURES = ("mean", "std", "min", "max", "q01", "q99", "count")
 
 
@@ -68,7 +70,7 @@ def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, 
     column = np.concatenate(values).astype(np.float64)
     std = column.std(0)
     # A dimension that hardly moves would blow up when divided by its own spread.
-    floor = max(1e-3, 0.01 * float(std.max()))
+    floor = float(f"{max(1e-3, 0.01 * float(std.max())):.9g}")
     low, high = np.quantile(column, (0.01, 0.99), axis=0)
     measures = {
         "mean": column.mean(0),
@@ -80,7 +82,7 @@ def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, 
     }
     # Nine digits carry every float32 and hide the last bits, in which summation order shows.
     digits: dict[str, Any] = {key: _rounded(value) for key, value in measures.items()}
-    return {**digits, "count": len(column)}
+    return {**digits, "count": len(column), "floor": floor, "floored": (std < floor).tolist()}
 
 
 def _rounded(value: np.ndarray) -> Any:
@@ -116,6 +118,54 @@ def load_statistics(root: str | Path) -> dict[str, Any]:
             if missing := [measure for measure in _MEASURES if measure not in measures]:
                 raise DataError(f"{path}: {embodiment}.{name}: missing {missing}; compute it again")
     return statistics
+
+
+def merge_statistics(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Statistics of all of several datasets from those of each; those of one come back unchanged.
+
+    Where datasets share an embodiment, mean, std, min and max are those of the union (std after flooring), and q01 and
+    q99 the widest of any dataset, which are bounds.
+
+    Raises:
+        DataError: a shared field has several shapes.
+    """
+    if len(several) == 1:
+        return several[0]
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for statistics in several:
+        for embodiment, fields in statistics["embodiments"].items():
+            known = groups.setdefault(embodiment, {})
+            for name, measures in fields.items():
+                known.setdefault(name, []).append(measures)
+    embodiments = {
+        embodiment: {name: _merge(measures, embodiment, name) for name, measures in fields.items()}
+        for embodiment, fields in groups.items()
+    }
+    return {**several[0], "embodiments": embodiments}
+
+
+def _merge(several: list[dict[str, Any]], embodiment: str, name: str) -> dict[str, Any]:
+    if len(several) == 1:
+        return several[0]
+    stacked = {key: [np.asarray(measures[key], np.float64) for measures in several] for key in _MEASURES}
+    if len(shapes := {mean.shape for mean in stacked["mean"]}) > 1:
+        raise DataError(
+            f"embodiment {embodiment!r}: field {name!r} has the shapes {sorted(shapes)} in different datasets; give "
+            "robots with different fields different names"
+        )
+    arrays = {key: np.stack(values) for key, values in stacked.items()}
+    share = (arrays["count"] / arrays["count"].sum()).reshape(-1, *([1] * (arrays["mean"].ndim - 1)))
+    mean = (share * arrays["mean"]).sum(0)
+    spread = (share * (arrays["std"] ** 2 + (arrays["mean"] - mean) ** 2)).sum(0)
+    merged = {
+        "mean": mean,
+        "std": np.sqrt(spread),
+        "min": arrays["min"].min(0),
+        "max": arrays["max"].max(0),
+        "q01": arrays["q01"].min(0),
+        "q99": arrays["q99"].max(0),
+    }
+    return {**{key: _rounded(value) for key, value in merged.items()}, "count": int(arrays["count"].sum())}
 
 
 def field_statistics(statistics: dict[str, Any], embodiment: str, name: str) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ FIELD_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (structure.check
 """Checks whose faults hide the field from the checks that follow."""
 EPISODE_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
     structure.check_index_agrees,
+    structure.check_limits,
     structure.check_types,
     structure.check_members,
     timing.check_clocks,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldmodel.data.checks.finding import RESTORE, Fault, Sample
+from worldmodel.data.embodiments import beyond_limits
 from worldmodel.data.schema import Episode, decode, faults
 from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import DataError
@@ -27,7 +28,7 @@ def check_file(reader: ShardReader, shard: dict[str, Any]) -> Iterator[Fault]:
     name = str(shard["name"])
     try:
         reader.check_size(shard)
-        with open(reader.root / name, "rb") as file:
+        with open(reader.path(name), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except DataError as error:
         yield Fault(name, "", "size", str(error), RESTORE)
@@ -95,6 +96,14 @@ def check_fields(sample: Sample) -> Iterator[Fault]:
         name, _, rest = message.partition(": ")
         problem, _, fix = rest.partition("; ")
         yield sample.fault(name, problem, fix or "write the episode again")
+
+
+def check_limits(sample: Sample) -> Iterator[Fault]:
+    """Actions lie within the limits that the embodiment registry gives."""
+    for message in beyond_limits(sample.entry.embodiment, sample.episode.action):
+        name, _, rest = message.partition(": ")
+        problem, _, fix = rest.partition("; ")
+        yield sample.fault(name, problem, fix)
 
 
 def check_index_agrees(sample: Sample) -> Iterator[Fault]:
