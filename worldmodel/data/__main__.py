@@ -50,6 +50,7 @@ class _Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(USAGE, f"{self.prog}: error: {message}\n")
 
+
 IMPORT = """\
 Turn a dataset in a foreign format into shards, index and statistics.
 

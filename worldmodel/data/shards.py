@@ -5,7 +5,6 @@ shard its name, size, sha256 and one entry per sample with the byte range in the
 """
 
 import hashlib
-import io
 import json
 import os
 import zlib
