@@ -29,8 +29,7 @@ def state(episode: int) -> np.ndarray:
 def video(path: Path, levels: list[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "10"})
-        stream.width = stream.height = SIZE
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "10"}, width=SIZE, height=SIZE)
         stream.pix_fmt = "yuv420p"
         for value in levels:
             frame = av.VideoFrame.from_ndarray(np.full((SIZE, SIZE, 3), value, np.uint8), format="rgb24")

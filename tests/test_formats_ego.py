@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from PIL import Image
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.dataset import ClipDataset, collate
 from worldmodel.data.formats.mapping import make_mapping
+from worldmodel.data.formats.pictures import decode_video
 from worldmodel.data.formats.registry import open_source
 from worldmodel.data.formats.resolve import resolve
 from worldmodel.data.importing import import_dataset
@@ -164,6 +166,20 @@ def test_each_fault_of_a_folder_is_named(tmp_path: Path, change: Callable[[Path]
     change(tmp_path / "take")
     with pytest.raises(DataError, match=words):
         source.read(ref, mapping)
+
+
+def test_a_video_of_varying_rate_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for step in range(STEPS):
+            frame = av.VideoFrame.from_ndarray(picture(step), format="rgb24")
+            frame.pts, frame.time_base = step + 4 * (step > 6), Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match=r"take: video\.mp4: frame 7 is shown 0\.267 s off its time at 15 frames"):
+        decode_video(path, FPS, "take")
 
 
 def test_pickled_tracks_and_foreign_folders_are_refused(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_aloha_becomes_shards(aloha: Path, tmp_path: Path) -> None:
         episode, number = reader.read(i), int(entry.key[-6:])
         with h5py.File(aloha / f"episode_{number}.hdf5") as file:
             np.testing.assert_array_equal(episode.action, np.asarray(file["action"]))
-            np.testing.assert_array_equal(episode.proprio[:, :14], np.asarray(file["observations/qpos"]))  # type: ignore[index]
+            assert episode.proprio is not None
+            np.testing.assert_array_equal(episode.proprio[:, :14], np.asarray(file["observations/qpos"]))
         error = np.abs(episode.rgb["wrist"][5].astype(int) - picture(number + 1 + 5))
         assert error.mean() < 3, "red, green and blue in their order, steps in theirs"
         assert episode.meta["simulated"] is True and episode.meta["instruction"] == "Hand the cube over."

@@ -26,6 +26,8 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
     "command",
     [
         "-m worldmodel.data generate --help",
+        "-m worldmodel.data import --help",
+        "-m worldmodel.data export --help",
         "-m worldmodel.data inspect --help",
         "-m worldmodel.data validate --help",
         "-m worldmodel.data stats --help",

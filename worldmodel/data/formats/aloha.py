@@ -116,9 +116,9 @@ def _images(file: Any, camera: str, length: int, where: str) -> np.ndarray:
     check_rows(item, name, length, where)
     encoded = list(_encoded(item, f"{where}: {name}"))
     if _LENGTHS in file:
-        lengths = dataset(file, _LENGTHS, where)[()]
+        stated = np.atleast_2d(dataset(file, _LENGTHS, where)[()]).tolist()
         # Its rows follow the recorder's list of cameras, not the alphabetical order of the file.
-        if not (np.asarray([len(data) for data in encoded]) == lengths).all(-1).any():
+        if [len(data) for data in encoded] not in stated:
             raise DataError(
                 f"{where}: {_LENGTHS}: no row holds the lengths of the JPEG files of {name}; the pictures are cut off "
                 "or belong to another episode"

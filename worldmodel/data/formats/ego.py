@@ -100,7 +100,7 @@ class EgoSource:
         fps, _ = _rate(folder, annotation)
         if mapping.fps and abs(fps - mapping.fps) > 1e-3 * fps:
             raise DataError(f"{where}: {fps:g} frames per second, the map says {mapping.fps:g}; import it separately")
-        images = _images(folder)
+        images = _images(folder, fps)
         recording = Recording(where, len(images), fps, images={CAMERA: images})
         recording.vectors = _camera_vectors(_camera(folder), folder, len(images))
         if mapping.points is not None:
@@ -140,10 +140,10 @@ def _rate(folder: Path, annotation: dict[str, Any]) -> tuple[float, tuple[int, i
     return float(stated or rate), size
 
 
-def _images(folder: Path) -> np.ndarray:
+def _images(folder: Path, fps: float) -> np.ndarray:
     """(T, h, w, 3) uint8."""
     if (folder / VIDEO).is_file():
-        return decode_video(folder / VIDEO, str(folder))
+        return decode_video(folder / VIDEO, fps, str(folder))
     files = [file for file in (folder / FRAMES).glob("*") if file.suffix.lower() in _PICTURES]
     if not files:
         raise DataError(f"{folder}: neither {VIDEO} nor pictures in {FRAMES}; an episode needs one of them")

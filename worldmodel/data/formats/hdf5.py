@@ -50,6 +50,32 @@ def opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: not a readable HDF5 file ({error}); restore it from a copy") from error
 
 
+def subgroup(parent: Any, name: str, where: str) -> Any:
+    """The group `name` of `parent`, or None if there is nothing of that name.
+
+    Raises:
+        DataError: it is a dataset.
+    """
+    import h5py
+
+    item = parent.get(name)
+    if item is not None and not isinstance(item, h5py.Group):
+        raise DataError(f"{where}: {name} must be a group, got {type(item).__name__}")
+    return item
+
+
+def strings(group: Any, name: str, where: str) -> list[str]:
+    """The list of strings in the dataset `name`.
+
+    Raises:
+        DataError: missing, or not strings.
+    """
+    values = [text(value) for value in np.atleast_1d(dataset(group, name, where)[()]).tolist()]
+    if None in values:
+        raise DataError(f"{where}: {name}: must hold names")
+    return [value for value in values if value is not None]
+
+
 def datasets(group: Any) -> dict[str, Any]:
     """All datasets below `group` by path."""
     import h5py

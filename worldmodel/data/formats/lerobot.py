@@ -141,8 +141,10 @@ class LeRobotSource:
 
     def _no_pictures(self, name: str, feature: dict[str, Any], columns: list[str]) -> str:
         """Why the pictures of camera `name` cannot be read, or nothing."""
-        details = {**(feature.get("info") or {}), **(feature.get("video_info") or {}), **feature}
-        if any(details.get(key) for key in ("is_depth_map", "video.is_depth_map")):
+        places = [
+            place for place in (feature, feature.get("info"), feature.get("video_info")) if isinstance(place, dict)
+        ]
+        if any(place.get(key) for place in places for key in ("is_depth_map", "video.is_depth_map")):
             return "a depth map; depth is not imported"
         if feature["dtype"] == "image":
             return "" if name in columns else "declared in info.json, but the data files have no such column"

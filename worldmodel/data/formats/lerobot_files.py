@@ -114,8 +114,9 @@ class VideoFiles:
         self._container = av.open(str(self._files.path()), mode="w")
         # Without B-frames the first frame is at 0 and every frame at its own time.
         options = {"crf": str(QUALITY), "g": str(KEY_FRAME_EVERY), "bf": "0"}
-        self._stream = self._container.add_stream("libx264", rate=self._rate, options=options)
-        self._stream.height, self._stream.width = height, width
+        self._stream = self._container.add_stream(
+            "libx264", rate=self._rate, options=options, width=width, height=height
+        )
         self._stream.pix_fmt = pixel_format(height, width)
 
 

@@ -108,10 +108,10 @@ class LeRobotMeta:
         return found[0] if len(found) == 1 else path
 
     def _v2(self) -> Iterator[EpisodeInfo]:
-        chunk = self.info.get("chunks_size", 1000)
+        chunk = _whole({"chunks_size": 1000, **self.info}, "chunks_size", self.root / INFO)
         for where, row in self._lines("meta/episodes.jsonl"):
             index, length = _whole(row, "episode_index", where), _whole(row, "length", where)
-            values: dict[str, int | str] = {"episode_index": index, "episode_chunk": index // max(int(chunk), 1)}
+            values: dict[str, int | str] = {"episode_index": index, "episode_chunk": index // max(chunk, 1)}
             name = f"episode_{index:06d}"
             data = self._path("data_path", ".parquet", values, f"data/*/{name}.parquet")
             videos = {

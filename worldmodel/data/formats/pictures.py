@@ -34,23 +34,34 @@ def decode_pictures(pictures: Iterable[bytes], where: str) -> np.ndarray:
     return np.stack(images)
 
 
-def decode_video(path: Path, where: str) -> np.ndarray:
-    """(T, h, w, 3) uint8 from the first video stream of the file at `path`.
+def decode_video(path: Path, fps: float, where: str) -> np.ndarray:
+    """(T, h, w, 3) uint8: every frame of the first video stream, which must be shown at a constant `fps`.
 
     Raises:
-        DataError: not a readable video, or one without frames.
+        DataError: not a readable video, one without frames, or frames off their time by half a period; names the step.
     """
     import av
     import av.error
 
+    frames: list[np.ndarray] = []
+    times: list[float] = []
     try:
         with av.open(str(path), mode="r") as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, ValueError, IndexError) as error:
+            for frame in container.decode(video=0):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                times.append(len(times) / fps if frame.time is None else frame.time)
+        # Sizes that change within a video are a ValueError of `stack`.
+        images = np.stack(frames)
+    except (av.error.FFmpegError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{where}: {path.name}: not a readable video ({error})") from error
-    if not frames:
-        raise DataError(f"{where}: {path.name}: a video without frames")
-    return np.stack(frames)
+    off = np.abs(np.array(times) - times[0] - np.arange(len(times)) / fps)
+    if (off > 0.5 / fps).any():
+        step = int((off > 0.5 / fps).argmax())
+        raise DataError(
+            f"{where}: {path.name}: frame {step} is shown {off[step]:.3f} s off its time at {fps:g} frames per second; "
+            "the rate must be constant: encode the video again, or correct the stated rate"
+        )
+    return images
 
 
 def video_rate(path: Path, where: str) -> tuple[float, tuple[int, int]]:
@@ -66,7 +77,7 @@ def video_rate(path: Path, where: str) -> tuple[float, tuple[int, int]]:
         with av.open(str(path), mode="r") as container:
             stream = container.streams.video[0]
             rate, size = stream.average_rate, (stream.height, stream.width)
-    except (av.error.FFmpegError, ValueError, IndexError) as error:
+    except (av.error.FFmpegError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{where}: {path.name}: not a readable video ({error})") from error
     if not rate:
         raise DataError(f"{where}: {path.name}: the video states no frame rate; encode it with a constant one")

@@ -148,7 +148,7 @@ class RldsSource:
         splits = read_json(self.root / INFO, "TFDS writes it beside the records").get("splits", [])
         try:
             return {split["name"]: [int(n) for n in split.get("shardLengths", ())] for split in splits}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"{self.root / INFO}: splits must list name and shardLengths ({error!r})") from error
 
 

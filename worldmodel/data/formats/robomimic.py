@@ -20,7 +20,18 @@ import numpy as np
 
 from worldmodel.data.formats.assemble import assemble
 from worldmodel.data.formats.base import Field, Fields, Recording, Ref, episode_key
-from worldmodel.data.formats.hdf5 import dataset, datasets, hdf5_files, numbers_last, opened, pictures, text, vector
+from worldmodel.data.formats.hdf5 import (
+    dataset,
+    datasets,
+    hdf5_files,
+    numbers_last,
+    opened,
+    pictures,
+    strings,
+    subgroup,
+    text,
+    vector,
+)
 from worldmodel.data.formats.mapping import Mapping
 from worldmodel.data.schema import Episode
 from worldmodel.errors import DataError
@@ -104,9 +115,8 @@ class RobomimicSource:
                 if text(file["data"].attrs.get("macros_image_convention")) == "opengl":
                     # OpenGL's first row is the lowest one.
                     recording.images[key] = np.ascontiguousarray(recording.images[key][:, ::-1])
-            masks = file.get("mask", {})
-            keys = sorted(key for key in masks if key not in SPLITS and name in _names(masks[key]))
-            if keys:
+            masks = subgroup(file, "mask", str(path)) or {}
+            if keys := sorted(k for k in masks if k not in SPLITS and name in strings(masks, k, f"{path}: mask")):
                 recording.meta["filter_keys"] = keys
         return assemble(recording, mapping)
 
@@ -114,7 +124,7 @@ class RobomimicSource:
 def _demos(file: Any, path: Path) -> list[str]:
     import h5py
 
-    data = file.get("data")
+    data = subgroup(file, "data", str(path))
     names = [name for name, item in data.items() if isinstance(item, h5py.Group)] if data is not None else []
     if not names:
         raise DataError(f"{path}: no group data/demo_N; it has {sorted(file)}; is this a robomimic file?")
@@ -152,12 +162,12 @@ def _env_args(file: Any, path: Path) -> dict[str, Any]:
 
 def _rate(arguments: dict[str, Any]) -> float | None:
     rate = arguments["env_kwargs"].get("control_freq")
-    return float(rate) if isinstance(rate, int | float) and rate > 0 else None
+    return float(rate) if isinstance(rate, int | float) and 0 < rate < 1e6 else None
 
 
 def _robots(arguments: dict[str, Any]) -> str:
     robots = arguments["env_kwargs"].get("robots", "")
-    return robots if isinstance(robots, str) else "-".join(map(str, robots))
+    return "-".join(map(str, robots)) if isinstance(robots, list) else str(robots)
 
 
 def _task(file: Any, demo: Any, path: Path) -> str:
@@ -180,15 +190,11 @@ def _success(demo: Any, arguments: dict[str, Any], length: int, where: str) -> b
     return bool((vector(demo, "rewards", length, where) > 0).any())
 
 
-def _names(mask: Any) -> set[str]:
-    return {name.decode() if isinstance(name, bytes) else str(name) for name in mask[()]}
-
-
 def _splits(file: Any, path: Path) -> dict[str, str]:
     """Split of each demonstration by the filter keys of that name."""
-    masks, found = file.get("mask", {}), {}
+    masks, found = subgroup(file, "mask", str(path)) or {}, {}
     for split in SPLITS:
-        for name in sorted(_names(masks[split])) if split in masks else ():
+        for name in sorted(set(strings(masks, split, f"{path}: mask"))) if split in masks else ():
             if name in found:
                 raise DataError(
                     f"{path}: mask: {name} is in {found[name]!r} and in {split!r}; splits must not share demonstrations"

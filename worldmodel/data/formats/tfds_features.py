@@ -5,6 +5,7 @@ after another under `steps/<name>`, and sequences inside steps are `<name>/ragge
 `<name>/ragged_row_lengths_0`. The JSON form is that of tensorflow_datasets/core/proto/feature.proto.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ def leaves(
         if not isinstance(sequence, dict):
             raise DataError(f"{where}: {prefix or 'top level'}: sequence must be an object with a feature")
         length = str(sequence.get("length"))
-        static = int(length) if length.isdecimal() else None
+        static = int(length) if length.isascii() and length.isdigit() and len(length) < 10 else None
         yield from leaves(sequence.get("feature"), where, prefix, (*around, static))
     else:
         try:
             yield prefix, _leaf(declaration, around)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"{where}: {prefix or 'top level'}: not a feature of TFDS ({error!r})") from error
 
 
@@ -138,10 +139,10 @@ def _numbers(values: dict[str, Any], name: str, value: Any, feature: Feature, le
             raise DataError(f"{place}: not as many values in each of the {length} steps; leave it out of the map")
         shape = (int(rows[0]), *shape[1:])
     sizes = [size for size in shape if size is not None]
-    if len(sizes) != len(shape) or len(value) != length * int(np.prod(sizes, dtype=np.int64)):
+    if len(sizes) != len(shape) or len(value) != length * math.prod(sizes):
         raise DataError(
             f"{place}: {len(value)} values, {length} steps of shape {shape} need "
-            f"{length * int(np.prod(sizes, dtype=np.int64))}; all features of an episode must have its number of steps"
+            f"{length * math.prod(sizes)}; all features of an episode must have its number of steps"
         )
     return value.reshape(length, *sizes).astype(np.float32)
 
@@ -152,7 +153,7 @@ def _tensor(data: bytes, feature: Feature, place: str) -> np.ndarray:
     if len(sizes) != len(feature.shape) or feature.dtype == "bfloat16":
         raise DataError(f"{place}: an encoded {feature.dtype} tensor of shape {feature.shape} is not supported")
     dtype = np.dtype(feature.dtype).newbyteorder("<")
-    expected = int(np.prod(sizes, dtype=np.int64)) * dtype.itemsize
+    expected = math.prod(sizes) * dtype.itemsize
     if feature.encoding == "zlib":
         try:
             # Never inflate more than is declared.
