@@ -87,7 +87,7 @@ def info(version: str, **changes: Any) -> dict[str, Any]:
 
 def write_v21(root: Path, *, dtype: str = "video", extra: dict[str, int] | None = None) -> Path:
     """A file per episode: v2.1."""
-    tasks = list(dict.fromkeys(SENTENCES))
+    tasks: list[str] = list(dict.fromkeys(SENTENCES))
     (root / "meta").mkdir(parents=True)
     (root / "data/chunk-000").mkdir(parents=True)
     paths = {
@@ -110,7 +110,7 @@ def write_v21(root: Path, *, dtype: str = "video", extra: dict[str, int] | None 
 
 def write_v30(root: Path) -> Path:
     """Many episodes in a file: v3.0. Episodes 0 and 1 share their files, episode 2 has its own."""
-    tasks = list(dict.fromkeys(SENTENCES))
+    tasks: list[str] = list(dict.fromkeys(SENTENCES))
     (root / "meta/episodes/chunk-000").mkdir(parents=True)
     (root / "data/chunk-000").mkdir(parents=True)
     paths = {

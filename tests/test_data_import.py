@@ -117,6 +117,9 @@ def test_poses_of_either_direction_and_axes_become_camera_to_base() -> None:
         ("camera_to_base", "opengl"): pose @ flip,
         ("base_to_camera", "opengl"): np.linalg.inv(pose @ flip),
     }
+    recording = Recording("demo", 2, 10, images={"top": np.zeros((2, 32, 32, 3), np.uint8)})
+    fields = Fields("demo", cameras={"top": None}, vectors={"pose": Field((4, 4))})
+    plain: dict[str, object] = {}
     for (maps, axes), matrix in forms.items():
         plain = {
             "embodiment": "arm",
@@ -126,10 +129,7 @@ def test_poses_of_either_direction_and_axes_become_camera_to_base() -> None:
             "camera_to_base": {"top": {"field": "pose", "maps": maps, "axes": axes}},
             "intrinsics": {"top": {"matrix": [[30, 0, 16], [0, 30, 16], [0, 0, 1]]}},
         }
-        fields = Fields("demo", cameras={"top": None}, vectors={"pose": Field((4, 4))})
-        recording = Recording("demo", 2, 10)
         recording.vectors["pose"] = np.stack([matrix] * 2)
-        recording.images["top"] = np.zeros((2, 32, 32, 3), np.uint8)
         episode = assemble(recording, resolve(fields, make_mapping(plain, "map")))
         np.testing.assert_allclose(episode.camera_to_base["top"][1], pose, atol=1e-6)
         assert episode.rgb["top"].shape == (2, 16, 64, 3)

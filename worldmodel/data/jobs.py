@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from queue import Empty
-from typing import Any, NamedTuple
+from typing import Any
 
 from worldmodel.data.schema import Episode
 from worldmodel.data.shards import (
@@ -37,7 +38,8 @@ _PROGRESS = ".progress"
 _THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """One shard to write: `what` says in plain JSON values what goes into it."""
 
     shard: str
@@ -127,7 +129,7 @@ def _finished(root: Path, chunk: Chunk) -> bool:
     if not sidecar.exists() or not (root / chunk.shard).is_file():
         return False
     record = read_json(sidecar, "delete it to repeat its shard")
-    same = canonical(record.get("chunk")) == canonical(chunk._asdict())
+    same = canonical(record.get("chunk")) == canonical(asdict(chunk))
     return same and (root / chunk.shard).stat().st_size == record["shard"]["bytes"]
 
 
@@ -141,7 +143,7 @@ def _write(root: Path, chunk: Chunk, make: Make, tick: Callable[[], object]) -> 
 
     try:
         record = write_shard(root / chunk.shard, ticking())
-        write_json(_sidecar(root, chunk), {"chunk": chunk._asdict(), "shard": record})
+        write_json(_sidecar(root, chunk), {"chunk": asdict(chunk), "shard": record})
     except OSError as error:
         raise DataError(f"{root / chunk.shard}: cannot be written ({error})") from error
 

@@ -74,8 +74,7 @@ class VideoFiles:
     def __init__(self, root: Path, key: str, fps: float) -> None:
         self._files = Numbered(root, VIDEO_PATH, video_key=key)
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._container: Any = None
-        self._stream: Any = None
+        self._container: tuple[Any, Any] | None = None  # and its stream
         self._count = self._bytes = 0  # frames and encoded bytes in the file
 
     def add(self, images: np.ndarray) -> dict[str, int | float]:
@@ -83,16 +82,15 @@ class VideoFiles:
         import av
         from av.video.frame import PictureType
 
-        if self._container is None:
-            self._open(*images.shape[1:3])
+        container, stream = self._open(*images.shape[1:3]) if self._container is None else self._container
         first = self._count
         for i, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = self._count, 1 / self._rate
             frame.pict_type = PictureType.NONE if i else PictureType.I
-            packets = self._stream.encode(frame)
+            packets = stream.encode(frame)
             self._bytes += sum(packet.size for packet in packets)
-            self._container.mux(packets)
+            container.mux(packets)
             self._count += 1
         chunk, file = self._files.place
         times = {"from_timestamp": float(first / self._rate), "to_timestamp": float(self._count / self._rate)}
@@ -104,20 +102,21 @@ class VideoFiles:
     def close(self) -> None:
         """Finish the file."""
         if self._container is not None:
-            self._container.mux(self._stream.encode())
-            self._container.close()
+            container, stream = self._container
+            container.mux(stream.encode())
+            container.close()
             self._container, self._count, self._bytes = None, 0, 0
 
-    def _open(self, height: int, width: int) -> None:
+    def _open(self, height: int, width: int) -> tuple[Any, Any]:
         import av
 
-        self._container = av.open(str(self._files.path()), mode="w")
+        container = av.open(str(self._files.path()), mode="w")
         # Without B-frames the first frame is at 0 and every frame at its own time.
         options = {"crf": str(QUALITY), "g": str(KEY_FRAME_EVERY), "bf": "0"}
-        self._stream = self._container.add_stream(
-            "libx264", rate=self._rate, options=options, width=width, height=height
-        )
-        self._stream.pix_fmt = pixel_format(height, width)
+        stream = container.add_stream("libx264", rate=self._rate, options=options, width=width, height=height)
+        stream.pix_fmt = pixel_format(height, width)
+        self._container = container, stream
+        return self._container
 
 
 def pixel_format(height: int, width: int) -> str:

@@ -20,7 +20,8 @@ Frames, directions and axes are never guessed: an entry that needs one says `???
     ignore: [observation.temperature]               # fields left out on purpose; * and ? are wildcards
 """
 
-from dataclasses import asdict, dataclass, field
+import dataclasses
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ class Columns:
 
     field: str
     slice: list[int] | None = None
-    names: list[str] = field(default_factory=list)
-    units: list[str] = field(default_factory=list)
+    names: list[str] = dataclasses.field(default_factory=list)
+    units: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Tactile:
     field: str
     shape: list[int]
     slice: list[int] | None = None
-    channels: list[str] = field(default_factory=list)
+    channels: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Points:
 
     field: str
     frame: str
-    names: list[str] = field(default_factory=list)
+    names: list[str] = dataclasses.field(default_factory=list)
     visible: str | None = None
 
 
@@ -128,7 +129,7 @@ class Split:
 
     heldout: float = 0.0
     source: dict[str, str] | None = None
-    heldout_tasks: list[str] = field(default_factory=list)
+    heldout_tasks: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -138,18 +139,18 @@ class Mapping:
     embodiment: str
     fps: float | None = None
     task: str | None = None
-    instruction: Text = field(default_factory=Text)
-    success: Success = field(default_factory=Success)
-    split: Split = field(default_factory=Split)
-    cameras: dict[str, Camera] = field(default_factory=dict)
-    proprio: list[Columns] = field(default_factory=list)
-    action: list[Columns] = field(default_factory=list)
-    wrench: dict[str, Wrench] = field(default_factory=dict)
-    tactile: dict[str, Tactile] = field(default_factory=dict)
-    camera_to_base: dict[str, Pose] = field(default_factory=dict)
-    intrinsics: dict[str, Intrinsics] = field(default_factory=dict)
+    instruction: Text = dataclasses.field(default_factory=Text)
+    success: Success = dataclasses.field(default_factory=Success)
+    split: Split = dataclasses.field(default_factory=Split)
+    cameras: dict[str, Camera] = dataclasses.field(default_factory=dict)
+    proprio: list[Columns] = dataclasses.field(default_factory=list)
+    action: list[Columns] = dataclasses.field(default_factory=list)
+    wrench: dict[str, Wrench] = dataclasses.field(default_factory=dict)
+    tactile: dict[str, Tactile] = dataclasses.field(default_factory=dict)
+    camera_to_base: dict[str, Pose] = dataclasses.field(default_factory=dict)
+    intrinsics: dict[str, Intrinsics] = dataclasses.field(default_factory=dict)
     points: Points | None = None
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[str] = dataclasses.field(default_factory=list)
     pair_video: str = "time"
     licence: str = ""
 

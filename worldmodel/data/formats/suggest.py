@@ -107,11 +107,12 @@ def _open(value: Any, path: str = "") -> Iterator[str]:
 
 
 def _instruction(fields: Fields, remarks: list[str]) -> dict[str, str]:
-    if not fields.texts:
+    texts = list(fields.texts)
+    if not texts:
         return {"text": ASK}
-    if len(fields.texts) > 1 and "task" not in fields.texts:
-        remarks.append(f"{', '.join(fields.texts)}: several fields could be the instruction; name the right one")
-    return {"field": "task" if "task" in fields.texts else fields.texts[0]}
+    if len(texts) > 1 and "task" not in texts:
+        remarks.append(f"{', '.join(texts)}: several fields could be the instruction; name the right one")
+    return {"field": "task" if "task" in texts else texts[0]}
 
 
 def _split(fields: Fields) -> dict[str, Any]:
