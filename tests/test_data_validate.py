@@ -329,3 +329,31 @@ def test_exit_status_tells_warnings_errors_and_usage_apart(copy: Path, capsys: p
     with pytest.raises(SystemExit) as stop:
         main(["validate", str(copy), "--loud"])
     assert stop.value.code == USAGE
+
+
+def test_whatever_the_arrays_hold_the_rest_is_still_examined(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ShardReader(tiny_dataset)
+    spoil: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "scalar": lambda x: np.ones((), np.float32),
+        "text": lambda x: x.astype(str),
+        "complex": lambda x: x.astype(np.complex64),
+        "no steps": lambda x: x[:0],
+        "one column": lambda x: x[..., :1],
+        "another axis": lambda x: x[..., None],
+        "transposed": lambda x: x.T,
+    }
+    for field in ("points", "visible", "wrench", "taxels", "proprio", "action"):
+        for kind, change in spoil.items():
+            if (field, kind) == ("taxels", "one column"):  # a narrower grid is a sound one
+                continue
+            spoilt = Episode(**vars(reader.read(0)))
+            setattr(spoilt, field, change(array(getattr(spoilt, field))))
+            spoilt.rgb = {camera: np.zeros_like(pictures) for camera, pictures in spoilt.rgb.items()}
+            members = encode(spoilt)
+            monkeypatch.setattr(reader, "members", lambda i, members=members: members)
+            faults = examine_shard(reader, 4).faults
+            fields = {fault.field for fault in faults if fault.severity == "error"}
+            assert field in fields and "" not in fields, (field, kind, faults)
+            assert sum("are black" in fault.message for fault in faults) == 2, (field, kind, faults)

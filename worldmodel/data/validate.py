@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,12 @@ from worldmodel.data.shards import INDEX, ShardReader
 from worldmodel.data.statistics import STATISTICS, compute_statistics, load_statistics, statistics_hash
 from worldmodel.errors import ConfigError, DataError
 
-FIELD_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (structure.check_fields, structure.check_cameras)
+FIELD_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
+    structure.check_cameras,
+    structure.check_arrays,
+    structure.check_fields,
+    structure.check_companions,
+)
 """Checks whose faults hide the field from the checks that follow."""
 EPISODE_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
     structure.check_index_agrees,
@@ -43,7 +49,6 @@ DATASET_CHECKS: tuple[Callable[[Survey], Iterator[Fault]], ...] = (
     leaks.check_initial_states,
     leaks.check_heldout_tasks,
 )
-_REPORT_BUG = "if the data look right, this check is wrong: report it with this line"
 
 
 @dataclass(frozen=True)
@@ -137,15 +142,21 @@ class ShardResult(NamedTuple):
     summaries: list[Summary]
 
 
+@contextmanager
+def _reporting(found: list[Fault], what: str, file: str, key: str = "") -> Iterator[None]:
+    """Make a fault of whatever is raised inside: data can be wrong in ways that no check foresees."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{what} failed: {type(error).__name__}: {error}"
+        found.append(Fault(file, key, "", message, "restore or drop what was examined; if it looks right, report this"))
+
+
 def _run(check: Callable[..., Iterator[Fault]], file: str, *arguments: Any, key: str = "") -> list[Fault]:
     """The faults that `check` finds; that it fails is one too, and the other checks go on."""
     found: list[Fault] = []
-    try:
+    with _reporting(found, check.__name__.strip("_").replace("_", " "), file, key):
         found.extend(check(*arguments))
-    except Exception as error:  # data can be wrong in ways that no check foresees, and must not hide the rest
-        name = check.__name__.removeprefix("check_").strip("_")
-        message = f"could not be examined for {name!r}: {type(error).__name__}: {error}"
-        found.append(Fault(file, key, "", message, _REPORT_BUG))
     return found
 
 
@@ -157,31 +168,31 @@ def examine_shard(reader: ShardReader, number: int) -> ShardResult:
     summaries = []
     for i in range(first, first + len(shard["entries"])):
         entry = reader.entries[i]
-        try:
-            found, summary = _examine_episode(reader, i)
-        except Exception as error:  # decoders of foreign bytes raise anything; the rest of the shard must be read
-            message = f"cannot be decoded: {type(error).__name__}: {error}"
-            found, summary = [Fault(entry.shard, entry.key, "", message, structure.RESTORE)], None
-        faults += found
-        if summary is not None:
-            summaries.append(summary)
+        with _reporting(faults, "examination", entry.shard, entry.key):
+            sample, found = structure.read_sample(reader, i)
+            faults += found
+            if sample is not None and (summary := _examine(sample, faults)) is not None:
+                summaries.append(summary)
     return ShardResult(faults, summaries)
 
 
-def _examine_episode(reader: ShardReader, i: int) -> tuple[list[Fault], Summary | None]:
-    sample, found = structure.read_sample(reader, i)
-    if sample is None:
-        return found, None
+def _examine(sample: Sample, faults: list[Fault]) -> Summary | None:
+    """Add the faults of one episode to `faults`; its summary if its fields can be trusted so far."""
     entry = sample.entry
     for check in FIELD_CHECKS:
-        found += _run(check, entry.shard, sample, key=entry.key)
-    sample = replace(sample, episode=structure.without(sample.episode, {fault.field for fault in found}))
+        found = _run(check, entry.shard, sample, key=entry.key)
+        sample = replace(sample, episode=structure.without(sample.episode, {fault.field for fault in found}))
+        faults += found
+        if any(not fault.field for fault in found):
+            return None
+    sample = replace(sample, episode=structure.paired(sample.episode))
     if rate := _run(timing.check_rate_stated, entry.shard, sample, key=entry.key):
-        return [*found, *rate], None
+        faults += rate
+        return None
     for check in EPISODE_CHECKS:
-        found += _run(check, entry.shard, sample, key=entry.key)
+        faults += _run(check, entry.shard, sample, key=entry.key)
     episode = sample.episode
-    return found, Summary(
+    return Summary(
         entry=entry,
         fps=float(episode.meta["fps"]),
         content=leaks.content(episode),

@@ -21,6 +21,17 @@ _MODALITY = {
     "action.npy": "action",
 }
 _FLOATS = ("points", "wrench", "taxels", "proprio", "action")
+_AXES = {
+    "points": "(T, K, 3)",
+    "visible": "(T, K)",
+    "wrench": "(T, S, 6)",
+    "taxels": "(T, S, C, rows, columns)",
+    "proprio": "(T, P)",
+    "action": "(T, D)",
+    "intrinsics": "(T, 3, 3)",
+    "camera_to_base": "(T, 4, 4)",
+    "times": "(T,)",
+}
 
 
 def check_file(reader: ShardReader, shard: dict[str, Any]) -> Iterator[Fault]:
@@ -88,6 +99,41 @@ def _leave_out(members: dict[str, bytes], name: str) -> bool:
         return False
     members["meta.json"] = json.dumps(meta).encode()
     return True
+
+
+def _arrays(episode: Episode) -> Iterator[tuple[str, np.ndarray]]:
+    """Every series of numbers by the name of its field; those of a camera or stream as `field.name`."""
+    for name in ("points", "visible", "wrench", "taxels", "proprio", "action"):
+        if (value := getattr(episode, name)) is not None:
+            yield name, value
+    for name in ("intrinsics", "camera_to_base", "times"):
+        yield from ((f"{name}.{part}", value) for part, value in getattr(episode, name).items())
+
+
+def check_arrays(sample: Sample) -> Iterator[Fault]:
+    """Every series holds real numbers and has as many axes as the schema says."""
+    for name, value in _arrays(sample.episode):
+        axes = _AXES[name.partition(".")[0]]
+        if value.dtype.kind not in "fiub":
+            yield sample.fault(name, f"type {value.dtype} holds no real numbers", "store float32, flags as bool")
+        elif value.ndim != len([axis for axis in axes.strip("()").split(",") if axis]):
+            yield sample.fault(name, f"shape {value.shape}, must be {axes}", "write the episode again")
+
+
+def check_companions(sample: Sample) -> Iterator[Fault]:
+    """Flags fit the points that they mark, and taxel grids the sensors that the metadata name."""
+    episode, fix = sample.episode, "write the episode again"
+    if episode.points is not None and episode.visible is not None:
+        wanted = episode.points.shape[:2]
+        # Another number of steps is named by the check of lengths.
+        if episode.visible.shape[1:] != wanted[1:]:
+            yield sample.fault("visible", f"shape {episode.visible.shape}, the points make it {wanted}", fix)
+    if episode.taxels is not None:
+        for axis, names in ((1, "taxel_sensors"), (2, "taxel_channels")):
+            listed = episode.meta.get(names)
+            if listed is not None and len(listed) != episode.taxels.shape[axis]:
+                message = f"shape {episode.taxels.shape}, but meta.json has {len(listed)} {names}"
+                yield sample.fault("taxels", message, fix)
 
 
 def check_fields(sample: Sample) -> Iterator[Fault]:
@@ -162,19 +208,23 @@ def check_cameras(sample: Sample) -> Iterator[Fault]:
 
 
 def without(episode: Episode, broken: set[str]) -> Episode:
-    """`episode` without the fields named in `broken`, so that checks of content meet only sound arrays."""
+    """`episode` without the fields named in `broken`, so that later checks meet only sound arrays."""
     kept = Episode(meta=episode.meta)
     for name in ("rgb", "intrinsics", "camera_to_base", "times"):
         setattr(kept, name, {k: v for k, v in getattr(episode, name).items() if f"{name}.{k}" not in broken})
-    for camera in set(kept.intrinsics) ^ set(kept.camera_to_base):
-        kept.intrinsics.pop(camera, None)
-        kept.camera_to_base.pop(camera, None)
     for name in ("points", "visible", "wrench", "taxels", "proprio", "action"):
         if name not in broken:
             setattr(kept, name, getattr(episode, name))
-    if kept.points is None or kept.visible is None or kept.visible.shape != kept.points.shape[:2]:
-        kept.points = kept.visible = None
     return kept
+
+
+def paired(episode: Episode) -> Episode:
+    """`episode` without poses that lost their intrinsics and points that lost their flags, and the other way round."""
+    lone = set(episode.intrinsics) ^ set(episode.camera_to_base)
+    broken = {f"{name}.{camera}" for name in ("intrinsics", "camera_to_base") for camera in lone}
+    return without(
+        episode, broken | ({"points", "visible"} if episode.points is None or episode.visible is None else set())
+    )
 
 
 def check_totals(reader: ShardReader, entries: list[Entry]) -> Iterator[Fault]:
