@@ -13,11 +13,12 @@ import torch
 
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.align import text_ids
+from worldmodel.data.cache import ByteCache
 from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.data.dataset import ClipDataset, collate
 from worldmodel.data.live import observation_from_history
 from worldmodel.data.sampler import StreamSampler
-from worldmodel.data.shards import ByteCache, ShardReader
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, ContractError, DataError
 
 SPEC = ClipSpec()

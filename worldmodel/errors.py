@@ -13,6 +13,10 @@ class SampleError(DataError):
     """One stored sample is damaged, the rest of its dataset may be sound: what the policy `skip` passes over."""
 
 
+class RemoteError(DataError):
+    """A file behind a URL cannot be had, which says nothing about the samples in it."""
+
+
 class ConfigError(WorldModelError, ValueError):
     """A configuration asks for something that does not exist or does not fit together."""
 

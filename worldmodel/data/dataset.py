@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation
 from worldmodel.data.align import Aligned, align, check_cameras
+from worldmodel.data.cache import ByteCache
 from worldmodel.data.embodiments import check_embodiments
-from worldmodel.data.shards import ByteCache, Entry, ShardReader
+from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import ConfigError, DataError, SampleError
 
 ON_ERROR = ("raise", "skip")
@@ -200,7 +201,7 @@ class ClipDataset(Dataset[Clip]):
         series = future_steps.reshape(spec.future, spec.stride)
         chunk = step + np.arange(spec.chunk)
         observation = {
-            "rgb": self._pictures(i, history, self.images and request.images),
+            "rgb": self._pictures(i, data, history, self.images and request.images),
             "intrinsics": data.intrinsics[history],
             "camera_to_base": data.camera_to_base[history],
             "points": data.points[history],
@@ -211,7 +212,7 @@ class ClipDataset(Dataset[Clip]):
             **data.constant,
         }
         future = {
-            "rgb": self._pictures(i, future_steps, self.future_images and request.future),
+            "rgb": self._pictures(i, data, future_steps, self.future_images and request.future),
             "camera_to_base": data.camera_to_base[sampled],
             "points": data.points[sampled],
             "visible": data.visible[sampled],
@@ -223,23 +224,21 @@ class ClipDataset(Dataset[Clip]):
         }
         return Clip(observation, future, entry.start + history, f"{entry.key}@{step}")
 
-    def _pictures(self, i: int, steps: np.ndarray, wanted: bool) -> np.ndarray:
+    def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
         """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
         spec = self.spec
         if not wanted:
             return np.zeros((len(steps), len(spec.cameras), 3, 0, 0), np.uint8)
-        episode = self.reader.read(i)
         out = np.zeros((len(steps), len(spec.cameras), 3, spec.height, spec.width), np.uint8)
-        for v, camera in enumerate(spec.cameras):
-            images = episode.rgb.get(self.camera_map.get(camera, camera) or "")
-            if images is None:
-                continue
-            if images.shape[1:3] != (spec.height, spec.width):
+        for v in np.flatnonzero(data.constant["has_rgb"]):
+            camera = spec.cameras[v]
+            images = self.reader.pictures(i, self.camera_map.get(camera) or camera, steps.tolist())
+            if images.shape[2:] != (spec.height, spec.width):
                 raise DataError(
-                    f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[1:3]}, "
+                    f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[2:]}, "
                     f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's"
                 )
-            out[:, v] = images[steps].transpose(0, 3, 1, 2)
+            out[:, v] = images
         return out
 
     def _aligned(self, i: int) -> Aligned:
@@ -247,7 +246,7 @@ class ClipDataset(Dataset[Clip]):
             entry = self.reader.entries[i]
             return align(self.reader.read(i, images=False), self.spec, self.camera_map, self._where(entry))
 
-        return self._cache.get((self.reader.root, i), make, lambda aligned: aligned.nbytes)
+        return self._cache.get(i, make, lambda aligned: aligned.nbytes)
 
     def _where(self, entry: Entry) -> str:
         return f"{entry.shard}: key {entry.key}"

@@ -19,8 +19,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from worldmodel.contracts import ClipSpec
+from worldmodel.data.cache import ByteCache
 from worldmodel.data.dataset import Clip, ClipDataset, Request
-from worldmodel.data.shards import ByteCache, ShardReader
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
 
 PERIOD = 10_000

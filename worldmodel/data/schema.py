@@ -265,23 +265,29 @@ def _encode_jpeg(image: np.ndarray) -> bytes:
 def _decode_images(members: dict[str, bytes], camera: str, length: int, where: str) -> np.ndarray:
     """(T, h, w, 3) uint8 from the camera's video or its numbered pictures."""
     if (video := members.get(f"rgb.{camera}.mp4")) is not None:
-        return _decode_video(video, f"{where}: rgb.{camera}.mp4")
-    from PIL import Image, UnidentifiedImageError
-
+        return decode_video(video, f"{where}: rgb.{camera}.mp4")
     images = []
     for step in range(length):
         name = f"rgb.{camera}.{step:06d}.jpg"
-        try:
-            with Image.open(io.BytesIO(_member(members, name, where)), formats=("JPEG",)) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{where}: {name}: not a readable JPEG picture ({error})") from error
+        images.append(decode_picture(_member(members, name, where), f"{where}: {name}"))
         if images[-1].shape != images[0].shape:
             raise DataError(f"{where}: {name}: size {images[-1].shape}, the first picture has {images[0].shape}")
     return np.stack(images)
 
 
-def _decode_video(data: bytes, where: str) -> np.ndarray:
+def decode_picture(data: bytes, where: str) -> np.ndarray:
+    """(h, w, 3) uint8 from a JPEG file. Raises `DataError` if it is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{where}: not a readable JPEG picture ({error})") from error
+
+
+def decode_video(data: bytes, where: str) -> np.ndarray:
+    """(T, h, w, 3) uint8 from a video file. Raises `DataError` if it is none."""
     import av
     import av.error
 

@@ -8,69 +8,27 @@ import hashlib
 import io
 import json
 import os
-import tarfile
-import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.cache import ByteCache
 from worldmodel.data.embodiments import metadata_faults
+from worldmodel.data.frames import FrameTable
 from worldmodel.data.schema import Episode, decode, encode
-from worldmodel.errors import DataError, SampleError
+from worldmodel.data.sections import Entry, ShardFiles
+from worldmodel.errors import DataError, RemoteError, SampleError
 
 INDEX = "index.json"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One episode of a dataset, as the index knows it."""
-
-    key: str
-    shard: str
-    offset: int  # bytes from the start of the shard
-    size: int  # bytes of all members with their headers
-    crc32: int  # of that byte range
-    episode_id: str
-    length: int  # steps
-    task: str
-    split: str
-    embodiment: str
-    success: bool
-    initial_state: str  # digest of the first step's points and proprioception, for the leakage check
-    start: int = 0  # number of the episode's first frame, counted over the whole dataset
-
-
-class ByteCache:
-    """Least-recently-used cache bounded by the bytes of what it holds; safe to share between threads."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-        self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Any, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        """The value of `key`, made on a miss; a value larger than the whole cache is returned without being kept."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key][0]
-        value = make()
-        nbytes = size(value)
-        with self._lock:
-            if key not in self._items and nbytes <= self.limit:
-                self._items[key] = (value, nbytes)
-                self.used += nbytes
-            while self.used > self.limit:
-                self.used -= self._items.popitem(last=False)[1][1]
-        return value
+_TABLE_BYTES = 1 << 26
+"""Bound of the memory for places of pictures; an episode of 100 steps and two cameras takes under 2 kB of it."""
 
 
 def write_shard(path: Path, samples: list[tuple[str, Episode]]) -> dict[str, Any]:
@@ -170,7 +128,7 @@ class ShardReader:
     """Random access to the episodes of a dataset folder.
 
     Args:
-        root: folder with `index.json` and shards.
+        root: folder with `index.json` and shards, or the URL of one (see `remote`).
         cache_bytes: bound of the cache of decoded episodes.
         check_sizes: False opens a damaged dataset too, to examine it.
 
@@ -178,8 +136,12 @@ class ShardReader:
         DataError: no index, another schema version, or a shard whose size is not the index's.
     """
 
+    root: Path
+    """The folder, or where the index of a URL was fetched to."""
+
     def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30, check_sizes: bool = True) -> None:
-        self.root = Path(root)
+        self._files = ShardFiles(root)
+        self.root = self._files.root
         self.index = read_json(
             self.root / INDEX,
             "the index of a dataset; `python -m worldmodel.data generate` writes it when all shards are finished",
@@ -191,6 +153,7 @@ class ShardReader:
                 "generate or convert the data again"
             )
         self._cache = ByteCache(cache_bytes)
+        self._tables = ByteCache(_TABLE_BYTES)
         self.entries: list[Entry] = []
         try:
             self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
@@ -198,7 +161,9 @@ class ShardReader:
             for shard in self.index["shards"]:
                 if Path(shard["name"]).name != shard["name"]:
                     raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
-                if check_sizes:
+                self._files.records[shard["name"]] = shard
+                # Of a URL, sizes and checksums are checked when a shard is fetched.
+                if check_sizes and not self._files.remote:
                     self.check_size(shard)
                 for fields in shard["entries"]:
                     self.entries.append(Entry(**fields, shard=shard["name"], start=start))
@@ -219,36 +184,57 @@ class ShardReader:
         """
         return self._cache.get((i, images), lambda: self._decode(i, images), lambda episode: episode.nbytes)
 
+    def pictures(self, i: int, camera: str, steps: Sequence[int]) -> np.ndarray:
+        """(n, 3, h, w) uint8: pictures of `camera` at `steps` of episode `i`; no others are decoded.
+
+        Raises:
+            SampleError: naming shard, key and member of what is wrong.
+        """
+        entry = self.entries[i]
+        table = self._table(i)
+        with ExitStack() as stack:
+            file: list[BinaryIO] = []
+
+            def read(offset: int, size: int) -> bytes:
+                if not file:
+                    file.append(stack.enter_context(self._files.open(entry)))
+                file[0].seek(entry.offset + offset)
+                return file[0].read(size)
+
+            def picture(step: int) -> np.ndarray:
+                return self._cache.get((i, camera, step), partial(table.picture, camera, step, read), _nbytes)
+
+            try:
+                if camera in table.videos:
+                    video = self._cache.get((i, camera), partial(table.video, camera, read), _nbytes)
+                    if max(steps) >= len(video):
+                        raise DataError(f"rgb.{camera}.mp4: {len(video)} frames, step {max(steps)} is asked for")
+                    return video[steps]
+                found = [picture(step) for step in steps]
+                if len(sizes := {picture.shape for picture in found}) > 1:
+                    raise DataError(f"rgb.{camera}: pictures of several sizes {sorted(sizes)}; all must be one size")
+            except (RemoteError, SampleError):
+                raise
+            except (DataError, OSError) as error:
+                raise SampleError(f"{entry.shard}: key {entry.key}: {error}") from error
+        return np.stack(found)
+
+    def _table(self, i: int, places: dict[str, tuple[int, int]] | None = None) -> FrameTable:
+        """Where the pictures of episode `i` lie; found once by reading its section, which checks that too."""
+
+        def make() -> FrameTable:
+            return FrameTable.of(self._files.section(self.entries[i])[1] if places is None else places)
+
+        return self._tables.get(i, make, lambda table: table.nbytes)
+
     def members(self, i: int) -> dict[str, bytes]:
         """The stored members of episode `i` by extension."""
-        entry = self.entries[i]
-        where = f"{entry.shard}: key {entry.key}"
-        try:
-            with open(self.root / entry.shard, "rb") as shard:
-                shard.seek(entry.offset)
-                data = shard.read(entry.size)
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error})") from error
-        if len(data) != entry.size:
-            raise DataError(f"{where}: truncated, {len(data)} of {entry.size} bytes; restore or regenerate the shard")
-        if zlib.crc32(data) != entry.crc32:
-            raise DataError(f"{where}: altered, its checksum is not the index's; restore or regenerate the shard")
-        members: dict[str, bytes] = {}
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-                for member in archive:
-                    key, _, extension = member.name.partition(".")
-                    if key != entry.key or not member.isfile() or "/" in member.name:
-                        raise DataError(
-                            f"{where}: unexpected member {member.name!r}; every member must be a plain "
-                            f"file named {entry.key}.<field>"
-                        )
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    members[extension] = content.read()
-        except tarfile.TarError as error:
-            raise DataError(f"{where}: not a valid tar section ({error}); regenerate the shard") from error
-        return members
+        data, places = self._files.section(self.entries[i])
+        return {name: data[offset : offset + size] for name, (offset, size) in places.items()}
+
+    def path(self, shard: str) -> Path:
+        """Where a shard lies on this machine; one of a URL is fetched first."""
+        return self._files.path(shard)
 
     def records(self) -> list[dict[str, Any]]:
         """The entries as plain dictionaries."""
@@ -257,8 +243,15 @@ class ShardReader:
     def _decode(self, i: int, images: bool) -> Episode:
         entry = self.entries[i]
         where = f"{entry.shard}: key {entry.key}"
+        data, places = self._files.section(entry)
+        self._table(i, places)
+        members = {
+            name: data[offset : offset + size]
+            for name, (offset, size) in places.items()
+            if images or not name.startswith("rgb.")
+        }
         try:
-            episode = decode(self.members(i), where, images=images)
+            episode = decode(members, where, images=images)
         except DataError as error:
             raise SampleError(str(error)) from error
         for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
@@ -271,7 +264,7 @@ class ShardReader:
 
     def check_size(self, shard: dict[str, Any]) -> None:
         """Raise `DataError` if the file of `shard` (a record of the index) is not as long as the index says."""
-        path = self.root / shard["name"]
+        path = self.path(shard["name"])
         size = path.stat().st_size if path.is_file() else -1
         if size == shard["bytes"]:
             return
@@ -283,3 +276,7 @@ class ShardReader:
             f"{path}: {size} bytes, the index says {shard['bytes']}{first}: the shard is truncated or "
             "altered; restore it or generate it again"
         )
+
+
+def _nbytes(array: np.ndarray) -> int:
+    return array.nbytes

@@ -52,7 +52,7 @@ def _shards(reader: ShardReader) -> Iterator[Fault]:
         except DataError as error:
             yield Fault(shard["name"], "", "size", str(error), _RESTORE)
             continue
-        with open(reader.root / shard["name"], "rb") as file:
+        with open(reader.path(shard["name"]), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != shard["sha256"]:
             yield Fault(shard["name"], "", "sha256", f"{digest}, the index says {shard['sha256']}", _RESTORE)
