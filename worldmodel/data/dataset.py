@@ -246,7 +246,7 @@ class ClipDataset(Dataset[Clip]):
             entry = self.reader.entries[i]
             return align(self.reader.read(i, images=False), self.spec, self.camera_map, self._where(entry))
 
-        return self._cache.get((self.reader.root, i), make, lambda aligned: aligned.nbytes)
+        return self._cache.get(i, make, lambda aligned: aligned.nbytes)
 
     def _where(self, entry: Entry) -> str:
         return f"{entry.shard}: key {entry.key}"

@@ -134,7 +134,7 @@ class RemoteFolder:
             try:
                 digest = _copy(url, part)
             except (FileNotFoundError, PermissionError) as error:
-                raise _AbsentError(f"{url}: not there or not to be read, {attempt} attempts ({error})") from error
+                raise _AbsentError(f"{url}: not there or not to be read, at attempt {attempt} ({error})") from error
             except ConfigError:
                 raise
             except Exception as error:  # every fsspec backend has exceptions of its own

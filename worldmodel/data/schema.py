@@ -288,7 +288,8 @@ def decode_picture(data: bytes, where: str) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return np.asarray(image.convert("RGB"))
+            # Converting what is RGB already would copy it.
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{where}: not a readable JPEG picture ({error})") from error
 

@@ -205,8 +205,7 @@ class ShardReader:
             SampleError: naming shard, key and member of what is wrong.
         """
         entry = self.entries[i]
-        # Building the table reads the whole section, which holds it against its checksum once.
-        table = self._tables.get(i, lambda: FrameTable.of(self._files.section(entry)[1]), lambda table: table.nbytes)
+        table = self._table(i)
         with ExitStack() as stack:
             file: list[BinaryIO] = []
 
@@ -234,6 +233,14 @@ class ShardReader:
                 raise SampleError(f"{entry.shard}: key {entry.key}: {error}") from error
         return np.stack(found)
 
+    def _table(self, i: int, places: dict[str, tuple[int, int]] | None = None) -> FrameTable:
+        """Where the pictures of episode `i` lie; found once by reading its section, which checks that too."""
+
+        def make() -> FrameTable:
+            return FrameTable.of(self._files.section(self.entries[i])[1] if places is None else places)
+
+        return self._tables.get(i, make, lambda table: table.nbytes)
+
     def members(self, i: int) -> dict[str, bytes]:
         """The stored members of episode `i` by extension."""
         data, places = self._files.section(self.entries[i])
@@ -250,7 +257,13 @@ class ShardReader:
     def _decode(self, i: int, images: bool) -> Episode:
         entry = self.entries[i]
         where = f"{entry.shard}: key {entry.key}"
-        members = self.members(i)
+        data, places = self._files.section(entry)
+        self._table(i, places)
+        members = {
+            name: data[offset : offset + size]
+            for name, (offset, size) in places.items()
+            if images or not name.startswith("rgb.")
+        }
         try:
             episode = decode(members, where, images=images)
         except DataError as error:

@@ -1,0 +1,90 @@
+"""Pictures are read one by one where they lie, and only those that a clip shows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import made_up_dataset, made_up_episode
+
+from worldmodel.contracts import ClipSpec
+from worldmodel.data import frames, schema
+from worldmodel.data.dataset import ClipDataset
+from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.errors import SampleError
+
+SPEC = ClipSpec(
+    cameras=("front",), embodiments=("toy",), height=16, width=16, action=4, proprio=4, history=2, stride=2, future=1
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_up_dataset(tmp_path_factory.mktemp("pictures") / "data", {("toy", "lift"): 2}, length=30)
+
+
+def test_only_the_pictures_of_a_clip_are_decoded_and_each_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def counting(data: bytes, where: str) -> np.ndarray:
+        decoded.append(where)
+        return schema.decode_picture(data, where)
+
+    monkeypatch.setattr(frames, "decode_picture", counting)
+    clips = ClipDataset(ShardReader(root), SPEC, split="train")
+    clip, again = clips[10], clips[10]
+    assert decoded == [f"rgb.front.{step:06d}.jpg" for step in (8, 10, 11, 12)]
+    np.testing.assert_array_equal(again.future["rgb"], clip.future["rgb"])
+    images = ShardReader(root).read(0).rgb["front"].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(clip.observation["rgb"][:, 0], images[[8, 10]])
+    np.testing.assert_array_equal(clip.future["rgb"][:, 0], images[[11, 12]])
+    without = ClipDataset(ShardReader(root, cache_bytes=0), SPEC, split="train")
+    np.testing.assert_array_equal(without[10].future["rgb"], clip.future["rgb"])
+
+
+def written(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    samples = [(f"e{i}", made_up_episode(f"e{i}", "toy", "lift", rng, length=20, pixels=16)) for i in range(2)]
+    write_index(folder, [write_shard(folder / "shard-000000.tar", samples)], [], {})
+    return folder
+
+
+@pytest.mark.parametrize("fault", ["no JPEG", "another size"])
+def test_a_picture_that_was_stored_damaged_takes_only_its_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    plain, count = schema._encode_jpeg, 0
+
+    def seventh_is_damaged(image: np.ndarray) -> bytes:
+        nonlocal count
+        count += 1
+        if count != 8:
+            return plain(image)
+        return b"no picture" if fault == "no JPEG" else plain(image[:8])
+
+    monkeypatch.setattr(schema, "_encode_jpeg", seventh_is_damaged)
+    root = written(tmp_path / "data")
+    strict = ClipDataset(ShardReader(root), SPEC, split="train")
+    message = "rgb.front.000007.jpg: not a readable JPEG" if fault == "no JPEG" else "pictures of several sizes"
+    with pytest.raises(SampleError, match=rf"shard-000000.tar: key e0: .*{message}"):
+        strict[7]
+    lenient = ClipDataset(ShardReader(root), SPEC, split="train", on_error="skip")
+    replaced = [step for step in range(20) if lenient[step].skip is not None]
+    assert replaced == [5, 6, 7, 9]  # a clip at step s shows s - 2, s, s + 1 and s + 2
+    assert [lenient[step].key for step in replaced] == [f"e1@{step}" for step in replaced]
+    assert lenient[27].key == "e1@7" and lenient[27].skip is None
+
+
+def test_a_missing_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = schema.encode
+
+    def without(episode: schema.Episode) -> dict[str, bytes]:
+        return {name: data for name, data in plain(episode).items() if name != "rgb.front.000004.jpg"}
+
+    monkeypatch.setattr("worldmodel.data.shards.encode", without)
+    reader = ShardReader(written(tmp_path / "data"))
+    with pytest.raises(SampleError, match=r"key e0: rgb.front.000004.jpg: member is missing; stored .*{'front': 19}"):
+        reader.pictures(0, "front", [3, 4])
+    with pytest.raises(SampleError, match=r"rgb.side.000003.jpg: member is missing"):
+        reader.pictures(0, "side", [3])
+    assert reader.pictures(0, "front", [3, 5, 3]).shape == (3, 3, 16, 16)
