@@ -165,8 +165,9 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
 def webdataset(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], options: Any) -> dict[str, Reader]:
     """Clips stored one by one, in the pipeline that its documentation shows."""
     import torch
-    import webdataset as wds
     from torch.utils.data import DataLoader
+    from webdataset.compat import WebDataset
+    from webdataset.writer import TarWriter
 
     from worldmodel.data.schema import JPEG_QUALITY
 
@@ -179,7 +180,7 @@ def webdataset(folder: Path, episodes: list[Any], starts: list[tuple[int, int]],
 
     count = max(options.workers, 1)
     for shard in range(count):
-        with wds.TarWriter(str(folder / f"clips-{shard:03d}.tar")) as writer:
+        with TarWriter(str(folder / f"clips-{shard:03d}.tar")) as writer:
             for number, (e, s) in list(enumerate(starts))[shard::count]:
                 values = episodes[e]
                 pictures = {
@@ -198,7 +199,7 @@ def webdataset(folder: Path, episodes: list[Any], starts: list[tuple[int, int]],
         }
 
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    dataset = wds.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(100).decode("rgb8").map(tensors)
+    dataset = WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(100).decode("rgb8").map(tensors)
     loader = DataLoader(
         dataset, batch_size=options.batch, num_workers=options.workers, persistent_workers=options.workers > 0
     )

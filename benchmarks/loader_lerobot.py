@@ -17,9 +17,11 @@ def main() -> None:
     from torch.utils.data import DataLoader
 
     try:
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset  # pyright: ignore[reportMissingImports]
     except ImportError:  # before 0.4
-        from lerobot.common.datasets.lerobot_dataset import LeRobotDataset
+        from lerobot.common.datasets.lerobot_dataset import (  # pyright: ignore[reportMissingImports]
+            LeRobotDataset,
+        )
 
     torch.set_num_threads(1)
     settings = json.loads(sys.argv[1])
