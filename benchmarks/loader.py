@@ -199,7 +199,7 @@ def webdataset(folder: Path, episodes: list[Any], starts: list[tuple[int, int]],
         }
 
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    dataset = WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(100).decode("rgb8").map(tensors)
+    dataset: Any = WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(100).decode("rgb8").map(tensors)
     loader = DataLoader(
         dataset, batch_size=options.batch, num_workers=options.workers, persistent_workers=options.workers > 0
     )
