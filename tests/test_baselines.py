@@ -26,7 +26,7 @@ def episode(number: int, task: str, count: int, success: bool = True) -> Episode
     proprio = rng.uniform(-1, 1, (LENGTH, 3)).astype(np.float32)
     names = [f"point{i}" for i in range(count)]
     meta = {
-        "schema_version": 1, "episode_id": f"e{number}", "embodiment": "sawyer", "task": task, "instruction": task,
+        "schema_version": 1, "episode_id": f"e{number}", "embodiment": "gantry", "task": task, "instruction": task,
         "split": "train", "fps": 20.0, "length": LENGTH, "success": success, "absent": ["rgb", "camera", "tactile"],
         "point_names": names, "proprio_names": ["x", "y", "z"], "action_names": ["x", "y", "z"],
     }  # fmt: skip
