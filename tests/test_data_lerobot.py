@@ -62,7 +62,7 @@ def test_every_layout_gives_the_same_episodes(layout: str, tmp_path: Path) -> No
 
 def test_imported_data_are_sound_and_train(tmp_path: Path) -> None:
     out = import_dataset("lerobot", write_v30(tmp_path / "source"), tmp_path / "out", workers=1, progress=False)
-    assert validate(out) == []
+    assert [fault for fault in validate(out) if fault.severity == "error"] == []
     reader = ShardReader(out)
     assert [(e.key, e.split, e.length) for e in reader.entries] == [
         ("episode-000000", "train", LENGTHS[0]),
@@ -250,7 +250,7 @@ def test_round_trip_loses_nothing(lossless: bool, tmp_path: Path) -> None:
     info = json.loads((lerobot / "meta/info.json").read_text())
     assert info["splits"] == {"train": "0:2", "heldout_episodes": "2:3"} and info["fps"] == 12.5
     back = import_dataset("lerobot", lerobot, tmp_path / "back", workers=1, progress=False)
-    assert validate(back) == []
+    assert [fault for fault in validate(back) if fault.severity == "error"] == []
     before, after = ShardReader(ours), ShardReader(back)
     assert sorted(e.key for e in after.entries) == sorted(e.key for e in before.entries)
     assert json.loads((back / "stats.json").read_text()) == json.loads((ours / "stats.json").read_text())

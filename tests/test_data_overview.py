@@ -48,6 +48,7 @@ def test_rows_add_up(tiny_dataset: Path) -> None:
 def test_data_without_senses_and_with_hostile_names(tiny_dataset: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
     meta = {**ShardReader(copy).read(0).meta, "instruction": NASTY, "task": NASTY, "action_names": [NASTY]}
+    meta["embodiment"] = "gantry"
     meta |= {"absent": ["rgb", "camera", "objects", "tactile", "proprio"], "action_units": None}
     bare = Episode(meta=meta, action=np.zeros((meta["length"], 1), np.float32))
     write_index(copy, [write_shard(copy / "shard-000000.tar", [("bare", bare)])], [], {})

@@ -83,7 +83,7 @@ def aloha(tmp_path: Path) -> Path:
 
 def clips_of(root: Path, spec: ClipSpec) -> ClipDataset:
     """All training clips, each read once."""
-    assert validate(root) == []
+    assert [fault for fault in validate(root) if fault.severity == "error"] == []
     clips = ClipDataset(ShardReader(root), spec, split="train")
     assert sum(1 for i in range(len(clips)) if clips[i].key) == len(clips)
     collate([clips[0], clips[len(clips) - 1]])

@@ -181,7 +181,7 @@ def test_rlds_becomes_shards(tmp_path: Path) -> None:
     root = import_dataset(
         "rlds", tmp_path / "pots", tmp_path / "out", mapping=make_mapping(MAP, "map"), workers=1, progress=False
     )
-    assert validate(root) == []
+    assert [fault for fault in validate(root) if fault.severity == "error"] == []
     reader = ShardReader(root)
     assert [entry.key for entry in reader.entries] == [
         "pots-train-000000-000000",
@@ -210,7 +210,7 @@ def test_what_tfds_itself_wrote_becomes_shards(tmp_path: Path) -> None:
     root = import_dataset(
         "rlds", fixture, tmp_path / "out", mapping=make_mapping(mapping, "map"), workers=1, progress=False
     )
-    assert validate(root) == []
+    assert [fault for fault in validate(root) if fault.severity == "error"] == []
     reader = ShardReader(root)
     spec = ClipSpec(cameras=("front", "wrist"), embodiments=("widowx",), height=8, width=8, fps=5)
     clips = ClipDataset(reader, spec, split="train")

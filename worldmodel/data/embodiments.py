@@ -6,6 +6,7 @@ an embodiment that has an entry must have these names in this order, since episo
 a robot that is driven in another way is another embodiment. Data of embodiments without an entry are taken as they are.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -106,6 +107,10 @@ def _channels(values: Any, where: str) -> Channels | None:
     return Channels(names=tuple(names), units=tuple(str(unit) for unit in units), limits=limits)
 
 
+_UNSAID = re.compile(r".*\.\d+|not stated")
+"""Names and units that an import gives to columns whose source has none: they claim nothing."""
+
+
 def metadata_faults(meta: Mapping[str, Any], registry: Mapping[str, Embodiment] | None = None) -> list[str]:
     """What in an episode's metadata contradicts the registry, as `field: what is wrong; what would be right`."""
     entry = (load_embodiments() if registry is None else registry).get(meta["embodiment"])
@@ -121,7 +126,7 @@ def metadata_faults(meta: Mapping[str, Any], registry: Mapping[str, Embodiment] 
             continue
         for field, right in (("names", channels.names), ("units", channels.units)):
             value = meta.get(f"{kind}_{field}")
-            if value and tuple(value) != right:
+            if value and tuple(value) != right and not all(_UNSAID.fullmatch(str(said)) for said in value):
                 found.append(
                     f"{kind}_{field}: {list(value)}, the registry has {list(right)} for {entry.name!r}; bring the data "
                     "to that, or give the robot under this control a name of its own"

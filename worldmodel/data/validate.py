@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from worldmodel.data.checks import gripper, images, leaks, signals, structure, timing
 from worldmodel.data.checks.finding import Fault, Projection, Sample, Severity, Summary, Survey
+from worldmodel.data.remote import is_url
 from worldmodel.data.shards import INDEX, ShardReader
 from worldmodel.data.statistics import STATISTICS, compute_statistics, load_statistics, statistics_hash
 from worldmodel.errors import ConfigError, DataError
@@ -55,7 +56,7 @@ DATASET_CHECKS: tuple[Callable[[Survey], Iterator[Fault]], ...] = (
 class Report:
     """What a validation found: faults in the order of the shards, what could not be checked, and what was measured."""
 
-    root: Path
+    root: str | Path
     episodes: int
     faults: list[Fault]
     notes: list[tuple[Fault, int]]  # a note, as its first episode has it, and the number of episodes with it
@@ -100,8 +101,7 @@ def examine(root: str | Path, *, workers: int = 1, progress: bool = False) -> Re
     Raises:
         ConfigError: no such folder, or fewer than one worker.
     """
-    root = Path(root)
-    if not root.is_dir():
+    if not is_url(root) and not Path(root).is_dir():
         raise ConfigError(f"{root}: no such folder; give the folder that holds {INDEX}")
     if workers < 1:
         raise ConfigError(f"workers must be 1 or more, got {workers}")
@@ -242,7 +242,7 @@ def _all_shards(reader: ShardReader, workers: int, progress: bool) -> list[Shard
         return [done[number] for number in range(len(shards))]
 
 
-def _pool(workers: int, root: Path) -> ProcessPoolExecutor:
+def _pool(workers: int, root: str | Path) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(root,))
 
@@ -250,7 +250,7 @@ def _pool(workers: int, root: Path) -> ProcessPoolExecutor:
 _reader: ShardReader | None = None
 
 
-def _start_worker(root: Path) -> None:
+def _start_worker(root: str | Path) -> None:
     global _reader
     _reader = ShardReader(root, cache_bytes=0, check_sizes=False)
 

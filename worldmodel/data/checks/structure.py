@@ -149,7 +149,7 @@ def check_limits(sample: Sample) -> Iterator[Fault]:
     for message in beyond_limits(sample.entry.embodiment, sample.episode.action):
         name, _, rest = message.partition(": ")
         problem, _, fix = rest.partition("; ")
-        yield sample.fault(name, problem, fix)
+        yield sample.fault(name, problem, fix, "warning")
 
 
 def check_index_agrees(sample: Sample) -> Iterator[Fault]:
