@@ -110,6 +110,17 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == ["a.c"]
 
 
+def test_ranks_may_change_with_the_batch_sizes(tmp_path):
+    def settings(batch_size: int, devices: int) -> dict:
+        return {"phases": {"a": {"batch_size": batch_size}}, "trainer": {"devices": devices}}
+
+    claim(tmp_path, settings(8, 1))
+    claim(tmp_path, settings(4, 2))
+    claim(tmp_path, settings(2, 4))
+    with pytest.raises(ConfigError, match=r"other settings \(phases\.a\.batch_size\)"):
+        claim(tmp_path, settings(2, 2))
+
+
 def test_mistakes_in_a_phase_are_named():
     base = {"objective": "understanding", "trains": ["encoder"], "steps": 1, "batch_size": 1, "learning_rate": 1e-3}
     for change, message in (

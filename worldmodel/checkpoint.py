@@ -78,13 +78,13 @@ def describe(
 
 
 def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Writes weights and description, each by rename, so that an interrupted save leaves the old ones whole."""
+    """Writes weights and description, each by rename, the weights last: where they are, the checkpoint is whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / f"{WEIGHTS}.part")
     (folder / f"{DESCRIPTION}.part").write_text(json.dumps(dict(metadata or model.metadata), indent=1))
-    for name in (WEIGHTS, DESCRIPTION):
+    for name in (DESCRIPTION, WEIGHTS):
         os.replace(folder / f"{name}.part", folder / name)
     return folder
 

@@ -97,6 +97,7 @@ def train(config: Mapping[str, Any]) -> Path:
         folder = run / "phases" / f"{number}-{phase.name}"
         if (folder / "model.safetensors").is_file():
             log.info("phase %s is done", phase.name)
+            (folder / "last.ckpt").unlink(missing_ok=True)
             model.load_state_dict(load_model(folder).state_dict())
             continue
         started = time.perf_counter()
@@ -109,18 +110,34 @@ def train(config: Mapping[str, Any]) -> Path:
 
 
 def claim(run: Path, config: Mapping[str, Any]) -> None:
-    """Notes the configuration in a new run folder, or checks that an old one was made with the same."""
+    """Notes the configuration in a new run folder, or checks that an old one was made with the same.
+
+    Ranks may change where the batch sizes change with them, so that global batches stay; see `ClipDataModule`.
+    """
     run.mkdir(parents=True, exist_ok=True)
     noted = run / "config.json"
-    own = json.loads(json.dumps({k: v for k, v in config.items() if k != "trainer"}))
+    devices = config["trainer"].get("devices")
+    ranks = devices if type(devices) is int and devices > 0 else 1
+    own = json.loads(json.dumps({k: v for k, v in config.items() if k != "trainer"} | {"ranks": ranks}))
     if noted.is_file():
         before = json.loads(noted.read_text())
-        if changed := sorted(set(differences(before, own))):
+        if changed := sorted(set(differences(with_global_batches(before), with_global_batches(own)))):
             raise ConfigError(
                 f"{run} holds a run with other settings ({', '.join(changed[:6])}); choose another run_dir, or delete "
                 "the folder to train anew"
             )
-    noted.write_text(json.dumps(own, indent=1))
+    part = noted.with_suffix(".part")
+    part.write_text(json.dumps(own, indent=1))
+    part.replace(noted)
+
+
+def with_global_batches(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """A noted configuration in which the batch sizes of phases are those of all ranks together."""
+    phases = {
+        name: {k: v * noted.get("ranks", 1) if k == "batch_size" else v for k, v in values.items()}
+        for name, values in noted["phases"].items()
+    }
+    return {k: v for k, v in noted.items() if k != "ranks"} | {"phases": phases}
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -209,6 +226,7 @@ def run_phase(
         num_workers=settings["workers"],
         reader=reader,
         needs=partial(phase.needs, config["seed"]),
+        whole=all(ingredient.rows is None for ingredient in phase.mixture),
         complete=False,
         **chosen,
     )
@@ -285,5 +303,6 @@ def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Pa
             flat = rgb.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1.0
             encoded = model.autoencoder.encode_frames(flat)
             cache[entry.start : entry.start + entry.length] = encoded.unflatten(0, rgb.shape[:2])
-    save_file({key: cache}, path)
+    save_file({key: cache}, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
     return cache
