@@ -19,7 +19,8 @@ from worldmodel.data.__main__ import USAGE, main
 from worldmodel.data.formats.assemble import assemble, task_name
 from worldmodel.data.formats.base import Field, Fields, Recording, Ref, episode_key
 from worldmodel.data.formats.lerobot import LeRobotSource
-from worldmodel.data.formats.mapping import Split, load_mapping, make_mapping, to_yaml
+from worldmodel.data.formats.map_file import load_mapping, make_mapping, to_yaml
+from worldmodel.data.formats.mapping import Split
 from worldmodel.data.formats.resolve import resolve
 from worldmodel.data.formats.suggest import suggest
 from worldmodel.data.importing import assign_splits, import_dataset
@@ -103,6 +104,13 @@ def test_ambiguous_names_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"(?s)embodiment: \?\?\?, only you know.*fps.*instruction") as error:
         resolve(unnamed)
     assert "instruction: {text: '???'}" in str(error.value)
+
+
+def test_suggested_cameras_lose_the_prefix_that_all_have() -> None:
+    names = ("observation/image", "observation/wrist_image", "observation.images.top", "obs/images/left", "rgb/right")
+    suggested = suggest(Fields("demo", cameras=dict.fromkeys(names))).mapping["cameras"]
+    assert list(suggested) == ["image", "wrist_image", "top", "left", "right"]
+    assert [camera["field"] for camera in suggested.values()] == list(names)
 
 
 def test_poses_of_either_direction_and_axes_become_camera_to_base() -> None:

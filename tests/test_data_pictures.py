@@ -7,7 +7,7 @@ import pytest
 from synthetic import made_up_dataset, made_up_episode
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data import frames, schema
+from worldmodel.data import frames, media, schema
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader, write_index, write_shard
 from worldmodel.errors import SampleError
@@ -27,7 +27,7 @@ def test_only_the_pictures_of_a_clip_are_decoded_and_each_once(root: Path, monke
 
     def counting(data: bytes, where: str) -> np.ndarray:
         decoded.append(where)
-        return schema.decode_picture(data, where)
+        return media.decode_picture(data, where)
 
     monkeypatch.setattr(frames, "decode_picture", counting)
     clips = ClipDataset(ShardReader(root), SPEC, split="train")

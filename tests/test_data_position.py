@@ -113,6 +113,16 @@ def test_ranks_may_change_where_the_global_batch_stays(root: str) -> None:
     assert [a + b for a, b in zip(*begun, strict=True)] + run(one, BATCHES - 4) == whole
 
 
+def test_batches_that_are_used_whole_may_change_their_ranks_whatever_they_leave_unloaded(root: str) -> None:
+    settings: dict[str, Any] = {"needs": lambda number: Needs(future=number % 2 == 0), "whole": True}
+    two = [module(root, rank=rank, ranks=2, **settings) for rank in (0, 1)]
+    begun = [run(data, 4) for data in two]
+    one = module(root, batch_size=6, **settings)
+    one.load_state_dict(two[0].state_dict())
+    whole = chain(root, [BATCHES], batch_size=6)[0]
+    assert [a + b for a, b in zip(*begun, strict=True)] + run(one, BATCHES - 4) == whole
+
+
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "batch size": ({"batch_size": 4}, "3 × 2 then, 4 × 2 now; their product must stay 6"),
     "ranks": ({"ranks": 3}, "3 × 2 then, 3 × 3 now; their product must stay 6"),

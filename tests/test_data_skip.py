@@ -61,7 +61,7 @@ def test_skipped_clips_are_replaced_counted_logged_and_kept_in_the_checkpoint(
     assert lost and not any("drawer-close-v3-train-000001" in key for key in found)
     assert [a for a in sound if a not in lost] == [b for a, b in zip(sound, found, strict=True) if a not in lost]
     state = copy.deepcopy(data.state_dict())
-    record = state["skipped"]["metaworld-drawer-close-v3-train-000001"]
+    record = state["skipped"][f"{damaged}: metaworld-drawer-close-v3-train-000001"]
     assert record["clips"] == len(lost) and "altered" in record["reason"]
     messages = [r.getMessage() for r in caplog.records if "damaged episode skipped" in r.getMessage()]
     assert len(messages) == 1 and "so far 1 clips of 1 episodes replaced" in messages[0]
@@ -91,3 +91,11 @@ def test_evaluation_and_a_dataset_without_a_good_sample_raise(damaged: Path) -> 
     with pytest.raises(DataError, match=r"every episode of embodiment 'sawyer' is damaged"):
         ClipDataset(reader, SPEC, split="train", tasks=["drawer-close-v3"], on_error="skip")
     assert all("drawer" not in key for batch in keys(module(damaged), 5) for key in batch)
+
+
+def test_datasets_that_share_keys_are_counted_apart(damaged: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(damaged, tmp_path / "other")
+    data = module(damaged, mixture=[{"root": str(damaged)}, {"root": str(other)}])
+    keys(data, 30)
+    state = data.state_dict()["skipped"]
+    assert set(state) == {f"{root}: metaworld-drawer-close-v3-train-000001" for root in (damaged, other)}

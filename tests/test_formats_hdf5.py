@@ -13,7 +13,7 @@ from PIL import Image
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.dataset import ClipDataset, collate
-from worldmodel.data.formats.mapping import make_mapping
+from worldmodel.data.formats.map_file import make_mapping
 from worldmodel.data.formats.registry import open_source
 from worldmodel.data.formats.resolve import resolve
 from worldmodel.data.importing import import_dataset

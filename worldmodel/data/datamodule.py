@@ -41,6 +41,7 @@ class ClipDataModule(L.LightningDataModule):
             `skipped`, in the log and in the checkpoint. Evaluation always raises.
         needs: what training batch number k will use (see `Needs`); None is everything. Rows it leaves out are not made
             up for: that batch is smaller.
+        whole: whether `needs` never leaves rows out, so that the number of ranks may change on resume.
         validation_clips: clips of `heldout_episodes` in the validation loader, evenly spread; None is all.
 
     Raises:
@@ -67,11 +68,13 @@ class ClipDataModule(L.LightningDataModule):
         on_error: str = "raise",
         complete: bool = True,
         needs: Callable[[int], Needs] | None = None,
+        whole: bool = False,
         validation_clips: int | None = 256,
     ) -> None:
         super().__init__()
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
         self.num_workers, self.validation_clips, self.needs = num_workers, validation_clips, needs
+        self.whole = whole or needs is None
         if mixture is not None and tasks is not None:
             raise ConfigError("give either `mixture`, whose sources name their tasks, or `tasks` of `root`, not both")
         sources = make_sources([Source(root=root, tasks=tasks)] if mixture is None else mixture)
@@ -144,7 +147,7 @@ class ClipDataModule(L.LightningDataModule):
 
     @property
     def skipped(self) -> dict[str, dict[str, Any]]:
-        """Damaged episodes by key: `reason`, and how many `clips` of this rank's batches so far were replaced."""
+        """Damaged episodes by root and key: `reason`, and how many `clips` of this rank's batches were replaced."""
         self._tally.settle(self.batches_done())
         return self._tally.skipped
 
@@ -173,7 +176,7 @@ class ClipDataModule(L.LightningDataModule):
         """Continue at the position of `state_dict`.
 
         Workers do not matter. Another number of ranks is exact if the batch size changes with it, so that a global
-        batch holds the same clips, and if batches are used whole (no `needs`); anything else is refused.
+        batch holds the same clips, and if batches are used `whole`; anything else is refused.
 
         Raises:
             ConfigError: seed, global batch or data differ, so that the position means something else.
@@ -191,7 +194,7 @@ class ClipDataModule(L.LightningDataModule):
                 f"batch_size × ranks: {then['batch_size']} × {then['ranks']} then, {now['batch_size']} × "
                 f"{now['ranks']} now; their product must stay {clips}"
             )
-        elif then["ranks"] != now["ranks"] and self.needs is not None:
+        elif then["ranks"] != now["ranks"] and not self.whole:
             differing.append(
                 f"ranks: {then['ranks']} then, {now['ranks']} now, while this phase uses parts of each rank's batch; "
                 f"resume on {then['ranks']}"

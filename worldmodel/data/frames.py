@@ -6,11 +6,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from worldmodel.data.schema import decode_picture, decode_video
+from worldmodel.data.media import decode_picture, decode_video
 from worldmodel.errors import DataError
 
 _PICTURE = re.compile(r"rgb\.(?P<camera>.+)\.(?P<step>\d{6})\.jpg")
 _VIDEO = re.compile(r"rgb\.(?P<camera>.+)\.mp4")
+_SPARSE = 64
+"""Numbers beyond this many times the count of a camera's pictures are left out: one must not make a table endless."""
+
+
+def camera_and_step(name: str) -> tuple[str, int | None] | None:
+    """Which picture member `name` holds, step None for a whole video; None for any other member."""
+    if match := _PICTURE.fullmatch(name):
+        return match["camera"], int(match["step"])
+    match = _VIDEO.fullmatch(name)
+    return (match["camera"], None) if match else None
 
 
 class FrameTable(NamedTuple):
@@ -25,15 +35,17 @@ class FrameTable(NamedTuple):
         found: dict[str, dict[int, tuple[int, int]]] = {}
         videos = {}
         for name, place in places.items():
-            if match := _PICTURE.fullmatch(name):
-                found.setdefault(match["camera"], {})[int(match["step"])] = place
-            elif match := _VIDEO.fullmatch(name):
-                videos[match["camera"]] = place
+            camera, step = camera_and_step(name) or ("", None)
+            if step is not None:
+                found.setdefault(camera, {})[step] = place
+            elif camera:
+                videos[camera] = place
         pictures = {}
         for camera, steps in found.items():
-            pictures[camera] = np.zeros((max(steps) + 1, 2), np.int64)
+            pictures[camera] = np.zeros((min(max(steps) + 1, _SPARSE * len(steps)), 2), np.int64)
             for step, place in steps.items():
-                pictures[camera][step] = place
+                if step < len(pictures[camera]):
+                    pictures[camera][step] = place
         return cls(pictures, videos)
 
     def place(self, camera: str, step: int) -> tuple[int, int] | None:
@@ -51,9 +63,9 @@ class FrameTable(NamedTuple):
             raise DataError(f"{name}: member is missing; stored pictures by camera: {counts}")
         return channels_first(decode_picture(read(*place), name))
 
-    def video(self, camera: str, read: Callable[[int, int], bytes]) -> np.ndarray:
-        """(T, 3, h, w) uint8: a whole stored video. Raises `DataError`."""
-        return channels_first(decode_video(read(*self.videos[camera]), f"rgb.{camera}.mp4"))
+    def video(self, camera: str, most: int, read: Callable[[int, int], bytes]) -> np.ndarray:
+        """(T, 3, h, w) uint8: the first `most` frames of a stored video. Raises `DataError`."""
+        return channels_first(decode_video(read(*self.videos[camera]), f"rgb.{camera}.mp4", most=most))
 
     @property
     def nbytes(self) -> int:

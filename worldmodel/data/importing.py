@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,7 +12,8 @@ from typing import Any
 
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.formats.base import Ref
-from worldmodel.data.formats.mapping import SPLITS, Mapping, Split, load_mapping, make_mapping, to_yaml
+from worldmodel.data.formats.map_file import load_mapping, make_mapping, to_yaml
+from worldmodel.data.formats.mapping import SPLITS, Mapping, Split
 from worldmodel.data.formats.registry import open_source
 from worldmodel.data.formats.resolve import resolve
 from worldmodel.data.jobs import Chunk, claim, fill
@@ -21,6 +23,7 @@ from worldmodel.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 EPISODES_PER_SHARD = 25
+_KEY = re.compile(r"[^\0-\37\\./]{1,200}")
 
 
 def import_dataset(
@@ -93,7 +96,7 @@ def check_refs(refs: Sequence[Ref], where: str) -> None:
         raise DataError(f"{where}: no episodes")
     seen: set[str] = set()
     for ref in refs:
-        if not ref.key or "." in ref.key or "/" in ref.key or ref.key in seen:
+        if not _KEY.fullmatch(ref.key) or ref.key in seen:
             raise DataError(f"{where}: episode key {ref.key!r} must be unique and hold no dot and no slash")
         seen.add(ref.key)
 

@@ -96,6 +96,7 @@ class Mixture(Dataset[Clip]):
         self.names: list[str] = []
         weights: list[float] = []
         self._frames: list[int] = []
+        self._roots: list[str] = []
         roots = list(dict.fromkeys(source.root for source in sources))
         first = dict(zip(roots, np.cumsum([0] + [readers[root].frames for root in roots]).tolist(), strict=False))
         for source in sources:
@@ -107,6 +108,7 @@ class Mixture(Dataset[Clip]):
                 self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
                 weights.append(weight * source.weight)
                 self._frames.append(first[source.root])
+                self._roots.append(source.root)
         self.sizes = [len(part) for part in self.parts]
         self.shares = apportion(weights)
         """Clips of each part among every `PERIOD`."""
@@ -119,6 +121,9 @@ class Mixture(Dataset[Clip]):
         request = index if isinstance(index, Request) else Request(index, True, True)
         part = self.part(request.clip)
         clip = self.parts[part][request._replace(clip=request.clip - int(self._ends[part] - self.sizes[part]))]
+        if clip.skip is not None:
+            # Datasets of a mixture may use the same keys.
+            clip = clip._replace(skip=clip.skip._replace(key=f"{self._roots[part]}: {clip.skip.key}"))
         return clip._replace(frame=clip.frame + self._frames[part])
 
     def part(self, index: int) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from worldmodel.data.schema import MODALITIES, Episode
+from worldmodel.data.meta import MODALITIES
+from worldmodel.data.schema import Episode
 from worldmodel.data.shards import Entry, ShardReader
 
 SAMPLED_EPISODES = 400
@@ -91,7 +92,7 @@ def series(reader: ShardReader) -> dict[str, Series]:
                 kept.actions.setdefault(f"{name} [{unit}]" if unit else name, []).append(column)
         if episode.wrench is not None:
             for s, sensor in enumerate(meta["sensor_names"]):
-                force = np.linalg.norm(episode.wrench[:, s, :3], axis=-1)
+                force = np.linalg.norm(episode.wrench[:, s, :3].astype(np.float64), axis=-1)
                 kept.forces.setdefault(sensor, []).append(force)
     return found
 

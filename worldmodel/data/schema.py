@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.contracts import SCHEMA_VERSION
-from worldmodel.data.embodiments import metadata_faults
+from worldmodel.data.faults import faults
+from worldmodel.data.media import decode_picture, decode_video
+from worldmodel.data.meta import parse_meta
+from worldmodel.data.plain import load_archive, load_array
 from worldmodel.errors import DataError
 
-META_FIELDS = ("schema_version", "episode_id", "embodiment", "task", "instruction", "split", "fps", "length", "success")
-MODALITIES = ("rgb", "camera", "objects", "tactile", "proprio", "action")
-"""Names that `meta["absent"]` may hold."""
 JPEG_QUALITY = 95
 
 
@@ -95,7 +94,7 @@ def decode(members: dict[str, bytes], where: str, *, images: bool = True, check:
     Raises:
         DataError: a member is missing or unreadable, or `check_episode` found a fault.
     """
-    meta = _meta(members, where)
+    meta = parse_meta(_member(members, "meta.json", where), where)
     absent = set(meta.get("absent", ()))
     episode = Episode(meta=meta)
     if "camera" not in absent:
@@ -106,7 +105,7 @@ def decode(members: dict[str, bytes], where: str, *, images: bool = True, check:
                     f"{where}: camera.npz: unknown array {name!r}; expected <camera>.intrinsics and "
                     "<camera>.camera_to_base"
                 )
-            if kind == "intrinsics" and value.ndim == 2:
+            if kind == "intrinsics" and value.shape == (3, 3):
                 value = np.broadcast_to(value, (episode.length, 3, 3))
             getattr(episode, kind)[camera] = value
     if "objects" not in absent:
@@ -136,96 +135,6 @@ def check_episode(episode: Episode, where: str) -> None:
         raise DataError(f"{where}: {message}")
 
 
-def faults(episode: Episode) -> list[str]:
-    """Every fault of `episode`, each as `field: what is wrong; what would be right`."""
-    found = metadata_faults(episode.meta)
-    t = episode.length
-    arrays: dict[str, np.ndarray] = {}
-    for group, values in (("intrinsics", episode.intrinsics), ("camera_to_base", episode.camera_to_base)):
-        arrays |= {f"{group}.{camera}": value for camera, value in values.items()}
-    for name in ("points", "visible", "wrench", "taxels", "proprio", "action"):
-        value = getattr(episode, name)
-        if value is not None:
-            arrays[name] = value
-    arrays |= {f"rgb.{camera}": value for camera, value in episode.rgb.items()}
-    arrays |= {f"times.{stream}": value for stream, value in episode.times.items()}
-    for name, value in arrays.items():
-        if len(value) != t:
-            found.append(f"{name}: {len(value)} steps, meta.json says length {t}; both must agree")
-        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-            step = int(np.argwhere(~np.isfinite(value))[0][0])
-            found.append(f"{name}: NaN or infinity at step {step}; every value must be finite")
-    tails = {
-        "points": (len(episode.meta.get("point_names", ())), 3),
-        "wrench": (len(episode.meta.get("sensor_names", ())), 6),
-    }
-    for name, tail in tails.items():
-        if name in arrays and arrays[name].shape[1:] != tail:
-            found.append(f"{name}: shape {arrays[name].shape}, meta.json names make it (T, {tail[0]}, {tail[1]})")
-    for name, names in (("proprio", "proprio_names"), ("action", "action_names")):
-        if name in arrays and arrays[name].shape[1:] != (len(episode.meta.get(names, ())),):
-            found.append(
-                f"{name}: shape {arrays[name].shape}, but meta.json has {len(episode.meta.get(names, ()))} {names}"
-            )
-    for camera, pose in episode.camera_to_base.items():
-        if message := _pose_fault(pose):
-            found.append(f"camera_to_base.{camera}: {message}")
-    for camera, matrix in episode.intrinsics.items():
-        if matrix.shape[1:] != (3, 3) or (matrix[:, 0, 0] <= 0).any() or (matrix[:, 1, 1] <= 0).any():
-            found.append(f"intrinsics.{camera}: must be (T, 3, 3) with positive focal lengths, got {matrix.shape}")
-    return found
-
-
-def _pose_fault(pose: np.ndarray) -> str | None:
-    if pose.shape[1:] != (4, 4):
-        return f"shape {pose.shape}, must be (T, 4, 4)"
-    rotation = pose[:, :3, :3].astype(np.float64)
-    deviation = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
-    determinant = np.linalg.det(rotation)
-    bad = np.flatnonzero(~((deviation < 1e-3) & (determinant > 0)))
-    if len(bad):
-        step = int(bad[0])
-        return (
-            f"no rotation at step {step} (determinant {determinant[step]:.3g}, off orthonormal by "
-            f"{deviation[step]:.3g}); the upper left 3x3 must be orthonormal with determinant +1"
-        )
-    if not np.allclose(pose[:, 3], [0, 0, 0, 1], atol=1e-6):
-        return "the last row must be [0, 0, 0, 1]"
-    return None
-
-
-def _meta(members: dict[str, bytes], where: str) -> dict[str, Any]:
-    try:
-        meta = json.loads(_member(members, "meta.json", where))
-    except ValueError as error:
-        raise DataError(f"{where}: meta.json: not valid JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise DataError(f"{where}: meta.json: must be an object, got {type(meta).__name__}")
-    if meta.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{where}: meta.json: schema_version {meta.get('schema_version')!r}, this version reads "
-            f"{SCHEMA_VERSION}; generate or convert the data again"
-        )
-    if missing := [name for name in META_FIELDS if name not in meta]:
-        raise DataError(f"{where}: meta.json: missing {missing}; required: {list(META_FIELDS)}")
-    absent = meta.get("absent", [])
-    if unknown := sorted(set(absent) - set(MODALITIES)):
-        raise DataError(f"{where}: meta.json: absent names unknown modalities {unknown}; known: {list(MODALITIES)}")
-    needed = {
-        "rgb": "cameras",
-        "objects": "point_names",
-        "tactile": "sensor_names",
-        "proprio": "proprio_names",
-        "action": "action_names",
-    }
-    for modality, name in needed.items():
-        if modality not in absent and not isinstance(meta.get(name), list):
-            raise DataError(f"{where}: meta.json: {name} must list the names of {modality!r}, which is not absent")
-    if not isinstance(meta["length"], int) or meta["length"] < 1:
-        raise DataError(f"{where}: meta.json: length must be a positive integer, got {meta['length']!r}")
-    return meta
-
-
 def _member(members: dict[str, bytes], name: str, where: str) -> bytes:
     if name not in members:
         raise DataError(f"{where}: {name}: member is missing; store it, or name its modality in meta.json's absent")
@@ -241,17 +150,16 @@ def _array(arrays: dict[str, np.ndarray], name: str, member: str, where: str) ->
 def _decode_npy(members: dict[str, bytes], name: str, where: str) -> np.ndarray:
     data = _member(members, name, where)
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        return load_array(data)
+    except ValueError as error:
         raise DataError(f"{where}: {name}: not a plain numpy array ({error})") from error
 
 
 def _decode_npz(members: dict[str, bytes], name: str, where: str) -> dict[str, np.ndarray]:
     data = _member(members, name, where)
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile and numpy raise half a dozen types for a damaged archive
+        return load_archive(io.BytesIO(data))
+    except ValueError as error:
         raise DataError(f"{where}: {name}: not a plain numpy archive ({error})") from error
 
 
@@ -272,7 +180,7 @@ def _encode_jpeg(image: np.ndarray) -> bytes:
 def _decode_images(members: dict[str, bytes], camera: str, length: int, where: str) -> np.ndarray:
     """(T, h, w, 3) uint8 from the camera's video or its numbered pictures."""
     if (video := members.get(f"rgb.{camera}.mp4")) is not None:
-        return decode_video(video, f"{where}: rgb.{camera}.mp4")
+        return decode_video(video, f"{where}: rgb.{camera}.mp4", most=length + 1)
     images = []
     for step in range(length):
         name = f"rgb.{camera}.{step:06d}.jpg"
@@ -280,27 +188,3 @@ def _decode_images(members: dict[str, bytes], camera: str, length: int, where: s
         if images[-1].shape != images[0].shape:
             raise DataError(f"{where}: {name}: size {images[-1].shape}, the first picture has {images[0].shape}")
     return np.stack(images)
-
-
-def decode_picture(data: bytes, where: str) -> np.ndarray:
-    """(h, w, 3) uint8 from a JPEG file. Raises `DataError` if it is none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            # Converting what is RGB already would copy it.
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: not a readable JPEG picture ({error})") from error
-
-
-def decode_video(data: bytes, where: str) -> np.ndarray:
-    """(T, h, w, 3) uint8 from a video file. Raises `DataError` if it is none."""
-    import av
-    import av.error
-
-    try:
-        with av.open(io.BytesIO(data), mode="r") as container:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    except (av.error.FFmpegError, ValueError, IndexError) as error:
-        raise DataError(f"{where}: not a readable video ({error})") from error

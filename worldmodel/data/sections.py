@@ -1,6 +1,7 @@
 """The files of a dataset, here or behind a URL, and the checked byte ranges of its samples."""
 
 import io
+import os
 import tarfile
 import zlib
 from contextlib import suppress
@@ -71,8 +72,10 @@ class ShardFiles:
         where = f"{entry.shard}: key {entry.key}"
         try:
             with self.open(entry) as shard:
+                # Asked for more than there is, a read first makes room for it.
+                there = os.fstat(shard.fileno()).st_size - entry.offset
                 shard.seek(entry.offset)
-                data = shard.read(entry.size)
+                data = shard.read(min(entry.size, max(there, 0)))
         except OSError as error:
             raise SampleError(f"{where}: cannot be read ({error})") from error
         if len(data) != entry.size:
@@ -85,12 +88,14 @@ class ShardFiles:
                 for member in archive:
                     key, _, extension = member.name.partition(".")
                     plain = member.isfile() and not member.issparse() and "/" not in member.name
-                    if key != entry.key or not plain or member.offset_data + member.size > len(data):
+                    # A size below zero would lead back to where the tar began.
+                    within = 0 <= member.size <= len(data) - member.offset_data
+                    if key != entry.key or not plain or not within or extension in places:
                         raise SampleError(
                             f"{where}: unexpected member {member.name!r}; every member must be a plain "
-                            f"file named {entry.key}.<field>"
+                            f"file named {entry.key}.<field>, and there once"
                         )
                     places[extension] = (member.offset_data, member.size)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             raise SampleError(f"{where}: not a valid tar section ({error}); regenerate the shard") from error
         return data, places

@@ -21,6 +21,8 @@ from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.cache import ByteCache
 from worldmodel.data.embodiments import metadata_faults
 from worldmodel.data.frames import FrameTable
+from worldmodel.data.index import check_index
+from worldmodel.data.plain import read_json
 from worldmodel.data.schema import Episode, decode, encode
 from worldmodel.data.sections import Entry, ShardFiles
 from worldmodel.errors import DataError, RemoteError, SampleError
@@ -43,8 +45,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str,
     temporary = _temporary(path)
     entries: list[dict[str, Any]] = []
     keys: set[str] = set()
-    with open(temporary, "wb") as file:
-        writer = TarWriter(file, encoder=False, mtime=0.0, user="worldmodel", group="worldmodel")
+    options: dict[str, Any] = {"encoder": False, "mtime": 0.0, "user": "worldmodel", "group": "worldmodel"}
+    with open(temporary, "wb") as file, TarWriter(file, **options) as writer:
         for key, episode in samples:
             if "." in key or "/" in key or key in keys:
                 raise DataError(f"{path.name}: key {key!r} must be unique and hold no dot and no slash")
@@ -60,7 +62,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str,
                 | {name: meta[name] for name in names}
                 | {"initial_state": initial_state(episode)}
             )
-        writer.close()
     with open(temporary, "rb") as file:
         for entry in entries:
             file.seek(entry["offset"])
@@ -122,20 +123,10 @@ def remove_temporary(root: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     """A name that no other process writes to: two that make the same file must not mix their bytes."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in `path`; `what` says in the message what the file is and how to get it."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {what}") from error
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not readable JSON ({error}); {what}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: must hold a JSON object, got {type(value).__name__}; {what}")
-    return value
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # A link of that name, in a folder that others made, would lead the bytes out of it.
+    temporary.unlink(missing_ok=True)
+    return temporary
 
 
 class ShardReader:
@@ -160,30 +151,20 @@ class ShardReader:
             self.root / INDEX,
             "the index of a dataset; `python -m worldmodel.data generate` writes it when all shards are finished",
         )
-        version = self.index.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{self.root / INDEX}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; "
-                "generate or convert the data again"
-            )
+        check_index(self.index, str(self.root / INDEX))
         self._cache = ByteCache(cache_bytes)
         self._tables = ByteCache(_TABLE_BYTES)
         self.entries: list[Entry] = []
-        try:
-            self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
-            start = 0
-            for shard in self.index["shards"]:
-                if Path(shard["name"]).name != shard["name"]:
-                    raise DataError(f"{self.root / INDEX}: shard name {shard['name']!r} must be a plain file name")
-                self._files.records[shard["name"]] = shard
-                # Of a URL, sizes and checksums are checked when a shard is fetched.
-                if check_sizes and not self._files.remote:
-                    self.check_size(shard)
-                for fields in shard["entries"]:
-                    self.entries.append(Entry(**fields, shard=shard["name"], start=start))
-                    start += fields["length"]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{self.root / INDEX}: field missing or of the wrong kind ({error})") from error
+        self.heldout_tasks: tuple[str, ...] = tuple(self.index["heldout_tasks"])
+        start = 0
+        for shard in self.index["shards"]:
+            self._files.records[shard["name"]] = shard
+            # Of a URL, sizes and checksums are checked when a shard is fetched.
+            if check_sizes and not self._files.remote:
+                self.check_size(shard)
+            for fields in shard["entries"]:
+                self.entries.append(Entry(**fields, shard=shard["name"], start=start))
+                start += fields["length"]
         self.frames = start
         """Frames of the whole dataset: `Entry.start` counts up to it."""
 
@@ -220,7 +201,7 @@ class ShardReader:
 
             try:
                 if camera in table.videos:
-                    video = self._cache.get((i, camera), partial(table.video, camera, read), _nbytes)
+                    video = self._cache.get((i, camera), partial(table.video, camera, entry.length, read), _nbytes)
                     if max(steps) >= len(video):
                         raise DataError(f"rgb.{camera}.mp4: {len(video)} frames, step {max(steps)} is asked for")
                     return video[steps]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.plain import read_json
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import ShardReader, read_json, write_json
+from worldmodel.data.shards import ShardReader, write_json
 from worldmodel.errors import DataError
 
 STATISTICS = "stats.json"
@@ -49,7 +50,7 @@ def _columns(episode: Episode) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     for name in ("proprio", "action", "wrench"):
         value = getattr(episode, name)
-        if value is not None and value.shape[1]:  # taxels without any wrench leave it with no sensors
+        if value is not None:
             columns[name] = value
     if episode.taxels is not None:
         channels = episode.taxels.shape[2]
@@ -58,7 +59,7 @@ def _columns(episode: Episode) -> dict[str, np.ndarray]:
         columns["points"] = episode.points.reshape(-1, 3)
     if episode.camera_to_base:
         columns["camera_translation"] = np.concatenate([pose[:, :3, 3] for pose in episode.camera_to_base.values()])
-    return columns
+    return {name: value for name, value in columns.items() if value.size}
 
 
 def _measure(values: list[np.ndarray], embodiment: str, name: str) -> dict[str, Any]:
@@ -106,18 +107,37 @@ def load_statistics(root: str | Path) -> dict[str, Any]:
     """The statistics beside the shards in `root`.
 
     Raises:
-        DataError: missing, of another schema version, or incomplete.
+        DataError: missing, of another schema version, incomplete (older ones have no `floor`), or not finite numbers.
     """
     path = Path(root) / STATISTICS
-    statistics = read_json(path, "`python -m worldmodel.data stats DIR` writes it")
+    again = f"compute it again: python -m worldmodel.data stats {root}"
+    statistics = read_json(path, again)
     version = statistics.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; compute it again")
-    for embodiment, fields in statistics.get("embodiments", {}).items():
+        raise DataError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; {again}")
+    embodiments = statistics.get("embodiments")
+    if not isinstance(embodiments, dict) or not all(isinstance(fields, dict) for fields in embodiments.values()):
+        raise DataError(f"{path}: embodiments must be an object of objects; {again}")
+    for embodiment, fields in embodiments.items():
         for name, measures in fields.items():
-            if missing := [measure for measure in _MEASURES if measure not in measures]:
-                raise DataError(f"{path}: {embodiment}.{name}: missing {missing}; compute it again")
+            if message := _measures_fault(measures):
+                raise DataError(f"{path}: {embodiment}.{name}: {message}; {again}")
     return statistics
+
+
+def _measures_fault(measures: Any) -> str | None:
+    """What keeps the statistics of one field from being used."""
+    known = measures if isinstance(measures, dict) else {}
+    if missing := [measure for measure in (*_MEASURES, "floor", "floored") if measure not in known]:
+        return f"missing {missing}"
+    try:
+        arrays = {measure: np.array(measures[measure], np.float64) for measure in _MEASURES}
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"not numbers ({error})"
+    shapes = {array.shape for measure, array in arrays.items() if measure != "count"}
+    if len(shapes) > 1 or arrays["count"].shape or not all(np.isfinite(array).all() for array in arrays.values()):
+        return f"must be finite and of one shape, they have {sorted(shapes)}"
+    return None if (arrays["std"] > 0).all() and arrays["count"] >= 1 else "std and count must be above 0"
 
 
 def merge_statistics(several: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from worldmodel.data.checks import gripper, images, leaks, signals, structure, timing
 from worldmodel.data.checks.finding import Fault, Projection, Sample, Severity, Summary, Survey
+from worldmodel.data.faults import RATE
 from worldmodel.data.remote import is_url
 from worldmodel.data.shards import INDEX, ShardReader
 from worldmodel.data.statistics import STATISTICS, compute_statistics, load_statistics, statistics_hash
@@ -18,9 +19,7 @@ from worldmodel.errors import ConfigError, DataError
 
 FIELD_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
     structure.check_cameras,
-    structure.check_arrays,
     structure.check_fields,
-    structure.check_companions,
 )
 """Checks whose faults hide the field from the checks that follow."""
 EPISODE_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
@@ -183,12 +182,9 @@ def _examine(sample: Sample, faults: list[Fault]) -> Summary | None:
         found = _run(check, entry.shard, sample, key=entry.key)
         sample = replace(sample, episode=structure.without(sample.episode, {fault.field for fault in found}))
         faults += found
-        if any(not fault.field for fault in found):
+        if any(fault.field in ("", RATE) for fault in found):
             return None
     sample = replace(sample, episode=structure.paired(sample.episode))
-    if rate := _run(timing.check_rate_stated, entry.shard, sample, key=entry.key):
-        faults += rate
-        return None
     for check in EPISODE_CHECKS:
         faults += _run(check, entry.shard, sample, key=entry.key)
     episode = sample.episode

@@ -125,9 +125,10 @@ def _inside(episode: Episode) -> np.ndarray | None:
     inside = np.zeros(episode.points.shape[:2], bool)
     for camera in cameras:
         pose, matrix = episode.camera_to_base[camera], episode.intrinsics[camera]
-        in_camera = (episode.points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
-        depth = in_camera[..., 2]
-        pixels = in_camera / np.maximum(depth, 1e-6)[..., None] @ matrix.transpose(0, 2, 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # what lies that far away is in no picture
+            in_camera = (episode.points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+            depth = in_camera[..., 2]
+            pixels = in_camera / np.maximum(depth, 1e-6)[..., None] @ matrix.transpose(0, 2, 1)
         size = np.array(episode.rgb[camera].shape[2:0:-1])
         inside |= (depth > 0) & ((pixels[..., :2] >= -EDGE_SLACK) & (pixels[..., :2] <= size + EDGE_SLACK)).all(-1)
     return inside

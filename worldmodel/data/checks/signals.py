@@ -39,7 +39,7 @@ def channels(episode: Episode) -> dict[str, Channels]:
         axes = ("fx", "fy", "fz", "tx", "ty", "tz")
         names = [f"{sensor} {axis}" for sensor in meta["sensor_names"] for axis in axes]
         found["wrench"] = _channels(episode.wrench.reshape(len(episode.wrench), -1, 1), names)
-    if episode.taxels is not None:
+    if episode.taxels is not None and episode.taxels.size:
         t, s, c = episode.taxels.shape[:3]
         sensors = meta.get("taxel_sensors", [f"sensor {i}" for i in range(s)])
         kinds = meta.get("taxel_channels", [f"channel {i}" for i in range(c)])
@@ -75,7 +75,7 @@ def jumps(episode: Episode) -> Jumps | None:
     """The actions of `episode` in small: some values and changes, and the largest change of each dimension."""
     if episode.action is None or len(episode.action) < 2:
         return None
-    changes = np.abs(np.diff(episode.action, axis=0))
+    changes = np.abs(np.diff(episode.action.astype(np.float64), axis=0))
     stride = -(-len(changes) // SAMPLED_STEPS)
     step = changes.argmax(axis=0)
     names = tuple(episode.meta["action_names"])

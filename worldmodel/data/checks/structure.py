@@ -9,7 +9,10 @@ import numpy as np
 
 from worldmodel.data.checks.finding import RESTORE, Fault, Sample
 from worldmodel.data.embodiments import beyond_limits
-from worldmodel.data.schema import Episode, decode, faults
+from worldmodel.data.faults import faults
+from worldmodel.data.frames import camera_and_step
+from worldmodel.data.plain import loads
+from worldmodel.data.schema import Episode, decode
 from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import DataError
 
@@ -21,17 +24,6 @@ _MODALITY = {
     "action.npy": "action",
 }
 _FLOATS = ("points", "wrench", "taxels", "proprio", "action")
-_AXES = {
-    "points": "(T, K, 3)",
-    "visible": "(T, K)",
-    "wrench": "(T, S, 6)",
-    "taxels": "(T, S, C, rows, columns)",
-    "proprio": "(T, P)",
-    "action": "(T, D)",
-    "intrinsics": "(T, 3, 3)",
-    "camera_to_base": "(T, 4, 4)",
-    "times": "(T,)",
-}
 
 
 def check_file(reader: ShardReader, shard: dict[str, Any]) -> Iterator[Fault]:
@@ -67,7 +59,7 @@ def read_sample(reader: ShardReader, i: int) -> tuple[Sample | None, list[Fault]
     while True:
         try:
             episode = decode(readable, where, check=False)
-            episode.meta = json.loads(members["meta.json"])  # as stored, not as edited below
+            episode.meta = loads(members["meta.json"])  # as stored, not as edited below
             return Sample(entry, members, episode), found
         except DataError as error:
             name, _, rest = _local(error, where).partition(": ")
@@ -85,7 +77,7 @@ def _leave_out(members: dict[str, bytes], name: str) -> bool:
     """Takes what member `name` belongs to out of `members`; False if nothing is left to take out."""
     if name == "times.npz":
         return members.pop(name, None) is not None
-    meta = json.loads(members["meta.json"])
+    meta = loads(members["meta.json"])
     if name.startswith("rgb."):
         camera = next((c for c in meta["cameras"] if name.startswith(f"rgb.{c}.")), None)
         if camera is None:
@@ -101,43 +93,8 @@ def _leave_out(members: dict[str, bytes], name: str) -> bool:
     return True
 
 
-def _arrays(episode: Episode) -> Iterator[tuple[str, np.ndarray]]:
-    """Every series of numbers by the name of its field; those of a camera or stream as `field.name`."""
-    for name in ("points", "visible", "wrench", "taxels", "proprio", "action"):
-        if (value := getattr(episode, name)) is not None:
-            yield name, value
-    for name in ("intrinsics", "camera_to_base", "times"):
-        yield from ((f"{name}.{part}", value) for part, value in getattr(episode, name).items())
-
-
-def check_arrays(sample: Sample) -> Iterator[Fault]:
-    """Every series holds real numbers and has as many axes as the schema says."""
-    for name, value in _arrays(sample.episode):
-        axes = _AXES[name.partition(".")[0]]
-        if value.dtype.kind not in "fiub":
-            yield sample.fault(name, f"type {value.dtype} holds no real numbers", "store float32, flags as bool")
-        elif value.ndim != len([axis for axis in axes.strip("()").split(",") if axis]):
-            yield sample.fault(name, f"shape {value.shape}, must be {axes}", "write the episode again")
-
-
-def check_companions(sample: Sample) -> Iterator[Fault]:
-    """Flags fit the points that they mark, and taxel grids the sensors that the metadata name."""
-    episode, fix = sample.episode, "write the episode again"
-    if episode.points is not None and episode.visible is not None:
-        wanted = episode.points.shape[:2]
-        # Another number of steps is named by the check of lengths.
-        if episode.visible.shape[1:] != wanted[1:]:
-            yield sample.fault("visible", f"shape {episode.visible.shape}, the points make it {wanted}", fix)
-    if episode.taxels is not None:
-        for axis, names in ((1, "taxel_sensors"), (2, "taxel_channels")):
-            listed = episode.meta.get(names)
-            if listed is not None and len(listed) != episode.taxels.shape[axis]:
-                message = f"shape {episode.taxels.shape}, but meta.json has {len(listed)} {names}"
-                yield sample.fault("taxels", message, fix)
-
-
 def check_fields(sample: Sample) -> Iterator[Fault]:
-    """Lengths, shapes, finite values, rotations and intrinsics, as every reader demands them."""
+    """Types, lengths, shapes, finite values, rotations and intrinsics, as every reader demands them."""
     for message in faults(sample.episode):
         name, _, rest = message.partition(": ")
         problem, _, fix = rest.partition("; ")
@@ -189,18 +146,15 @@ def check_members(sample: Sample) -> Iterator[Fault]:
 
 
 def _is_read(name: str, cameras: list[str], length: int) -> bool:
-    camera, _, number = name.removeprefix("rgb.").removesuffix(".jpg").removesuffix(".mp4").rpartition(".")
-    if name.endswith(".mp4"):
-        return name.removeprefix("rgb.").removesuffix(".mp4") in cameras
-    return camera in cameras and number.isdigit() and int(number) < length
+    camera, step = camera_and_step(name) or ("", 0)
+    return camera in cameras and (step or 0) < length
 
 
 def check_cameras(sample: Sample) -> Iterator[Fault]:
-    """Every camera has both intrinsics and poses, and every camera with pictures has them unless poses are absent."""
+    """Every camera with intrinsics has poses, and every camera with pictures has both unless poses are absent."""
     episode = sample.episode
-    for camera in sorted(set(episode.intrinsics) ^ set(episode.camera_to_base)):
-        missing = "camera_to_base" if camera in episode.intrinsics else "intrinsics"
-        yield sample.fault(f"{missing}.{camera}", "is missing", f"store {camera}.{missing} in camera.npz")
+    for camera in sorted(set(episode.intrinsics) - set(episode.camera_to_base)):
+        yield sample.fault(f"camera_to_base.{camera}", "is missing", f"store {camera}.camera_to_base in camera.npz")
     if episode.camera_to_base:
         for camera in sorted(set(episode.rgb) - set(episode.camera_to_base) - set(episode.intrinsics)):
             message = "has pictures but no pose, while other cameras have one"

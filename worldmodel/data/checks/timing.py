@@ -1,25 +1,17 @@
 """Time: the rate that the metadata state, the rate of the videos, and the clocks of the streams."""
 
-import io
-import math
 from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 
 from worldmodel.data.checks.finding import Fault, Sample, Survey
+from worldmodel.data.media import opened_video
 
 RATE_TOLERANCE = 0.02
 """Relative. Clocks are off by parts in a million, and 29.97 against 30 by 0.001; more is a wrong number."""
 SYNC_TOLERANCE = 0.5
 """In periods. Past half a period a sample belongs to the neighbouring step."""
-
-
-def check_rate_stated(sample: Sample) -> Iterator[Fault]:
-    """`fps` is a positive finite number."""
-    fps = sample.episode.meta["fps"]
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not math.isfinite(fps) or fps <= 0:
-        yield sample.fault("meta.json fps", f"{fps!r} is no rate", "state the control rate in Hz")
 
 
 def check_clocks(sample: Sample) -> Iterator[Fault]:
@@ -63,15 +55,13 @@ def check_sync(sample: Sample) -> Iterator[Fault]:
 
 def check_video_rate(sample: Sample) -> Iterator[Fault]:
     """Stored videos run at the stated rate."""
-    import av
-
     fps = float(sample.episode.meta["fps"])
     for camera in sample.episode.rgb:
         name = f"rgb.{camera}.mp4"
         if name not in sample.members:
             continue
-        with av.open(io.BytesIO(sample.members[name]), mode="r") as container:
-            rate = float(container.streams.video[0].average_rate or Fraction(0))
+        with opened_video(sample.members[name], name) as (_, stream):
+            rate = float(stream.average_rate or Fraction(0))
         if abs(rate - fps) > RATE_TOLERANCE * fps:
             message = f"the video runs at {rate:.4g} frames/s, meta.json says fps {fps:g}"
             yield sample.fault(name, message, "state the true rate, or encode the video at the control rate")

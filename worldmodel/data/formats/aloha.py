@@ -7,7 +7,8 @@
 
 The layout is that of https://github.com/tonyzhaozh/act and https://github.com/MarkFzp/mobile-aloha. It states neither
 rate (50 Hz on the first robots) nor task; the name of the folder is offered as text `folder`. JPEG files are decoded as
-their standard says: where a recorder gave RGB to an encoder that expects BGR, red and blue stay exchanged.
+their standard says: where a recorder gave RGB to an encoder that expects BGR, red and blue come out exchanged, and the
+map must say so: `cameras: {top: {field: top, color: bgr}}`.
 """
 
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ class AlohaSource:
                 if not item.shape and (found := text(item[()])) is not None:
                     recording.texts[name] = found
             if "sim" in file.attrs:
-                recording.meta["simulated"] = bool(file.attrs["sim"])
+                recording.meta["simulated"] = bool(np.all(file.attrs["sim"]))
         return assemble(recording, mapping)
 
 

@@ -1,6 +1,7 @@
 """One episode under a source's names, turned into ours by a resolved map."""
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -44,15 +45,9 @@ def assemble(recording: Recording, mapping: Mapping) -> Episode:
         "licence": mapping.licence or recording.meta.get("licence") or NOT_STATED,
     }
     episode = Episode(meta=meta)
-    _pictures(episode, recording, mapping)
-    _poses(episode, recording, mapping)
-    _touch(episode, recording, mapping)
-    _points(episode, recording, mapping)
-    for name in ("proprio", "action"):
-        if columns := getattr(mapping, name):
-            setattr(episode, name, np.concatenate([_columns(recording, entry) for entry in columns], 1))
-            meta[f"{name}_names"] = [label for entry in columns for label in entry.names]
-            meta[f"{name}_units"] = [unit for entry in columns for unit in entry.units]
+    # What overflows becomes infinite, which the check at the end names.
+    with np.errstate(over="ignore", invalid="ignore"):
+        _fill(episode, recording, mapping)
     present = {
         "rgb": mapping.cameras,
         "camera": mapping.intrinsics,
@@ -62,8 +57,24 @@ def assemble(recording: Recording, mapping: Mapping) -> Episode:
         "action": mapping.action,
     }
     meta["absent"] = [name for name, entries in present.items() if not entries]
+    try:
+        json.dumps(meta, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise DataError(f"{where}: a name or a text cannot be written ({error}); correct it in the source") from error
     check_episode(episode, where)
     return episode
+
+
+def _fill(episode: Episode, recording: Recording, mapping: Mapping) -> None:
+    _pictures(episode, recording, mapping)
+    _poses(episode, recording, mapping)
+    _touch(episode, recording, mapping)
+    _points(episode, recording, mapping)
+    for name in ("proprio", "action"):
+        if columns := getattr(mapping, name):
+            setattr(episode, name, np.concatenate([_columns(recording, entry) for entry in columns], 1))
+            episode.meta[f"{name}_names"] = [label for entry in columns for label in entry.names]
+            episode.meta[f"{name}_units"] = [unit for entry in columns for unit in entry.units]
 
 
 def task_name(instruction: str) -> str:
@@ -121,6 +132,8 @@ def _pictures(episode: Episode, recording: Recording, mapping: Mapping) -> None:
             )
         if len(images) != recording.length:
             raise DataError(f"{recording.where}: {camera.field}: {len(images)} pictures for {recording.length} steps")
+        if camera.color == "bgr":
+            images = np.ascontiguousarray(images[..., ::-1])
         episode.rgb[ours] = images if camera.size is None else _resized(images, camera.size)
 
 

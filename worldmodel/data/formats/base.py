@@ -116,6 +116,7 @@ def inside(root: Path, relative: str, where: str) -> Path:
         DataError: the path is absolute or climbs through `..`.
     """
     parts = PurePosixPath(relative.replace("\\", "/")).parts
-    if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0]:
+    named = "\0" not in relative and all(len(part.encode()) < 256 for part in parts)
+    if not parts or not named or ".." in parts or parts[0] == "/" or ":" in parts[0]:
         raise DataError(f"{where}: path {relative!r} leads out of {root}; only files inside the dataset are read")
     return root.joinpath(*parts)

@@ -25,8 +25,8 @@ from worldmodel.data.formats.base import Field, Fields, Recording, Ref, episode_
 from worldmodel.data.formats.hdf5 import numbers_last
 from worldmodel.data.formats.mapping import HELDOUT, Mapping
 from worldmodel.data.formats.pictures import decode_pictures, decode_video, video_rate
+from worldmodel.data.plain import load_archive, read_json
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import read_json
 from worldmodel.errors import DataError
 
 ANNOTATION, VIDEO, FRAMES, CAMERA = "annotation.json", "video.mp4", "frames", "ego"
@@ -100,9 +100,11 @@ class EgoSource:
         fps, _ = _rate(folder, annotation)
         if mapping.fps and abs(fps - mapping.fps) > 1e-3 * fps:
             raise DataError(f"{where}: {fps:g} frames per second, the map says {mapping.fps:g}; import it separately")
-        images = _images(folder, fps)
+        track = _camera(folder)
+        # One picture more than the track has poses shows that they do not belong together.
+        images = _images(folder, fps, most=len(_camera_vectors(track, folder)["camera_to_world"]) + 1)
         recording = Recording(where, len(images), fps, images={CAMERA: images})
-        recording.vectors = _camera_vectors(_camera(folder), folder, len(images))
+        recording.vectors = _camera_vectors(track, folder, len(images))
         if mapping.points is not None:
             # Which objects a scene has, and whether they were tracked, differs from episode to episode.
             entry = None
@@ -140,15 +142,15 @@ def _rate(folder: Path, annotation: dict[str, Any]) -> tuple[float, tuple[int, i
     return float(stated or rate), size
 
 
-def _images(folder: Path, fps: float) -> np.ndarray:
-    """(T, h, w, 3) uint8."""
+def _images(folder: Path, fps: float, *, most: int) -> np.ndarray:
+    """(T, h, w, 3) uint8, at most the first `most`."""
     if (folder / VIDEO).is_file():
-        return decode_video(folder / VIDEO, fps, str(folder))
+        return decode_video(folder / VIDEO, fps, str(folder), most=most)
     files = [file for file in (folder / FRAMES).glob("*") if file.suffix.lower() in _PICTURES]
     if not files:
         raise DataError(f"{folder}: neither {VIDEO} nor pictures in {FRAMES}; an episode needs one of them")
     files.sort(key=lambda file: numbers_last(file.name))
-    return decode_pictures((file.read_bytes() for file in files), f"{folder}: {FRAMES}")
+    return decode_pictures((file.read_bytes() for file in files[:most]), f"{folder}: {FRAMES}")
 
 
 def _arrays(path: Path, needed: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -158,11 +160,9 @@ def _arrays(path: Path, needed: tuple[str, ...]) -> dict[str, np.ndarray]:
             values = read_json(path, "see the layout of egocentric folders")
             arrays = {name: np.asarray(values[name], np.float64) for name in needed if name in values}
         else:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-    except DataError:
-        raise
-    except Exception as error:  # zipfile and numpy raise half a dozen types for a damaged archive
+            with open(path, "rb") as file:
+                arrays = load_archive(file)
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a readable file of plain arrays ({error})") from error
     if missing := [name for name in needed if name not in arrays]:
         raise DataError(f"{path}: arrays {missing} are missing; it has {sorted(arrays)}")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from worldmodel.data.media import opened_video
 from worldmodel.errors import DataError
 
 
@@ -19,38 +20,29 @@ def frames_at(path: Path, times: np.ndarray, tolerance: float, where: str) -> np
     Raises:
         DataError: unreadable, or no frame within `tolerance` of a time; names the step and the nearest frame.
     """
-    import av
-    import av.error
-
     frames: np.ndarray | None = None
     step, before = 0, float("nan")
-    try:
-        with av.open(str(path), mode="r") as container:
-            stream = container.streams.video[0]
-            if stream.time_base is None:
-                raise DataError(f"{where}: {path.name}: the video has no time base")
-            if times[0] > 0:
-                # To the key frame at or before the first time; a file may hold hundreds of episodes.
-                container.seek(max(0, int((times[0] - tolerance) / stream.time_base)), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                time = frame.time
-                if time is None or time < times[step] - tolerance:
-                    before = before if time is None else time
-                    continue
-                if time > times[step] + tolerance:
-                    raise DataError(
-                        _no_frame(where, path, step, times[step], tolerance, f"{before:.6f} and {time:.6f}")
-                    )
-                picture = frame.to_ndarray(format="rgb24")
-                if frames is None:
-                    frames = np.empty((len(times), *picture.shape), np.uint8)
-                if picture.shape != frames.shape[1:]:
-                    raise DataError(f"{where}: {path.name}: picture size changes at step {step}; it must be constant")
-                frames[step], before, step = picture, time, step + 1
-                if step == len(times):
-                    return frames
-    except (av.error.FFmpegError, ValueError, IndexError, OverflowError) as error:
-        raise DataError(f"{where}: {path.name}: not a readable video ({error}); step {step}") from error
+    with opened_video(path, f"{where}: {path.name}") as (container, stream):
+        if stream.time_base is None:
+            raise DataError(f"{where}: {path.name}: the video has no time base")
+        if times[0] > 0:
+            # To the key frame at or before the first time; a file may hold hundreds of episodes.
+            container.seek(max(0, int((times[0] - tolerance) / stream.time_base)), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            time = frame.time
+            if time is None or time < times[step] - tolerance:
+                before = before if time is None else time
+                continue
+            if time > times[step] + tolerance:
+                raise DataError(_no_frame(where, path, step, times[step], tolerance, f"{before:.6f} and {time:.6f}"))
+            picture = frame.to_ndarray(format="rgb24")
+            if frames is None:
+                frames = np.empty((len(times), *picture.shape), np.uint8)
+            if picture.shape != frames.shape[1:]:
+                raise DataError(f"{where}: {path.name}: picture size changes at step {step}; it must be constant")
+            frames[step], before, step = picture, time, step + 1
+            if step == len(times):
+                return frames
     raise DataError(_no_frame(where, path, step, times[step], tolerance, f"{before:.6f}, the last one"))
 
 

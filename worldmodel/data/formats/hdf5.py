@@ -3,14 +3,17 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from worldmodel.errors import ConfigError, DataError
+from worldmodel.errors import ConfigError, DataError, WorldModelError
 
 SUFFIXES = (".hdf5", ".h5")
+_RATIO = 1100
+"""No filter of HDF5's own compresses better: what exceeds it is made up from a fill value when it is read."""
 
 
 def hdf5_files(path: Path, what: str) -> list[Path]:
@@ -25,9 +28,10 @@ def hdf5_files(path: Path, what: str) -> list[Path]:
     return sorted(files, key=lambda file: numbers_last(file.relative_to(path).as_posix()))
 
 
-def numbers_last(name: str) -> list[tuple[str, int]]:
+def numbers_last(name: str) -> list[tuple[str, int, str]]:
     """Sort key under which `demo_2` comes before `demo_10`."""
-    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+    parts = [(text, digits.lstrip("0")) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, len(digits), digits) for text, digits in parts]
 
 
 @contextmanager
@@ -45,9 +49,29 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         # Without locks: datasets often lie on read-only or network folders that refuse them.
         with h5py.File(path, "r", locking=False) as file:
+            _check_links(path, path.stat().st_mtime_ns)
             yield file
-    except (OSError, RuntimeError) as error:
+    except WorldModelError:
+        raise
+    # What h5py raises for a damaged object depends on the kind of damage.
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a readable HDF5 file ({error}); restore it from a copy") from error
+
+
+@cache
+def _check_links(path: Path, changed: int) -> None:
+    """Refuse a file with links into other files, once for each state of it: every shard of an import opens it."""
+    import h5py
+
+    def fault(name: str, link: Any) -> str | None:
+        if isinstance(link, h5py.ExternalLink):
+            return f"{path}: {name!r} is a link to {link.filename!r}; copy what it leads to into this file"
+        return None if name.encode("utf-8", "ignore").decode() == name else f"{path}: name {name!r} is no UTF-8"
+
+    with h5py.File(path, "r", locking=False) as file:
+        # An error raised inside would not come through; what is returned ends the visit.
+        if (message := file.visititems_links(fault)) is not None:
+            raise DataError(message)
 
 
 def subgroup(parent: Any, name: str, where: str) -> Any:
@@ -77,11 +101,16 @@ def strings(group: Any, name: str, where: str) -> list[str]:
 
 
 def datasets(group: Any) -> dict[str, Any]:
-    """All datasets below `group` by path."""
+    """All datasets with a shape below `group` by path."""
     import h5py
 
     found: dict[str, Any] = {}
-    group.visititems(lambda name, item: found.update({name: item} if isinstance(item, h5py.Dataset) else {}))
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.shape is not None:
+            found[name] = item
+
+    group.visititems(note)
     return found
 
 
@@ -94,8 +123,12 @@ def dataset(group: Any, name: str, where: str) -> Any:
     import h5py
 
     item = group.get(name)
-    if not isinstance(item, h5py.Dataset):
+    if not isinstance(item, h5py.Dataset) or item.shape is None:
         raise DataError(f"{where}: dataset {name!r} is missing; it has {sorted(datasets(group))}")
+    if item.external or item.is_virtual:
+        raise DataError(f"{where}: {name}: its values lie in other files; copy them into this one")
+    if item.nbytes > _RATIO * max(item.id.get_storage_size(), 1 << 16):
+        raise DataError(f"{where}: {name}: {item.nbytes} bytes, most of which were never written; record it again")
     return item
 
 
@@ -109,7 +142,8 @@ def vector(group: Any, name: str, length: int, where: str) -> np.ndarray:
     if item.dtype.kind not in "fiub":
         raise DataError(f"{where}: {name}: type {item.dtype}, must be numeric")
     check_rows(item, name, length, where)
-    return np.asarray(item[()], np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is named when the episode is checked
+        return np.asarray(item[()], np.float32)
 
 
 def pictures(group: Any, name: str, length: int, where: str) -> np.ndarray:
@@ -138,4 +172,4 @@ def text(value: Any) -> str | None:
         value = value.reshape(-1)[0]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    return value if isinstance(value, str) else None
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None

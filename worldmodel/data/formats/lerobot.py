@@ -4,6 +4,7 @@ Layout after huggingface/lerobot, src/lerobot/datasets (Apache-2.0). A step is a
 its picture in the video is the episode's from_timestamp plus the row's timestamp.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from worldmodel.data.formats.lerobot_meta import (
     read_columns,
     read_table,
 )
-from worldmodel.data.formats.mapping import PAIRINGS, Mapping
+from worldmodel.data.formats.mapping import PAIRINGS, WIDEST, Mapping
 from worldmodel.data.formats.pictures import decode_pictures
+from worldmodel.data.plain import read_json
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import read_json
 from worldmodel.errors import DataError
 
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index", "next.reward", "next.done")
@@ -63,6 +64,8 @@ class LeRobotSource:
                     missing[name] = f"declared in info.json, but {first.data.name} has no such column"
             elif name.startswith("annotation.") or dtype == "string":
                 texts.append(name)
+            elif dtype in _NUMBERS and math.prod(shape) > WIDEST:
+                missing[name] = f"{math.prod(shape)} columns; at most {WIDEST} are read"
             elif dtype in _NUMBERS:
                 vectors[name] = Field(shape, _names(feature), {"action": "action"}.get(name, ""))
             else:
@@ -125,7 +128,7 @@ class LeRobotSource:
         if "success" in episode.own:
             recording.success = bool(episode.own["success"])
         elif "next.success" in table.column_names:
-            recording.success = bool(np.asarray(table["next.success"].to_pylist(), np.float64).any())
+            recording.success = bool(self._plain(table, "next.success", where).any())
         times = self._times(table, mapping, where)
         for name in sorted(mapping.images()):
             if name in pictures:
@@ -166,7 +169,7 @@ class LeRobotSource:
                 field = str(entry.get("original_key") or default) if isinstance(entry, dict) else default
                 if field not in vectors:
                     raise DataError(f"{path}: {kind}.{name}: no column {field!r}; the data has {sorted(vectors)}")
-                count = int(np.prod(vectors[field].shape))
+                count = math.prod(vectors[field].shape)
                 if not isinstance(start, int) or not isinstance(stop, int) or not 0 <= start < stop <= count:
                     raise DataError(f"{path}: {kind}.{name}: {start}..{stop} is not within the {count} of {field}")
                 parts[f"{kind}.{name}"] = Part(field, start, stop)
@@ -175,7 +178,7 @@ class LeRobotSource:
     def _questions(self, first: EpisodeInfo) -> dict[str, str]:
         """Time stamps that do not start at 0 leave open which frame belongs to which row."""
         table = self._table(first, ["timestamp", "episode_index"], str(first.data))
-        start = float(table["timestamp"][0].as_py()) if "timestamp" in table.column_names else 0.0
+        start = self._plain(table, "timestamp", str(first.data))[0] if "timestamp" in table.column_names else 0.0
         if abs(start) <= TOLERANCE / self.meta.fps:
             return {}
         return {
@@ -207,7 +210,7 @@ class LeRobotSource:
         """The one sentence of the episode; a number is looked up in the task table."""
         if column not in table.column_names:
             raise DataError(f"{where}: column {column!r} is missing; the file has {table.column_names}")
-        values = table[column].unique().to_pylist()
+        values = list({repr(value): value for value in table[column].to_pylist()}.values())
         if len(values) != 1:
             raise DataError(
                 f"{where}: {column}: {len(values)} different sentences in one episode; one per episode is read. Cut "
@@ -215,7 +218,7 @@ class LeRobotSource:
             )
         if isinstance(values[0], str):
             return values[0]
-        if values[0] not in self.meta.tasks:
+        if not isinstance(values[0], int | float) or values[0] not in self.meta.tasks:
             raise DataError(f"{where}: {column}: task {values[0]!r} is not in the task table {sorted(self.meta.tasks)}")
         return self.meta.tasks[values[0]]
 
@@ -275,7 +278,7 @@ def _better(name: str, vector: Field, parts: dict[str, Part]) -> tuple[str, ...]
     """Names from GR00T's parts where the columns' own names are missing or only numbers."""
     if vector.names and not all(_GENERIC.fullmatch(own) for own in vector.names):
         return vector.names
-    names = list(vector.names) or [f"{name}.{i}" for i in range(int(np.prod(vector.shape)))]
+    names = list(vector.names) or [f"{name}.{i}" for i in range(math.prod(vector.shape))]
     for part_name, part in parts.items():
         if part.field == name and part.stop <= len(names):
             short = part_name.partition(".")[2]

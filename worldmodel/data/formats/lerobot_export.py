@@ -80,7 +80,8 @@ def export_lerobot(
     if not chosen:
         raise ConfigError(f"{reader.root} has no episode of {embodiment!r}; it has {known}")
     # A split is a range of episode numbers.
-    chosen.sort(key=lambda i: SPLITS.index(reader.entries[i].split))
+    order = {split: number for number, split in enumerate(SPLITS)}
+    chosen.sort(key=lambda i: (order.get(reader.entries[i].split, len(order)), reader.entries[i].split))
     writer = _Writer(out, lossless)
     for i in tqdm(chosen, unit="episode", desc=out.name, disable=not progress):
         writer.add(reader.read(i), reader.entries[i])

@@ -1,6 +1,5 @@
 """The metadata of LeRobot datasets, v2.x (a file per episode) and v3.0 (many episodes in a file), in one form."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from worldmodel.data.formats.base import inside
-from worldmodel.data.shards import read_json
+from worldmodel.data.plain import loads, read_json
 from worldmodel.errors import DataError
 
 INFO = "meta/info.json"
@@ -18,6 +17,8 @@ OWN = "meta/worldmodel.json"
 OWN_COLUMN = "worldmodel/meta"
 """Column of the episode table in which our exporter keeps an episode's metadata, as JSON."""
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::0?(\d{1,2})d)?\}")
+_MOST_ROWS = 1 << 24
+"""Repeated values take no room in a file, but they do in memory."""
 _WHAT = "the description of a LeRobot dataset (v2.0, v2.1 or v3.0); give the folder that holds meta/"
 
 
@@ -171,7 +172,7 @@ class LeRobotMeta:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = loads(line)
             except ValueError as error:
                 raise DataError(f"{path}: line {number}: not valid JSON ({error})") from error
             if not isinstance(row, dict):
@@ -201,7 +202,11 @@ def read_table(path: Path, columns: list[str], filters: Any = None) -> Any:
     """
     pa, pq = arrow()
     try:
-        return pq.read_table(path, columns=columns, filters=filters)
+        if (rows := pq.read_metadata(path).num_rows) > _MOST_ROWS:
+            raise DataError(f"{path}: {rows} rows, at most {_MOST_ROWS} in a file are read; split it")
+        table = pq.read_table(path, columns=columns, filters=filters)
+        table.validate(full=True)
+        return table
     except (OSError, ValueError, pa.lib.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
 
@@ -227,7 +232,7 @@ def _own(row: dict[str, Any], where: str) -> dict[str, Any]:
     if (text := row.get(OWN_COLUMN)) is None:
         return {}
     try:
-        value = json.loads(text)
+        value = loads(text)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: {OWN_COLUMN}: not valid JSON ({error})") from error
     if not isinstance(value, dict):

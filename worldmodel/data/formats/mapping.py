@@ -8,7 +8,7 @@ Frames, directions and axes are never guessed: an entry that needs one says `???
     task: null                      # null: the instruction, shortened
     success: true                   # or {field: next.success}, whose last value counts; left out: the source's word
     split: {heldout: 0.1}           # share of episodes, by hash; or {source: {train: train, val: heldout_episodes}}
-    cameras: {front: observation.images.front}      # ours: theirs; or {field: ..., size: [256, 256]}
+    cameras: {front: observation.images.front}      # ours: theirs; or {field: ..., size: [256, 256], color: bgr}
     proprio: [{field: observation.state, slice: [0, 6], names: [...], units: [...]}]
     action: [{field: action}]
     wrench: {wrist: {field: observation.wrench.wrist, frame: hand}}
@@ -23,19 +23,20 @@ Frames, directions and axes are never guessed: an entry that needs one says `???
 import dataclasses
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from worldmodel.data.formats.base import Field, Fields
-from worldmodel.errors import ConfigError
 
 MAPS = ("camera_to_base", "base_to_camera")
 AXES = ("opencv", "opengl")
 LAYOUTS = ("matrix", "position_quaternion_xyzw", "position_quaternion_wxyz")
 PAIRINGS = ("time", "number")
+COLORS = ("rgb", "bgr")
 SPLITS = ("train", "heldout_episodes", "heldout_tasks")
 HELDOUT = 0.1
 """Share of held-out episodes that a suggested map asks for."""
+WIDEST = 1 << 16
+"""Columns of one field: each gets a name."""
 ASK = "???"
 """What stands in a suggested map where only the user knows the answer."""
 
@@ -52,10 +53,11 @@ class Columns:
 
 @dataclass
 class Camera:
-    """A camera; `size` = [height, width] resizes its pictures and scales its intrinsics."""
+    """A camera; `size` = [height, width] resizes its pictures and scales its intrinsics, `color` is their order."""
 
     field: str
     size: list[int] | None = None
+    color: str = "rgb"
 
 
 @dataclass
@@ -134,7 +136,7 @@ class Split:
 
 @dataclass
 class Mapping:
-    """See the module's text. Made by `load_mapping` or `suggest`, completed and checked by `resolve`."""
+    """See the module's text. Made by `map_file`, suggested by `suggest`, completed and checked by `resolve`."""
 
     embodiment: str
     fps: float | None = None
@@ -170,91 +172,6 @@ class Mapping:
     def as_dict(self) -> dict[str, Any]:
         """Plain values without the empty ones, as YAML holds them."""
         return {name: value for name, value in asdict(self).items() if value not in (None, [], {}, "")}
-
-
-def load_mapping(path: str | Path) -> Mapping:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: unreadable, an unknown name, a value of the wrong kind, or a `???` that nobody filled in.
-    """
-    import yaml
-
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({error})") from error
-    return make_mapping(value, str(path))
-
-
-def make_mapping(value: Any, where: str) -> Mapping:
-    """The mapping that plain values describe; `where` says where they stand.
-
-    Raises:
-        ConfigError: as `load_mapping`.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: a mapping must be YAML of the form `embodiment: ...`, got {type(value).__name__}")
-    if open_questions := _asked(value):
-        raise ConfigError(
-            f"{where}: {', '.join(open_questions)}: still {ASK}; fill in what is true of this dataset "
-            f"(maps: {' or '.join(MAPS)}; axes: {' or '.join(AXES)}), or leave that entry out and list its field "
-            "under ignore"
-        )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Mapping), _longhand(value))
-        mapping = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
-    assert isinstance(mapping, Mapping)
-    return mapping
-
-
-def _asked(value: Any, path: str = "") -> list[str]:
-    """Paths of the values that are still `???`."""
-    if value == ASK:
-        return [path]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in _asked(item, f"{path}.{key}" if path else str(key))]
-
-
-def _longhand(value: dict[str, Any]) -> dict[str, Any]:
-    """`front: name` may stand for `front: {field: name}`, and `success: true` for `success: {value: true}`."""
-    value = dict(value)
-    for name in ("cameras", "intrinsics"):
-        if isinstance(value.get(name), dict):
-            value[name] = {k: {"field": v} if isinstance(v, str) else v for k, v in value[name].items()}
-    for name in ("proprio", "action"):
-        if isinstance(value.get(name), str):
-            value[name] = [value[name]]
-        if isinstance(value.get(name), list):
-            value[name] = [{"field": v} if isinstance(v, str) else v for v in value[name]]
-    for name in ("camera_to_base", "intrinsics"):
-        if isinstance(value.get(name), dict):
-            value[name] = {k: _decimal(v) for k, v in value[name].items()}
-    if isinstance(value.get("success"), bool):
-        value["success"] = {"value": value["success"]}
-    if isinstance(value.get("instruction"), str):
-        value["instruction"] = {"text": value["instruction"]}
-    return value
-
-
-def _decimal(entry: Any) -> Any:
-    """`entry` with a matrix of floats where somebody wrote whole numbers."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("matrix"), list):
-        return entry
-    rows = [[float(v) if isinstance(v, int) else v for v in r] if isinstance(r, list) else r for r in entry["matrix"]]
-    return entry | {"matrix": rows}
-
-
-def to_yaml(value: dict[str, Any]) -> str:
-    """`value` as YAML with short lists on one line, ready to save as a map."""
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 
 def ignored(name: str, mapping: Mapping) -> bool:

@@ -1,11 +1,11 @@
 """Encoded pictures and videos of foreign datasets, decoded to RGB."""
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from worldmodel.data.media import decode_picture, opened_video
 from worldmodel.errors import DataError
 
 
@@ -15,15 +15,9 @@ def decode_pictures(pictures: Iterable[bytes], where: str) -> np.ndarray:
     Raises:
         DataError: none at all, one that cannot be read, or sizes that differ; names the step.
     """
-    from PIL import Image, UnidentifiedImageError
-
     images: list[np.ndarray] = []
     for step, data in enumerate(pictures):
-        try:
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{where}: step {step}: not a readable JPEG or PNG picture ({error})") from error
+        images.append(decode_picture(data, f"{where}: step {step}", formats=("JPEG", "PNG")))
         if images[-1].shape != images[0].shape:
             raise DataError(
                 f"{where}: step {step}: picture of {images[-1].shape[:2]}, the first has {images[0].shape[:2]}; "
@@ -34,26 +28,22 @@ def decode_pictures(pictures: Iterable[bytes], where: str) -> np.ndarray:
     return np.stack(images)
 
 
-def decode_video(path: Path, fps: float, where: str) -> np.ndarray:
-    """(T, h, w, 3) uint8: every frame of the first video stream, which must be shown at a constant `fps`.
+def decode_video(path: Path, fps: float, where: str, *, most: int) -> np.ndarray:
+    """(T, h, w, 3) uint8: at most the first `most` frames of a video, which must be shown at a constant `fps`.
 
     Raises:
         DataError: not a readable video, one without frames, or frames off their time by half a period; names the step.
     """
-    import av
-    import av.error
-
     frames: list[np.ndarray] = []
     times: list[float] = []
-    try:
-        with av.open(str(path), mode="r") as container:
-            for frame in container.decode(video=0):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                times.append(len(times) / fps if frame.time is None else frame.time)
-        # Sizes that change within a video are a ValueError of `stack`.
+    with opened_video(path, f"{where}: {path.name}") as (container, stream):
+        for frame in container.decode(stream):
+            frames.append(frame.to_ndarray(format="rgb24"))
+            times.append(len(times) / fps if frame.time is None else frame.time)
+            if len(frames) == most:
+                break
+        # None at all, or sizes that change, are a ValueError of `stack`.
         images = np.stack(frames)
-    except (av.error.FFmpegError, ValueError, IndexError, OverflowError) as error:
-        raise DataError(f"{where}: {path.name}: not a readable video ({error})") from error
     off = np.abs(np.array(times) - times[0] - np.arange(len(times)) / fps)
     if (off > 0.5 / fps).any():
         step = int((off > 0.5 / fps).argmax())
@@ -70,15 +60,8 @@ def video_rate(path: Path, where: str) -> tuple[float, tuple[int, int]]:
     Raises:
         DataError: not a readable video, or no constant rate.
     """
-    import av
-    import av.error
-
-    try:
-        with av.open(str(path), mode="r") as container:
-            stream = container.streams.video[0]
-            rate, size = stream.average_rate, (stream.height, stream.width)
-    except (av.error.FFmpegError, ValueError, IndexError, OverflowError) as error:
-        raise DataError(f"{where}: {path.name}: not a readable video ({error})") from error
+    with opened_video(path, f"{where}: {path.name}") as (_, stream):
+        rate, size = stream.average_rate, (stream.height, stream.width)
     if not rate:
         raise DataError(f"{where}: {path.name}: the video states no frame rate; encode it with a constant one")
     return float(rate), size

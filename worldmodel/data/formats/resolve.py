@@ -6,23 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from worldmodel.data.formats.base import Fields
+from worldmodel.data.formats.map_file import make_mapping, to_yaml
 from worldmodel.data.formats.mapping import (
     AXES,
+    COLORS,
     LAYOUTS,
     MAPS,
     PAIRINGS,
     SPLITS,
+    WIDEST,
     Columns,
     Mapping,
     ignored,
     listing,
-    make_mapping,
-    to_yaml,
     width,
 )
 from worldmodel.data.formats.suggest import suggest
 from worldmodel.errors import ConfigError
 
+_SIDE = 8192
+"""Pixels of a picture that a map may ask for."""
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _POSE_WIDTHS = {"matrix": (12, 16), "position_quaternion_xyzw": (7,), "position_quaternion_wxyz": (7,)}
 
@@ -58,7 +61,7 @@ def _problems(mapping: Mapping, fields: Fields) -> Iterator[str]:
     mapping.fps = mapping.fps or fields.fps
     if not mapping.embodiment:
         yield "embodiment: empty; name the robot"
-    if not mapping.fps or mapping.fps <= 0:
+    if not mapping.fps or not 0 < mapping.fps < 1e5:
         yield f"fps: {mapping.fps}; the source does not say, so the map must (steps per second)"
     if mapping.pair_video not in PAIRINGS:
         yield f"pair_video: {mapping.pair_video!r} is none of {', '.join(PAIRINGS)}"
@@ -68,8 +71,12 @@ def _problems(mapping: Mapping, fields: Fields) -> Iterator[str]:
         yield from _own_name(f"cameras.{name}", name)
         if camera.field not in fields.cameras:
             yield _no_such(f"cameras.{name}", camera.field, fields, list(fields.cameras))
-        if camera.size is not None and (len(camera.size) != 2 or min(camera.size) < 1):
-            yield f"cameras.{name}: size {camera.size} must be [height, width]"
+        if camera.size is not None and (
+            len(camera.size) != 2 or not 1 <= min(camera.size) <= max(camera.size) <= _SIDE
+        ):
+            yield f"cameras.{name}: size {camera.size} must be [height, width], each from 1 to {_SIDE}"
+        if camera.color not in COLORS:
+            yield f"cameras.{name}: color {camera.color!r} is none of {', '.join(COLORS)}"
     for kind in ("proprio", "action"):
         columns: list[Columns] = getattr(mapping, kind)
         for i, entry in enumerate(columns):
@@ -121,6 +128,9 @@ def _columns(where: str, entry: Any, fields: Fields) -> Iterator[str]:
         yield _no_such(where, entry.field, fields, [*fields.vectors, *fields.parts])
         return
     field = fields.vectors[entry.field]
+    if width(field) > WIDEST:
+        yield f"{where}: {entry.field} has {width(field)} columns, at most {WIDEST} are read"
+        return
     count = (width(field) if stop is None else stop) - start
     first, last = (0, count) if entry.slice is None else [*entry.slice, 0, 0][:2]
     if not 0 <= first < last <= count or (entry.slice is not None and len(entry.slice) != 2):
@@ -154,9 +164,13 @@ def _touch(mapping: Mapping, fields: Fields) -> Iterator[str]:
         cells = 1
         for size in tactile.shape:
             cells *= size
-        if len(tactile.shape) != 3 or (tactile.slice is not None and tactile.slice[1] - tactile.slice[0] != cells):
+        if (
+            len(tactile.shape) != 3
+            or min(tactile.shape) < 1
+            or (tactile.slice is not None and tactile.slice[1] - tactile.slice[0] != cells)
+        ):
             yield f"tactile.{name}: shape {tactile.shape} must be [channels, rows, columns] of {tactile.field}"
-        if tactile.channels and len(tactile.channels) != tactile.shape[0]:
+        elif tactile.channels and len(tactile.channels) != tactile.shape[0]:
             yield f"tactile.{name}: {len(tactile.channels)} channel names for {tactile.shape[0]} channels"
 
 
@@ -197,7 +211,9 @@ def _points(mapping: Mapping, fields: Fields) -> Iterator[str]:
     if points.field not in fields.vectors or width(fields.vectors[points.field]) % 3:
         yield _no_such("points", points.field, fields, list(fields.vectors)) + ", with columns x y z per point"
         return
-    count = width(fields.vectors[points.field]) // 3
+    if (count := width(fields.vectors[points.field]) // 3) > WIDEST:
+        yield f"points: {points.field} has {count} points, at most {WIDEST} are read"
+        return
     points.names = points.names or [f"point_{i}" for i in range(count)]
     if len(points.names) != count:
         yield f"points: {len(points.names)} names for {count} points"

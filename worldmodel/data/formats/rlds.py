@@ -21,8 +21,8 @@ from worldmodel.data.formats.base import Field, Fields, Recording, Ref, episode_
 from worldmodel.data.formats.mapping import Mapping
 from worldmodel.data.formats.tfds_features import FLAT, ROWS, Feature, decode, leaves
 from worldmodel.data.formats.tfrecord import parse_example, read_record, record_offsets
+from worldmodel.data.plain import read_json
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import read_json
 from worldmodel.errors import DataError
 
 FEATURES, INFO = "features.json", "dataset_info.json"

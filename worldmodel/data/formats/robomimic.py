@@ -10,7 +10,6 @@ The layout is described at https://robomimic.github.io/docs/datasets/overview.ht
 instruction that file or demonstration carries, otherwise the environment's name.
 """
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from worldmodel.data.formats.hdf5 import (
     vector,
 )
 from worldmodel.data.formats.mapping import Mapping
+from worldmodel.data.plain import loads
 from worldmodel.data.schema import Episode
 from worldmodel.errors import DataError
 
@@ -87,7 +87,7 @@ class RobomimicSource:
             with opened(path) as file:
                 splits = _splits(file, path)
                 for name in _demos(file, path):
-                    number = re.fullmatch(r"demo_(\d+)", name)
+                    number = re.fullmatch(r"demo_([0-9]{1,18})", name)
                     last = ("demo", int(number[1])) if number else (name,)
                     key = episode_key(*place.parts[:-1], place.stem, *last)
                     refs.append(Ref(key, (place.as_posix(), name), splits.get(name, "")))
@@ -145,7 +145,7 @@ def _steps(demo: Any, where: str) -> int:
 def _json(value: Any, name: str, path: Path) -> dict[str, Any]:
     """The JSON object in an attribute; empty if there is none."""
     try:
-        found = json.loads(text(value) or "{}")
+        found = loads(text(value) or "{}")
     except ValueError as error:
         raise DataError(f"{path}: data: attribute {name} is not valid JSON ({error})") from error
     if not isinstance(found, dict):

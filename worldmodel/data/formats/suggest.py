@@ -21,7 +21,7 @@ ALIASES: dict[str, str] = {
     "success": r"next[./]success|success",
 }
 """What a source's field is, by its whole name (lower case); `name` becomes the sensor's or the camera's."""
-_CAMERA_PREFIX = re.compile(r"^(?:observations?[./])?(?:images?|rgb|cameras?)[./]")
+_CAMERA_PREFIX = re.compile(rf"^{_PREFIX}(?:(?:images?|rgb|cameras?)[./])?")
 _HELDOUT_SPLITS = ("val", "valid", "validation", "test", "eval")
 
 
