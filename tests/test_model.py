@@ -1,5 +1,6 @@
 """The joined model: modes, coupling, presence masks, units, checkpoints."""
 
+import copy
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -175,6 +176,16 @@ def test_leaving_images_out_equals_hiding_them(tiny_model):
         masked = model.denoise_actions(model.remember(s, model.history_latents(o)), noise)
         skipped = model.denoise_actions(model.remember(s, None), noise)
     torch.testing.assert_close(masked, skipped, atol=2e-4, rtol=1e-4)
+
+
+def test_what_stage_1_sees_stands_in_for_points_that_nothing_tracks(tiny_model):
+    model, o = copy.deepcopy(tiny_model), observation_of(tiny_model.spec)
+    propose = lambda o: model.remember(model.normaliser(o, model.grid), model.history_latents(o)).proposal  # noqa: E731
+    with torch.no_grad():
+        tracked, unaided = propose(o), propose(hide(o, ["points"]))
+        torch.nn.init.constant_(model.encoder.points_head.out[-1].bias, 1.0)
+        assert torch.equal(propose(o), tracked)
+        assert (propose(hide(o, ["points"])) - unaided).abs().max() > 1e-3
 
 
 def test_draws_share_one_memory(tiny_model):

@@ -48,9 +48,11 @@ def understanding_loss(
     images = model.encoder.image_tokens(s.rgb)
     losses = camera_losses(model, images, truth, s)
     fused = model.encoder(s, image_tokens=images)
-    points = F.smooth_l1_loss(model.encoder.points_head(fused), s.points[:, -1], reduction="none", beta=0.1)
+    # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which.
+    where = torch.where(truth.has_points[..., None], s.points[:, -1], 0.0)
+    points = F.smooth_l1_loss(model.encoder.points_head(fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
-    losses["points"] = masked_mean(points, truth.has_points & dropped["points"][:, None])
+    losses["points"] = masked_mean(points, dropped["points"][:, None].expand_as(truth.has_points))
     losses["force"] = masked_mean(force, truth.has_wrench & dropped["touch"][:, None])
     total = losses["camera"] + losses["fov"] + losses["points"] + 0.3 * losses["force"]
     return {"loss": total, **losses}
@@ -65,7 +67,7 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
     weight = torch.ones(9, device=pose.device).index_fill(0, torch.arange(3, 9, device=pose.device), 3.0)
     return {
         "camera": masked_mean(error * weight, known),
-        "fov": 5.0 * masked_mean((fov - true_fov).abs(), known),
+        "fov": 10.0 * masked_mean((fov - true_fov).abs(), known),
     }
 
 
@@ -114,7 +116,8 @@ def world_loss(
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
     `draws` noise draws of the action chunk share one pass over the history (policy mode only). `weights` names the
-    streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` see `distance`.
+    streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` is the knee of the
+    streams' `distance`. Actions take the squared error: where their correction starts from nothing, any other is flat.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
@@ -161,7 +164,7 @@ def world_loss(
             losses[name] = masked_mean(error, present)
     if do_actions and action_velocity is not None:
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
-        error = distance(model.loss_weight("actions", level_of["actions"], error) * error, huber)
+        error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
         losses["actions"] = masked_mean(error, repeat_rows(action_mask(future), draws))
     if policy:
         losses["proposal"] = proposal_error(model, memory.proposal, batch)
