@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import one
 from torch import Tensor
 
 from worldmodel import metrics
@@ -192,7 +193,7 @@ def test_clips_have_a_full_future_and_are_spread_over_tasks(reader: ShardReader)
     assert len({clip.task for clip in clips}) == 2 and len(clips) == 3
     for clip in choose_clips(dataset, clips_per_episode=99, max_clips=999, seed=0):
         item = dataset[clip.item]
-        assert item.future["valid"].all() and item.future["action_valid"].all()
+        assert one(item).future.valid.all() and one(item).future.action_valid.all()
         assert clip.step % spec.stride == 0
         episode = reader.read(dataset.locate(clip.item)[0], images=False)
         assert episode.action is not None

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.dataset import ClipDataset, Needs, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset, Needs
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import Mixture, Source, make_sources
 from worldmodel.data.sampler import StreamLoader, StreamSampler, Tally

@@ -8,7 +8,7 @@ import torch
 
 from worldmodel.contracts import ClipSpec, Observation
 from worldmodel.data.align import text_ids
-from worldmodel.data.dataset import history_steps, wrench_steps
+from worldmodel.data.clip import history_steps, wrench_steps
 from worldmodel.errors import ContractError
 
 

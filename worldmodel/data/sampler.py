@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from worldmodel.contracts import Batch
-from worldmodel.data.dataset import Needs, Request, Skip, deliver
+from worldmodel.data.clip import Skip, deliver
+from worldmodel.data.dataset import Needs, Request
 from worldmodel.data.mixture import PERIOD, Mixture
 from worldmodel.errors import ConfigError
 
