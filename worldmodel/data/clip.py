@@ -29,8 +29,9 @@ class Layout:
         self.ends = spec.stride * np.arange(1, spec.future + 1)
         self.chunk = np.arange(spec.chunk)
         self.steps = np.concatenate([self.history, self.ends, self.chunk])
-        before = self.history[:, None] + np.arange(1 - spec.stride, 1)
-        self.series = np.concatenate([before.ravel(), np.arange(1, spec.window + 1)])
+        self.touch = (self.history[:, None] + np.arange(1 - spec.stride, 1)).ravel()
+        self.future = np.arange(1, spec.window + 1)
+        self.series = np.concatenate([self.touch, self.future])
 
 
 class Clip(NamedTuple):
@@ -53,16 +54,6 @@ class Delivery(NamedTuple):
 
     batch: Batch
     skips: list[Skip]
-
-
-def history_steps(step: int, spec: ClipSpec) -> np.ndarray:
-    """(H,) time steps of the history frames at `step`; before the start they repeat step 0."""
-    return np.maximum(step - spec.stride * np.arange(spec.history - 1, -1, -1), 0)
-
-
-def wrench_steps(history: np.ndarray, spec: ClipSpec) -> np.ndarray:
-    """(H, R) time steps of the wrench series that end at each history frame."""
-    return np.maximum(history[:, None] - np.arange(spec.stride - 1, -1, -1), 0)
 
 
 def deliver(clips: Sequence[Clip]) -> Delivery:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.align import Aligned, align, check_cameras
 from worldmodel.data.cache import ByteCache
-from worldmodel.data.clip import Clip, Layout, Skip, history_steps
+from worldmodel.data.clip import Clip, Layout, Skip
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import ConfigError, DataError, SampleError
@@ -167,15 +167,15 @@ class ClipDataset(Dataset[Clip]):
 
     def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
-        last = entry.length - 1
-        history = history_steps(step, self.spec)
-        future = np.minimum(np.arange(step + 1, step + self.spec.window + 1), last)
+        history = np.maximum(layout.history + step, 0)
+        future = np.minimum(layout.future + step, entry.length - 1)
         return Clip(
             layout=layout,
             data=data,
             step=step,
-            steps=data.steps[np.clip(layout.steps + step, 0, last)],
-            series=data.series[np.clip(layout.series + step, 0, last)],
+            # Before the start the first row repeats, past the end the last.
+            steps=data.steps.take(layout.steps + step, axis=0, mode="clip"),
+            series=data.series.take(layout.series + step, axis=0, mode="clip"),
             rgb=self._pictures(i, data, history, self.images and request.images),
             future_rgb=self._pictures(i, data, future, self.future_images and request.future),
             frame=entry.start + history,
