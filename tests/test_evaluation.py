@@ -214,3 +214,16 @@ def test_training_means_are_those_of_the_train_split(reader: ShardReader) -> Non
     assert means.camera_to_base.shape == (1, 2, 4, 4)
     assert torch.linalg.det(means.camera_to_base[0, :, :3, :3]).tolist() == pytest.approx([1, 1], abs=1e-4)
     assert means.points.shape == (1, ClipSpec().points, 3)
+
+
+def test_every_setting_of_eval_can_be_set_by_name():
+    """Hydra takes `data=x` for a choice between folders where the search path has one of that name."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    root = Path(__file__).parent.parent / "configs" / "eval"
+    names = [name for name in OmegaConf.load(root / "eval.yaml") if name not in ("defaults", "hydra")]
+    assert {"checkpoint", "data", "policies"} <= set(names)
+    with initialize_config_dir(str(root), version_base="1.3"):
+        config = compose("eval", [f"{name}=null" for name in names])
+    assert all(config[name] is None for name in names)
