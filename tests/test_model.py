@@ -14,7 +14,7 @@ from export.wrappers import INPUT_NAMES, random_inputs
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import MODES, STREAMS, ClipSpec, Future, Observation, WorldState
 from worldmodel.data.statistics import statistics_hash
-from worldmodel.data.transforms import hide, modality_dropout
+from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.synthesis.flow import add_noise, clean_to_velocity, shift_sigma, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -366,3 +366,23 @@ def test_checkpoint_with_missing_parts_is_named(saved, tmp_path):
         load_model(saved)
     with pytest.raises(DataError, match=r"model\.safetensors is missing"):
         load_model(tmp_path)
+
+
+def test_zoomed_images_show_what_the_new_lens_sees():
+    """A point of the scene keeps its colour: where the new intrinsics project it, the new image shows it."""
+    spec = ClipSpec(height=64, width=64)
+    o = observation_of(spec, batch=8)
+    ramp = torch.linspace(0, 248, 64).round().to(torch.uint8)
+    o = o._replace(rgb=ramp.expand_as(o.rgb).clone())
+    k = torch.tensor([[60.0, 0, 30], [0, 60.0, 36], [0, 0, 1]]).expand_as(o.intrinsics)
+    o = o._replace(intrinsics=k)
+    z = zoom(o, 1.3, generator())
+    changed = z.intrinsics[:, -1] != o.intrinsics[:, -1]
+    assert 0 < changed.flatten(1).any(1).float().mean() < 1 and not changed[..., 2].any()
+    assert torch.equal(z.rgb[:, :-1], o.rgb[:, :-1]) and torch.equal(z.intrinsics[:, :-1], o.intrinsics[:, :-1])
+    ray = torch.tensor([0.1, -0.1, 1.0])
+    for image, lens in zip(z.rgb[:, -1].flatten(0, 1), z.intrinsics[:, -1].flatten(0, 1), strict=True):
+        u, v = (lens @ ray)[:2]
+        seen = image[0, int(v), int(u) : int(u) + 1].float()
+        assert abs(float(seen) - (36.0 - 0.5) * 248 / 63) < 6
+    assert zoom(o, 1.0, generator()) is o

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
-from worldmodel.data.transforms import hide, modality_dropout
+from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
@@ -39,10 +39,13 @@ def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator:
 
 
 def understanding_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
+    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator, *, lens: float = 1.0
 ) -> dict[str, Tensor]:
-    """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied."""
-    truth = batch.observation
+    """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied.
+
+    `lens` is how far images are zoomed (see `transforms.zoom`).
+    """
+    truth = zoom(batch.observation, lens, generator)
     observation, dropped = modality_dropout(truth, dropout, generator)
     s = model.normaliser(observation, model.grid)
     images = model.encoder.image_tokens(s.rgb)
@@ -67,7 +70,7 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
     weight = torch.ones(9, device=pose.device).index_fill(0, torch.arange(3, 9, device=pose.device), 3.0)
     return {
         "camera": masked_mean(error * weight, known),
-        "fov": 10.0 * masked_mean((fov - true_fov).abs(), known),
+        "fov": 5.0 * masked_mean((fov - true_fov).abs(), known),
     }
 
 

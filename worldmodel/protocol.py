@@ -19,7 +19,7 @@ from worldmodel.stamp import protocol_stamp
 
 
 def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Run what configs/eval/eval.yaml describes, print a short table, and return the paths of report.json and report.html.
+    """Run what configs/eval/eval.yaml describes, print a short table, and return the paths of report and JSON.
 
     Raises ConfigError for settings that do not fit, before anything long runs, and DataError for data that is damaged
     or was trained on.

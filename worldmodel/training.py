@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,12 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     insulate: bool = True
     huber: float | None = None
+    lens: float = 1.0
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.lens < 1:
+            raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if unknown := [part for part in self.trains if part not in PARTS]:
@@ -126,7 +130,7 @@ class PhaseModule(L.LightningModule):
         if phase.objective == "tokeniser":
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
         elif phase.objective == "understanding":
-            losses = understanding_loss(self.model, batch, phase.dropout, generator)
+            losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
         else:
             losses = self.world_step(batch, generator)
         if not bool(torch.isfinite(losses["loss"])):
@@ -142,7 +146,8 @@ class PhaseModule(L.LightningModule):
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
-        alone = {"understanding": understanding_loss, "proposal": proposal_loss}.get(pick.mode)
+        understanding = partial(understanding_loss, lens=phase.lens)
+        alone = {"understanding": understanding, "proposal": proposal_loss}.get(pick.mode)
         if alone is not None:
             losses = alone(self.model, batch, dropout, generator)
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
