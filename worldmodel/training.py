@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import MODES, Batch
+from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
@@ -230,26 +231,28 @@ class Throughput(L.Callback):
 
     def __init__(self, *, every: int = 20) -> None:
         self.every = every
-        self.samples, self.waited = 0, 0.0
-        self.since = self.idle_since = time.perf_counter()
+        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts the time since the last step as waiting."""
-        self.waited += time.perf_counter() - self.idle_since
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting."""
+        self.samples, self.waited, self.since = 0, self.total_wait(trainer), time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs every few steps."""
-        now = time.perf_counter()
         self.samples += len(batch.key)
-        if trainer.global_step % self.every == 0:
-            span = now - self.since
-            pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": self.waited / span})
-            self.samples, self.waited, self.since = 0, 0.0, now
-        self.idle_since = time.perf_counter()
+        if trainer.global_step % self.every:
+            return
+        now, waited = time.perf_counter(), self.total_wait(trainer)
+        span = now - self.since
+        pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": (waited - self.waited) / span})
+        self.samples, self.waited, self.since = 0, waited, now
+
+    def total_wait(self, trainer: L.Trainer) -> float:
+        """Seconds that training has waited for batches so far."""
+        data: Any = getattr(trainer, "datamodule", None)
+        return data.waited if isinstance(data, ClipDataModule) else 0.0
 
 
 class SaveProgress(L.Callback):

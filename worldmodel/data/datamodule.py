@@ -144,6 +144,11 @@ class ClipDataModule(L.LightningDataModule):
         return self._start + self._processed() - self._processed_before
 
     @property
+    def waited(self) -> float:
+        """Seconds that training has waited for batches."""
+        return 0.0 if self._loader is None else self._loader.waited
+
+    @property
     def skipped(self) -> dict[str, dict[str, Any]]:
         """Damaged episodes by key: `reason`, and how many `clips` of this rank's batches so far were replaced."""
         self._tally.settle(self.batches_done())
