@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 
-@hydra.main(config_path="configs", config_name="eval", version_base="1.3")
+@hydra.main(config_path="configs/eval", config_name="eval", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Evaluate, and answer what a user got wrong with one line."""
     from worldmodel.errors import ConfigError, WorldModelError

@@ -122,7 +122,8 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
     from torch.utils.data import DataLoader
 
     from worldmodel.contracts import SCHEMA_VERSION, ClipSpec
-    from worldmodel.data.dataset import ClipDataset, collate
+    from worldmodel.data.clip import collate
+    from worldmodel.data.dataset import ClipDataset
     from worldmodel.data.schema import Episode
     from worldmodel.data.shards import ShardReader, write_index, write_shard
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from export.manifest import RobotNames
 from worldmodel.contracts import ClipSpec, Observation
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import DataError
 

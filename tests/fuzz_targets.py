@@ -30,7 +30,8 @@ from fuzz_material import (
 from hypothesis import strategies as st
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.formats.lerobot_export import export_lerobot
 from worldmodel.data.formats.map_file import load_mapping, to_yaml
 from worldmodel.data.overview import series, table

@@ -5,11 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.contracts import SCHEMA_VERSION, Batch, Future, Observation
+from worldmodel.data.clip import Clip, collate
 from worldmodel.data.embodiments import load_embodiments
 from worldmodel.data.schema import Episode
 from worldmodel.data.shards import write_index, write_shard
 from worldmodel.data.statistics import write_statistics
+
+
+def one(clip: Clip) -> Batch:
+    """A clip's fields as arrays without the batch axis."""
+    observation, future, frame, key = collate([clip])
+    return Batch(
+        Observation(*(value[0].numpy() for value in observation)),  # pyright: ignore[reportArgumentType]
+        Future(*(value[0].numpy() for value in future)),  # pyright: ignore[reportArgumentType]
+        frame[0],
+        key,
+    )
 
 
 def made_up_episode(

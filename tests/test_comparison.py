@@ -66,6 +66,10 @@ def test_closed_loop_results_are_kept_until_something_changes(tmp_path: Path) ->
     assert result_key(replace(contender, factory=Still(weights, chunk=8)), protocol) != key
     (weights / "policy.onnx").write_bytes(b"two")
     assert result_key(contender, protocol) != key
+    contender = replace(contender, trials=1)
+    assert len(run()[0]["rollouts"]["a"]) == 1 and run()[0]["reused"]
+    contender = replace(contender, trials=5)
+    assert sum(task["trials"] for task in run()[0]["tasks"]) == 4, "never more than the protocol's"
 
 
 def test_comparison_needs_weights_and_names(tmp_path: Path) -> None:

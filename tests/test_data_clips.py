@@ -10,12 +10,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from synthetic import one
 
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.align import text_ids
 from worldmodel.data.cache import ByteCache
+from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.live import observation_from_history
 from worldmodel.data.sampler import StreamSampler
 from worldmodel.data.shards import ShardReader
@@ -38,37 +40,37 @@ def test_clip_in_the_middle_holds_the_promised_steps(reader: ShardReader, clips:
     step, episode = 10, reader.read(0)
     clip = clips[step]
     history, last = [step - 8, step - 4, step], step + np.arange(1, 9)
-    np.testing.assert_array_equal(clip.observation["rgb"][:, 0], episode.rgb["front"][history].transpose(0, 3, 1, 2))
-    np.testing.assert_array_equal(clip.future["rgb"][:, 1], episode.rgb["wrist"][last].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(one(clip).observation.rgb[:, 0], episode.rgb["front"][history].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(one(clip).future.rgb[:, 1], episode.rgb["wrist"][last].transpose(0, 3, 1, 2))
     assert episode.wrench is not None and episode.action is not None and episode.points is not None
-    np.testing.assert_array_equal(clip.observation["wrench"][1], episode.wrench[step - 7 : step - 3])
-    np.testing.assert_allclose(clip.future["wrench"][0], episode.wrench[step + 1 : step + 5].mean(0), rtol=1e-6)
-    np.testing.assert_array_equal(clip.future["camera_to_base"][:, 1], episode.camera_to_base["wrist"][[14, 18]])
-    np.testing.assert_array_equal(clip.future["actions"][:, :4], episode.action[step : step + 8])
-    np.testing.assert_array_equal(clip.future["points"][:, :2], episode.points[[14, 18]])
-    assert clip.future["valid"].all() and clip.future["action_valid"].all()
-    assert clip.future["action_dims"].tolist() == [True] * 4 + [False] * 4
-    assert clip.observation["has_points"].tolist() == [True, True, False, False]
-    assert clip.observation["has_taxels"].tolist() == [False, True, True]
+    np.testing.assert_array_equal(one(clip).observation.wrench[1], episode.wrench[step - 7 : step - 3])
+    np.testing.assert_allclose(one(clip).future.wrench[0], episode.wrench[step + 1 : step + 5].mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(one(clip).future.camera_to_base[:, 1], episode.camera_to_base["wrist"][[14, 18]])
+    np.testing.assert_array_equal(one(clip).future.actions[:, :4], episode.action[step : step + 8])
+    np.testing.assert_array_equal(one(clip).future.points[:, :2], episode.points[[14, 18]])
+    assert one(clip).future.valid.all() and one(clip).future.action_valid.all()
+    assert one(clip).future.action_dims.tolist() == [True] * 4 + [False] * 4
+    assert one(clip).observation.has_points.tolist() == [True, True, False, False]
+    assert one(clip).observation.has_taxels.tolist() == [False, True, True]
     assert clip.frame.tolist() == history
     assert clip.key == "metaworld-drawer-close-v3-train-000000@10"
-    text = bytes(int(n) - 1 for n in clip.observation["text"] if n).decode()
+    text = bytes(int(n) - 1 for n in one(clip).observation.text if n).decode()
     assert text == episode.meta["instruction"]
 
 
 def test_clips_are_clamped_at_both_ends_and_say_so(reader: ShardReader, clips: ClipDataset) -> None:
     first, length = clips[0], reader.entries[0].length
     assert first.frame.tolist() == [0, 0, 0]
-    wrench = first.observation["wrench"].reshape(-1, 3, 6)
+    wrench = one(first).observation.wrench.reshape(-1, 3, 6)
     np.testing.assert_array_equal(wrench, np.broadcast_to(wrench[0], wrench.shape))
     last = clips[length - 1]
     assert last.key.endswith(f"@{length - 1}")
-    assert not last.future["valid"].any()
-    assert last.future["action_valid"].tolist() == [True] + [False] * 7
+    assert not one(last).future.valid.any()
+    assert one(last).future.action_valid.tolist() == [True] + [False] * 7
     almost = clips[length - 1 - 4]
-    assert almost.future["valid"].tolist() == [True, False]
-    assert almost.future["action_valid"].tolist() == [True] * 5 + [False] * 3
-    np.testing.assert_array_equal(last.future["rgb"][-1], last.observation["rgb"][-1])
+    assert one(almost).future.valid.tolist() == [True, False]
+    assert one(almost).future.action_valid.tolist() == [True] * 5 + [False] * 3
+    np.testing.assert_array_equal(one(last).future.rgb[-1], one(last).observation.rgb[-1])
     assert clips[length].key.endswith("000001@0") and clips[length].frame[0] == length
 
 
@@ -93,8 +95,8 @@ def test_collate_makes_the_contract(clips: ClipDataset) -> None:
 
 def test_pictures_can_be_left_out(reader: ShardReader) -> None:
     clip = ClipDataset(reader, SPEC, split="train", future=False)[5]
-    assert clip.observation["rgb"].shape[-1] == 64 and clip.future["rgb"].shape == (8, 2, 3, 0, 0)
-    assert ClipDataset(reader, SPEC, split="train", images=False)[5].observation["rgb"].size == 0
+    assert one(clip).observation.rgb.shape[-1] == 64 and one(clip).future.rgb.shape == (8, 2, 3, 0, 0)
+    assert one(ClipDataset(reader, SPEC, split="train", images=False)[5]).observation.rgb.size == 0
 
 
 def test_failed_demonstrations_are_counted_and_left_out(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -116,11 +118,15 @@ def test_names_and_sizes_that_do_not_fit_are_refused_at_the_start(reader: ShardR
     mapped = ClipDataset(
         reader, replace(SPEC, cameras=("front", "hand_eye")), split="train", camera_map={"hand_eye": "wrist"}
     )
-    np.testing.assert_array_equal(mapped[3].observation["rgb"][0, 1], reader.read(0).rgb["wrist"][0].transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        one(mapped[3]).observation.rgb[0, 1], reader.read(0).rgb["wrist"][0].transpose(2, 0, 1)
+    )
     absent = ClipDataset(
         reader, replace(SPEC, cameras=("front", "side")), split="train", camera_map={"side": None}, images=False
     )
-    assert absent[0].observation["has_rgb"].tolist() == absent[0].observation["has_camera"].tolist() == [True, False]
+    assert (
+        one(absent[0]).observation.has_rgb.tolist() == one(absent[0]).observation.has_camera.tolist() == [True, False]
+    )
     with pytest.raises(DataError, match=r"fps 20.0, the clips ask for 10"):
         ClipDataset(reader, replace(SPEC, fps=10.0), split="train")
     with pytest.raises(DataError, match=r"proprio: 18 wide.*room for 9"):

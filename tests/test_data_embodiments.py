@@ -10,8 +10,9 @@ import torch
 from synthetic import made_up_dataset
 
 from worldmodel.contracts import ClipSpec
+from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.embodiments import beyond_limits, load_embodiments, metadata_faults
 from worldmodel.data.shards import ShardReader, write_shard
 from worldmodel.data.sources import metaworld

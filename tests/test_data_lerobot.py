@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic import one
 
 pytest.importorskip("pyarrow")
 
@@ -74,7 +75,9 @@ def test_imported_data_are_sound_and_train(tmp_path: Path) -> None:
     )
     clips = ClipDataset(reader, spec, split="train")
     assert len([clips[i] for i in range(len(clips))]) == sum(LENGTHS[:2])
-    assert clips[3].observation["has_wrench"].tolist() == [False] and clips[3].observation["has_rgb"].tolist() == [True]
+    assert one(clips[3]).observation.has_wrench.tolist() == [False] and one(clips[3]).observation.has_rgb.tolist() == [
+        True
+    ]
 
 
 def test_names_of_columns_from_modality_json(tmp_path: Path) -> None:

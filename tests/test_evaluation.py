@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import one
 from torch import Tensor
 
 from worldmodel import metrics
@@ -192,7 +193,7 @@ def test_clips_have_a_full_future_and_are_spread_over_tasks(reader: ShardReader)
     assert len({clip.task for clip in clips}) == 2 and len(clips) == 3
     for clip in choose_clips(dataset, clips_per_episode=99, max_clips=999, seed=0):
         item = dataset[clip.item]
-        assert item.future["valid"].all() and item.future["action_valid"].all()
+        assert one(item).future.valid.all() and one(item).future.action_valid.all()
         assert clip.step % spec.stride == 0
         episode = reader.read(dataset.locate(clip.item)[0], images=False)
         assert episode.action is not None
@@ -213,3 +214,16 @@ def test_training_means_are_those_of_the_train_split(reader: ShardReader) -> Non
     assert means.camera_to_base.shape == (1, 2, 4, 4)
     assert torch.linalg.det(means.camera_to_base[0, :, :3, :3]).tolist() == pytest.approx([1, 1], abs=1e-4)
     assert means.points.shape == (1, ClipSpec().points, 3)
+
+
+def test_every_setting_of_eval_can_be_set_by_name():
+    """Hydra takes `data=x` for a choice between folders where the search path has one of that name."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    root = Path(__file__).parent.parent / "configs" / "eval"
+    names = [name for name in OmegaConf.load(root / "eval.yaml") if name not in ("defaults", "hydra")]
+    assert {"checkpoint", "data", "policies"} <= set(names)
+    with initialize_config_dir(str(root), version_base="1.3"):
+        config = compose("eval", [f"{name}=null" for name in names])
+    assert all(config[name] is None for name in names)

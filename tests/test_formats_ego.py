@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.formats.map_file import make_mapping
 from worldmodel.data.formats.pictures import decode_video
 from worldmodel.data.formats.registry import open_source

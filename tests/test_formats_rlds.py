@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.formats import tfrecord
 from worldmodel.data.formats.map_file import make_mapping
 from worldmodel.data.formats.registry import open_source

@@ -1,5 +1,6 @@
 """The joined model: modes, coupling, presence masks, units, checkpoints."""
 
+import copy
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,7 +14,7 @@ from export.wrappers import INPUT_NAMES, random_inputs
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import MODES, STREAMS, ClipSpec, Future, Observation, WorldState
 from worldmodel.data.statistics import statistics_hash
-from worldmodel.data.transforms import hide, modality_dropout
+from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.synthesis.flow import add_noise, clean_to_velocity, shift_sigma, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -175,6 +176,16 @@ def test_leaving_images_out_equals_hiding_them(tiny_model):
         masked = model.denoise_actions(model.remember(s, model.history_latents(o)), noise)
         skipped = model.denoise_actions(model.remember(s, None), noise)
     torch.testing.assert_close(masked, skipped, atol=2e-4, rtol=1e-4)
+
+
+def test_what_stage_1_sees_stands_in_for_points_that_nothing_tracks(tiny_model):
+    model, o = copy.deepcopy(tiny_model), observation_of(tiny_model.spec)
+    propose = lambda o: model.remember(model.normaliser(o, model.grid), model.history_latents(o)).proposal  # noqa: E731
+    with torch.no_grad():
+        tracked, unaided = propose(o), propose(hide(o, ["points"]))
+        torch.nn.init.constant_(model.encoder.points_head.out[-1].bias, 1.0)
+        assert torch.equal(propose(o), tracked)
+        assert (propose(hide(o, ["points"])) - unaided).abs().max() > 1e-3
 
 
 def test_draws_share_one_memory(tiny_model):
@@ -355,3 +366,23 @@ def test_checkpoint_with_missing_parts_is_named(saved, tmp_path):
         load_model(saved)
     with pytest.raises(DataError, match=r"model\.safetensors is missing"):
         load_model(tmp_path)
+
+
+def test_zoomed_images_show_what_the_new_lens_sees():
+    """A point of the scene keeps its colour: where the new intrinsics project it, the new image shows it."""
+    spec = ClipSpec(height=64, width=64)
+    o = observation_of(spec, batch=8)
+    ramp = torch.linspace(0, 248, 64).round().to(torch.uint8)
+    o = o._replace(rgb=ramp.expand_as(o.rgb).clone())
+    k = torch.tensor([[60.0, 0, 30], [0, 60.0, 36], [0, 0, 1]]).expand_as(o.intrinsics)
+    o = o._replace(intrinsics=k)
+    z = zoom(o, 1.3, generator())
+    changed = z.intrinsics[:, -1] != o.intrinsics[:, -1]
+    assert 0 < changed.flatten(1).any(1).float().mean() < 1 and not changed[..., 2].any()
+    assert torch.equal(z.rgb[:, :-1], o.rgb[:, :-1]) and torch.equal(z.intrinsics[:, :-1], o.intrinsics[:, :-1])
+    ray = torch.tensor([0.1, -0.1, 1.0])
+    for image, lens in zip(z.rgb[:, -1].flatten(0, 1), z.intrinsics[:, -1].flatten(0, 1), strict=True):
+        u, v = (lens @ ray)[:2]
+        seen = image[0, int(v), int(u) : int(u) + 1].float()
+        assert abs(float(seen) - (36.0 - 0.5) * 248 / 63) < 6
+    assert zoom(o, 1.0, generator()) is o

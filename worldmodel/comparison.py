@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Contender:
     """Folder with its weights; their content decides whether a kept result is still its result."""
     images: bool = True
     """False for a policy that reads no pictures: none are rendered for it."""
+    trials: int | None = None
+    """At most so many per task, for a control that need not be known as closely as the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,12 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for contender in contenders:
-        path = folder / f"{result_key(contender, protocol)}.json"
+        own = replace(protocol, trials=min(protocol.trials, contender.trials or protocol.trials))
+        path = folder / f"{result_key(contender, own)}.json"
         reused = path.is_file()
         if not reused:
             print(f"{contender.policy}:", flush=True)
-            write_json(path, _try(contender, protocol, make_scene, workers))
+            write_json(path, _try(contender, own, make_scene, workers))
         results.append(
             json.loads(path.read_text(encoding="utf-8"))
             | {"policy": contender.policy, "observes": contender.observes, "reused": reused}

@@ -26,8 +26,9 @@ from torch import Tensor
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.config import with_tuples
 from worldmodel.contracts import Batch, ClipSpec
+from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import INDEX, ShardReader

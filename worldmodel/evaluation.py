@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from worldmodel import metrics
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation, Prediction, Understanding
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.transforms import hide
 from worldmodel.figures import sample_clip, summarise, worst_and_median

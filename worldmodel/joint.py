@@ -179,7 +179,9 @@ class JointTransformer(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
             kept = self.denoiser.remember(tokens, context)
-        action_context, condition, proposal = self.expert.extend(context, s)
+        # Actions do not teach stage 1 where things are; its own head does.
+        seen = self.encoder.points_head(context).detach()
+        action_context, condition, proposal = self.expert.extend(context, s, seen)
         return Memory(
             kept,
             context,

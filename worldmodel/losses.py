@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
-from worldmodel.data.transforms import hide, modality_dropout
+from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
@@ -39,18 +39,23 @@ def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator:
 
 
 def understanding_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
+    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator, *, lens: float = 1.0
 ) -> dict[str, Tensor]:
-    """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied."""
-    truth = batch.observation
+    """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied.
+
+    `lens` is how far images are zoomed (see `transforms.zoom`).
+    """
+    truth = zoom(batch.observation, lens, generator)
     observation, dropped = modality_dropout(truth, dropout, generator)
     s = model.normaliser(observation, model.grid)
     images = model.encoder.image_tokens(s.rgb)
     losses = camera_losses(model, images, truth, s)
     fused = model.encoder(s, image_tokens=images)
-    points = F.smooth_l1_loss(model.encoder.points_head(fused), s.points[:, -1], reduction="none", beta=0.1)
+    # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which.
+    where = torch.where(truth.has_points[..., None], s.points[:, -1], 0.0)
+    points = F.smooth_l1_loss(model.encoder.points_head(fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
-    losses["points"] = masked_mean(points, truth.has_points & dropped["points"][:, None])
+    losses["points"] = masked_mean(points, dropped["points"][:, None].expand_as(truth.has_points))
     losses["force"] = masked_mean(force, truth.has_wrench & dropped["touch"][:, None])
     total = losses["camera"] + losses["fov"] + losses["points"] + 0.3 * losses["force"]
     return {"loss": total, **losses}
@@ -114,7 +119,8 @@ def world_loss(
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
     `draws` noise draws of the action chunk share one pass over the history (policy mode only). `weights` names the
-    streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` see `distance`.
+    streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` is the knee of the
+    streams' `distance`. Actions take the squared error: where their correction starts from nothing, any other is flat.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
@@ -161,7 +167,7 @@ def world_loss(
             losses[name] = masked_mean(error, present)
     if do_actions and action_velocity is not None:
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
-        error = distance(model.loss_weight("actions", level_of["actions"], error) * error, huber)
+        error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
         losses["actions"] = masked_mean(error, repeat_rows(action_mask(future), draws))
     if policy:
         losses["proposal"] = proposal_error(model, memory.proposal, batch)

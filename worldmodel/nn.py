@@ -67,6 +67,16 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def modulation_table(width: int) -> nn.Parameter:
+    """Learned modulation (6, W) of a block: scale, shift and gate of its mixing, then of its feed-forward.
+
+    Gates start half open: closed ones (DiT) suit deep stacks and long schedules, and cost short ones their first steps.
+    """
+    table = torch.randn(6, width) / width**0.5
+    table[2::3] += 0.5
+    return nn.Parameter(table)
+
+
 class TimeEmbedding(nn.Module):
     """Timestep -> the width's embedding and its projection to `vectors` modulation vectors."""
 

@@ -19,7 +19,7 @@ from worldmodel.stamp import protocol_stamp
 
 
 def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Run what configs/eval.yaml describes, print a short table, and return the paths of report.json and report.html.
+    """Run what configs/eval/eval.yaml describes, print a short table, and return the paths of report and JSON.
 
     Raises ConfigError for settings that do not fit, before anything long runs, and DataError for data that is damaged
     or was trained on.
@@ -74,9 +74,10 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
 
 
 def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
-    """Build the policies of a comparison from their YAML entries: `policy`, `observes`, `factory`, maybe `images`.
+    """Build the policies of a comparison from their YAML entries.
 
-    A factory is a Hydra `_target_` with a `folder` that holds the weights.
+    Each has `policy`, `observes` and `factory`, and may have `images` and `trials` (see `Contender`). A factory is a
+    Hydra `_target_` with a `folder` that holds the weights.
     """
     contenders = []
     for entry in policies:
@@ -88,6 +89,7 @@ def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
                 factory=factory,
                 weights=Path(factory.folder),
                 images=entry.get("images", True),
+                trials=entry.get("trials"),
             )
         )
     return contenders

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from worldmodel.data.dataset import ClipDataset, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.model import WorldModel
 from worldmodel.viz import encode_mp4, side_by_side

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import MODES, Batch
+from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
@@ -79,9 +81,12 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     insulate: bool = True
     huber: float | None = None
+    lens: float = 1.0
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.lens < 1:
+            raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if unknown := [part for part in self.trains if part not in PARTS]:
@@ -126,7 +131,7 @@ class PhaseModule(L.LightningModule):
         if phase.objective == "tokeniser":
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
         elif phase.objective == "understanding":
-            losses = understanding_loss(self.model, batch, phase.dropout, generator)
+            losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
         else:
             losses = self.world_step(batch, generator)
         if not bool(torch.isfinite(losses["loss"])):
@@ -142,7 +147,8 @@ class PhaseModule(L.LightningModule):
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
-        alone = {"understanding": understanding_loss, "proposal": proposal_loss}.get(pick.mode)
+        understanding = partial(understanding_loss, lens=phase.lens)
+        alone = {"understanding": understanding, "proposal": proposal_loss}.get(pick.mode)
         if alone is not None:
             losses = alone(self.model, batch, dropout, generator)
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
@@ -225,26 +231,28 @@ class Throughput(L.Callback):
 
     def __init__(self, *, every: int = 20) -> None:
         self.every = every
-        self.samples, self.waited = 0, 0.0
-        self.since = self.idle_since = time.perf_counter()
+        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts the time since the last step as waiting."""
-        self.waited += time.perf_counter() - self.idle_since
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting."""
+        self.samples, self.waited, self.since = 0, self.total_wait(trainer), time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs every few steps."""
-        now = time.perf_counter()
         self.samples += len(batch.key)
-        if trainer.global_step % self.every == 0:
-            span = now - self.since
-            pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": self.waited / span})
-            self.samples, self.waited, self.since = 0, 0.0, now
-        self.idle_since = time.perf_counter()
+        if trainer.global_step % self.every:
+            return
+        now, waited = time.perf_counter(), self.total_wait(trainer)
+        span = now - self.since
+        pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": (waited - self.waited) / span})
+        self.samples, self.waited, self.since = 0, waited, now
+
+    def total_wait(self, trainer: L.Trainer) -> float:
+        """Seconds that training has waited for batches so far."""
+        data: Any = getattr(trainer, "datamodule", None)
+        return data.waited if isinstance(data, ClipDataModule) else 0.0
 
 
 class SaveProgress(L.Callback):

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="per held-out task, for evaluation (default: %(default)s)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    _add_workers(command)
     command.add_argument("--pixels", type=int, default=64, help="image height and width (default: %(default)s)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", type=Path, metavar="SRC", help="the dataset: folder or file, as the format has it")
     command.add_argument("out", type=Path, metavar="OUT", help="folder for shards, index.json and stats.json")
     command.add_argument("--map", type=Path, metavar="MAP.yaml", help="names, frames and split (default: the obvious)")
-    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    _add_workers(command)
     command.add_argument(
         "--episodes-per-shard", type=int, default=25, metavar="N", help="at most so many (default: %(default)s)"
     )
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("directory", type=Path, help="dataset folder")
     command.add_argument("--json", action="store_true", help="the whole report as JSON on standard output")
-    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    _add_workers(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
@@ -155,6 +155,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("directory", type=Path, help="dataset folder")
     command.add_argument("--html", type=Path, metavar="FILE", help="write one page that loads nothing else")
     return parser
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes, or tasks at once over Ray (default: one per core)"
+    )
+    command.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="work on a Ray cluster (extra `ray`): alone, the one that runs here; else host:port, ray://host:port, or "
+        "`local` to start one. The folders must be on storage that all its machines see",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,6 +195,7 @@ def _generate(options: argparse.Namespace) -> int:
         heldout_task_episodes=options.heldout_task_episodes,
         seed=options.seed,
         workers=options.workers,
+        ray=options.ray,
         pixels=options.pixels,
         progress=not options.quiet,
     )
@@ -197,6 +212,7 @@ def _import(options: argparse.Namespace) -> int:
         options.out,
         mapping=options.map,
         workers=options.workers,
+        ray=options.ray,
         progress=not options.quiet,
         episodes_per_shard=options.episodes_per_shard,
     )
@@ -222,7 +238,7 @@ def _validate(options: argparse.Namespace) -> int:
     from worldmodel.data.validate import examine
 
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
-    report = examine(options.directory, workers=workers, progress=not options.quiet)
+    report = examine(options.directory, workers=workers, ray=options.ray, progress=not options.quiet)
     if options.json:
         print(json.dumps(report.plain(), indent=1))
         return report.status

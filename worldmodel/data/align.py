@@ -1,6 +1,7 @@
 """Bring one episode's streams to the names, order and padded sizes of a `ClipSpec`, with presence masks."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,12 +13,18 @@ from worldmodel.errors import ConfigError, DataError
 
 
 class Aligned(NamedTuple):
-    """Streams of one episode over T steps, padded; absent ones are zero and masked in `constant`."""
+    """Streams of one episode over T steps, padded; absent ones are zero and masked in `constant`.
 
+    All but the wrench are views into `steps`, and that into `series`: one row of each holds all that a time step has,
+    so that a clip is cut with two gathers.
+    """
+
+    steps: np.ndarray  # (T, sum of `columns`) float32
+    series: np.ndarray  # (T, S * 6) float32
     intrinsics: np.ndarray  # (T, V, 3, 3)
     camera_to_base: np.ndarray  # (T, V, 4, 4)
     points: np.ndarray  # (T, K, 3)
-    visible: np.ndarray  # (T, K)
+    visible: np.ndarray  # (T, K) 1 or 0
     wrench: np.ndarray  # (T, S, 6)
     taxels: np.ndarray  # (T, S, C, rows, columns)
     proprio: np.ndarray  # (T, P)
@@ -27,8 +34,26 @@ class Aligned(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the series."""
-        return sum(value.nbytes for value in self if isinstance(value, np.ndarray))
+        """Bytes of the streams."""
+        return self.steps.nbytes + self.series.nbytes
+
+
+def columns(spec: ClipSpec) -> dict[str, tuple[slice, tuple[int, ...]]]:
+    """Where each stream lies in a row of `Aligned.steps`, and its shape."""
+    views, places, start = len(spec.cameras), {}, 0
+    shapes = {
+        "intrinsics": (views, 3, 3),
+        "camera_to_base": (views, 4, 4),
+        "points": (spec.points, 3),
+        "visible": (spec.points,),
+        "taxels": (len(spec.sensors), *spec.taxels),
+        "proprio": (spec.proprio,),
+        "action": (spec.action,),
+    }
+    for name, shape in shapes.items():
+        places[name] = (slice(start, start + math.prod(shape)), shape)
+        start += math.prod(shape)
+    return places
 
 
 def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None], where: str) -> Aligned:
@@ -43,9 +68,13 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
     if meta["embodiment"] not in spec.embodiments:
         raise DataError(f"{where}: embodiment {meta['embodiment']!r} is none of {list(spec.embodiments)}")
     masks: dict[str, np.ndarray] = {}
+    places = columns(spec)
+    steps = np.zeros((t, max(place.stop for place, _ in places.values())), np.float32)
+    series = np.zeros((t, len(spec.sensors) * 6), np.float32)
+    view = {name: steps[:, place].reshape(t, *shape) for name, (place, shape) in places.items()}
+    view["wrench"] = series.reshape(t, len(spec.sensors), 6)
 
-    intrinsics = np.broadcast_to(np.eye(3, dtype=np.float32), (t, len(spec.cameras), 3, 3)).copy()
-    poses = np.broadcast_to(np.eye(4, dtype=np.float32), (t, len(spec.cameras), 4, 4)).copy()
+    view["intrinsics"][:], view["camera_to_base"][:] = np.eye(3), np.eye(4)
     names = [camera_map.get(camera, camera) for camera in spec.cameras]
     masks["has_rgb"] = np.array(
         [name in meta.get("cameras", ()) and "rgb" not in meta.get("absent", ()) for name in names]
@@ -53,36 +82,34 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
     masks["has_camera"] = np.array([name in episode.camera_to_base for name in names])
     for v, name in enumerate(names):
         if name in episode.camera_to_base:
-            intrinsics[:, v], poses[:, v] = episode.intrinsics[name], episode.camera_to_base[name]
+            view["intrinsics"][:, v] = episode.intrinsics[name]
+            view["camera_to_base"][:, v] = episode.camera_to_base[name]
 
-    points, visible = np.zeros((t, spec.points, 3), np.float32), np.zeros((t, spec.points), bool)
     masks["has_points"] = np.zeros(spec.points, bool)
     if episode.points is not None and episode.visible is not None:
         count = _fits(episode.points.shape[1], spec.points, "points", where)
-        points[:, :count], visible[:, :count] = episode.points, episode.visible
+        view["points"][:, :count], view["visible"][:, :count] = episode.points, episode.visible
         masks["has_points"][:count] = True
 
-    wrench = np.zeros((t, len(spec.sensors), 6), np.float32)
-    taxels = np.zeros((t, len(spec.sensors), *spec.taxels), np.float32)
     masks["has_wrench"] = np.zeros(len(spec.sensors), bool)
     masks["has_taxels"] = np.zeros(len(spec.sensors), bool)
     sensors, with_taxels = meta.get("sensor_names", []), meta.get("taxel_sensors", [])
     for s, name in enumerate(spec.sensors):
         if episode.wrench is not None and name in sensors:
-            wrench[:, s], masks["has_wrench"][s] = episode.wrench[:, sensors.index(name)], True
+            view["wrench"][:, s], masks["has_wrench"][s] = episode.wrench[:, sensors.index(name)], True
         if episode.taxels is not None and name in with_taxels:
             if episode.taxels.shape[2:] != spec.taxels:
                 raise DataError(f"{where}: taxels: grid {episode.taxels.shape[2:]}, the clips ask for {spec.taxels}")
-            taxels[:, s], masks["has_taxels"][s] = episode.taxels[:, with_taxels.index(name)], True
+            view["taxels"][:, s], masks["has_taxels"][s] = episode.taxels[:, with_taxels.index(name)], True
 
-    proprio, action = np.zeros((t, spec.proprio), np.float32), np.zeros((t, spec.action), np.float32)
     action_dims = np.zeros(spec.action, bool)
     masks["has_proprio"] = np.array(episode.proprio is not None)
     if episode.proprio is not None:
-        proprio[:, : _fits(episode.proprio.shape[1], spec.proprio, "proprio", where)] = episode.proprio
+        count = _fits(episode.proprio.shape[1], spec.proprio, "proprio", where)
+        view["proprio"][:, :count] = episode.proprio
     if episode.action is not None:
         count = _fits(episode.action.shape[1], spec.action, "action", where)
-        action[:, :count], action_dims[:count] = episode.action, True
+        view["action"][:, :count], action_dims[:count] = episode.action, True
 
     instruction = meta["instruction"]
     masks["has_text"] = np.array(bool(instruction))
@@ -91,7 +118,7 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
         **masks,
         "embodiment": np.array(spec.embodiments.index(meta["embodiment"]), np.int64),
     }
-    return Aligned(intrinsics, poses, points, visible, wrench, taxels, proprio, action, action_dims, constant)
+    return Aligned(steps=steps, series=series, **view, action_dims=action_dims, constant=constant)
 
 
 def check_cameras(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None], where: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.dataset import ClipDataset, Needs, collate
+from worldmodel.data.clip import collate
+from worldmodel.data.dataset import ClipDataset, Needs
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import Mixture, Source, make_sources
 from worldmodel.data.sampler import StreamLoader, StreamSampler, Tally
@@ -144,6 +145,11 @@ class ClipDataModule(L.LightningDataModule):
         if self.trainer is None:
             return self._loader.position
         return self._start + self._processed() - self._processed_before
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for batches."""
+        return 0.0 if self._loader is None else self._loader.waited
 
     @property
     def skipped(self) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,4 @@
-"""Clips cut from recorded episodes: history, future and actions around every time step, as `contracts.Batch`.
-
-Shape legend: see `worldmodel.contracts`. Clips are numpy until `collate` makes a batch of tensors.
-"""
+"""Clips cut from recorded episodes: history, future and actions around every time step, as items of a dataset."""
 
 import bisect
 import logging
@@ -9,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from worldmodel.contracts import Batch, ClipSpec, Future, Observation
+from worldmodel.contracts import ClipSpec
 from worldmodel.data.align import Aligned, align, check_cameras
 from worldmodel.data.cache import ByteCache
+from worldmodel.data.clip import Clip, Layout, Skip
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import ConfigError, DataError, SampleError
@@ -39,30 +36,6 @@ class Request(NamedTuple):
     clip: int
     images: bool
     future: bool
-
-
-class Skip(NamedTuple):
-    """A damaged episode that a clip was asked of, and what is wrong with it."""
-
-    key: str
-    reason: str
-
-
-class Clip(NamedTuple):
-    """One item: the fields of `Observation` and `Future` without the batch axis."""
-
-    observation: dict[str, np.ndarray]
-    future: dict[str, np.ndarray]
-    frame: np.ndarray  # (H,) int64
-    key: str
-    skip: Skip | None = None  # what this clip stands in for
-
-
-class Delivery(NamedTuple):
-    """A batch as it leaves a worker, with what was passed over to fill it."""
-
-    batch: Batch
-    skips: list[Skip]
 
 
 class ClipDataset(Dataset[Clip]):
@@ -112,6 +85,7 @@ class ClipDataset(Dataset[Clip]):
         self.reader, self.spec, self.split, self.on_error = reader, spec, split, on_error
         self.images, self.future_images = images, images and future
         self.camera_map = dict(camera_map or {})
+        self._layout = Layout(spec)
         if split not in reader.index["splits"]:
             raise DataError(f"{reader.root}: no split {split!r}; it has {sorted(reader.index['splits'])}")
         of_split = [i for i, entry in enumerate(reader.entries) if entry.split == split]
@@ -192,37 +166,21 @@ class ClipDataset(Dataset[Clip]):
         raise DataError(f"{self.reader.root}: every episode of embodiment {embodiment!r} is damaged")
 
     def _clip(self, i: int, step: int, request: Request) -> Clip:
-        entry, spec, data = self.reader.entries[i], self.spec, self._aligned(i)
-        last = entry.length - 1
-        history = history_steps(step, spec)
-        ends = step + spec.stride * np.arange(1, spec.future + 1)
-        future_steps = np.minimum(step + np.arange(1, spec.window + 1), last)
-        sampled = np.minimum(ends, last)
-        series = future_steps.reshape(spec.future, spec.stride)
-        chunk = step + np.arange(spec.chunk)
-        observation = {
-            "rgb": self._pictures(i, data, history, self.images and request.images),
-            "intrinsics": data.intrinsics[history],
-            "camera_to_base": data.camera_to_base[history],
-            "points": data.points[history],
-            "visible": data.visible[history],
-            "wrench": data.wrench[wrench_steps(history, spec)],
-            "taxels": data.taxels[history],
-            "proprio": data.proprio[history],
-            **data.constant,
-        }
-        future = {
-            "rgb": self._pictures(i, data, future_steps, self.future_images and request.future),
-            "camera_to_base": data.camera_to_base[sampled],
-            "points": data.points[sampled],
-            "visible": data.visible[sampled],
-            "wrench": data.wrench[series].mean(1),
-            "actions": data.action[np.minimum(chunk, last)],
-            "valid": ends <= last,
-            "action_valid": (chunk <= last) & data.action_dims.any(),
-            "action_dims": data.action_dims,
-        }
-        return Clip(observation, future, entry.start + history, f"{entry.key}@{step}")
+        entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
+        history = np.maximum(layout.history + step, 0)
+        future = np.minimum(layout.future + step, entry.length - 1)
+        return Clip(
+            layout=layout,
+            data=data,
+            step=step,
+            # Before the start the first row repeats, past the end the last.
+            steps=data.steps.take(layout.steps + step, axis=0, mode="clip"),
+            series=data.series.take(layout.series + step, axis=0, mode="clip"),
+            rgb=self._pictures(i, data, history, self.images and request.images),
+            future_rgb=self._pictures(i, data, future, self.future_images and request.future),
+            frame=entry.start + history,
+            key=f"{entry.key}@{step}",
+        )
 
     def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
         """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
@@ -250,32 +208,3 @@ class ClipDataset(Dataset[Clip]):
 
     def _where(self, entry: Entry) -> str:
         return f"{entry.shard}: key {entry.key}"
-
-
-def history_steps(step: int, spec: ClipSpec) -> np.ndarray:
-    """(H,) time steps of the history frames at `step`; before the start they repeat step 0."""
-    return np.maximum(step - spec.stride * np.arange(spec.history - 1, -1, -1), 0)
-
-
-def wrench_steps(history: np.ndarray, spec: ClipSpec) -> np.ndarray:
-    """(H, R) time steps of the wrench series that end at each history frame."""
-    return np.maximum(history[:, None] - np.arange(spec.stride - 1, -1, -1), 0)
-
-
-def deliver(clips: Sequence[Clip]) -> Delivery:
-    """`collate` with the report of what was passed over, which is how it leaves a worker process."""
-    return Delivery(collate(clips), [clip.skip for clip in clips if clip.skip is not None])
-
-
-def collate(clips: Sequence[Clip]) -> Batch:
-    """One batch of tensors from clips of one dataset."""
-
-    def stack(parts: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(np.stack([part[name] for part in parts])) for name in parts[0]}
-
-    return Batch(
-        observation=Observation(**stack([clip.observation for clip in clips])),
-        future=Future(**stack([clip.future for clip in clips])),
-        frame=torch.from_numpy(np.stack([clip.frame for clip in clips])),
-        key=[clip.key for clip in clips],
-    )

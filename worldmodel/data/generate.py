@@ -26,6 +26,7 @@ def generate(
     heldout_task_episodes: int = 8,
     seed: int = 0,
     workers: int | None = None,
+    ray: str | None = None,
     pixels: int = 64,
     progress: bool = True,
 ) -> Path:
@@ -43,6 +44,7 @@ def generate(
         heldout_task_episodes: per held-out task, for `heldout_tasks`.
         seed: the bytes written are a function of it and of the arguments above, not of `workers`.
         workers: processes; None is one per core, 1 runs in this process.
+        ray: address of a Ray cluster to work on instead; it must see `out`.
         pixels: height and width of the images.
 
     Raises:
@@ -69,6 +71,7 @@ def generate(
         heldout_tasks=lambda entries: [task for task in HELDOUT_TASKS if task in chosen],
         extra={"generated": parameters},
         workers=workers,
+        ray=ray,
         progress=progress,
         prepare=_prepare,
     )

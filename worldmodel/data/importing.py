@@ -33,6 +33,7 @@ def import_dataset(
     *,
     mapping: Mapping | str | Path | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     progress: bool = True,
     episodes_per_shard: int = EPISODES_PER_SHARD,
 ) -> Path:
@@ -47,6 +48,7 @@ def import_dataset(
         mapping: names and frames (see `formats.mapping`), or the YAML file that holds them; None takes the dataset's
             own map or the suggested one, where that leaves nothing open.
         workers: processes; None is one per core, 1 works in this process.
+        ray: address of a Ray cluster to work on instead; it must see `source` and `out`.
         progress: show a bar.
         episodes_per_shard: the last shard of a split may hold fewer.
 
@@ -80,10 +82,11 @@ def import_dataset(
     fill(
         root,
         list(plan(refs, placed, episodes_per_shard)),
-        partial(read_chunk, format, str(src), plain),
+        partial(read_chunk, format, str(Path(src).resolve()), plain),
         heldout_tasks=lambda entries: heldout_tasks(entries, heldout),
         extra={"imported": parameters},
         workers=workers,
+        ray=ray,
         progress=progress,
     )
     log.info("%s: %s", root, ", ".join(f"{n} {split}" for split, n in sorted(Counter(placed).items())))

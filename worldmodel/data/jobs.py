@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from worldmodel.data.cluster import check_shared, scatter
 from worldmodel.data.schema import Episode
 from worldmodel.data.shards import (
     INDEX,
@@ -87,6 +88,7 @@ def fill(
     workers: int | None,
     progress: bool,
     prepare: Callable[[], object] | None = None,
+    ray: str | None = None,
 ) -> None:
     """Write the shards of `chunks` that are not finished, then index and statistics; a finished folder is left alone.
 
@@ -99,16 +101,20 @@ def fill(
         workers: processes; None is one per core, 1 works in this process.
         progress: show a bar.
         prepare: called once before several workers start.
+        ray: address of a Ray cluster to work on (see `cluster.scatter`) instead of processes here; it must see `root`.
 
     Raises:
         DataError: an episode cannot be made, a shard cannot be written, or a worker process was killed.
+        ConfigError: no such cluster.
     """
     pending = [chunk for chunk in chunks if not _finished(root, chunk)]
     if pending:
         log.info("%d of %d shards to do in %s", len(pending), len(chunks), root)
-        _run(
-            root, pending, sum(chunk.count for chunk in chunks), make, workers or os.cpu_count() or 1, progress, prepare
-        )
+        with _bar(root, chunks, pending, progress) as bar:
+            if ray is not None:
+                _run_on_cluster(root, pending, make, ray, workers, bar)
+            else:
+                _run(root, pending, make, workers or os.cpu_count() or 1, bar, prepare)
     if pending or not (root / INDEX).exists():
         shards = [read_json(_sidecar(root, chunk), "delete it to repeat its shard")["shard"] for chunk in chunks]
         entries = [entry for shard in shards for entry in shard["entries"]]
@@ -148,50 +154,70 @@ def _write(root: Path, chunk: Chunk, make: Make, tick: Callable[[], object]) -> 
         raise DataError(f"{root / chunk.shard}: cannot be written ({error})") from error
 
 
+def _bar(root: Path, chunks: Sequence[Chunk], pending: Sequence[Chunk], progress: bool) -> Any:
+    from tqdm import tqdm
+
+    total, left = (sum(chunk.count for chunk in part) for part in (chunks, pending))
+    return tqdm(total=total, initial=total - left, unit="episode", desc=root.name, disable=not progress)
+
+
+def _run_on_cluster(root: Path, chunks: Sequence[Chunk], make: Make, address: str, limit: int | None, bar: Any) -> None:
+    task = partial(_work_anywhere, root.resolve(), make)
+    for number, done in scatter(task, chunks, address=address, limit=limit, environment=_THREADS):
+        if done is None:
+            raise _killed(root)
+        bar.update(chunks[number].count)
+
+
+def _work_anywhere(root: Path, make: Make, chunk: Chunk) -> bool:
+    check_shared(root / _PROGRESS)
+    _write(root, chunk, make, lambda: None)
+    return True
+
+
+def _killed(root: Path) -> DataError:
+    return DataError(
+        f"{root}: a worker process was killed (out of memory?); finished shards are kept: run the same command "
+        "again, with fewer workers if memory is short"
+    )
+
+
 def _run(
     root: Path,
     chunks: Sequence[Chunk],
-    total: int,
     make: Make,
     workers: int,
-    progress: bool,
+    bar: Any,
     prepare: Callable[[], object] | None,
 ) -> None:
-    from tqdm import tqdm
-
-    done = total - sum(chunk.count for chunk in chunks)
-    with tqdm(total=total, initial=done, unit="episode", desc=root.name, disable=not progress) as bar:
-        if min(workers, len(chunks)) == 1:
-            for chunk in chunks:
-                _write(root, chunk, make, lambda: bar.update(1))
-            return
-        if prepare is not None:
-            prepare()
-        context = multiprocessing.get_context("spawn")
-        ticks = context.Queue()
-        saved = {name: os.environ.get(name) for name in _THREADS}
-        os.environ.update(_THREADS)  # before the children start: their libraries read it when they load
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(ticks,))
-        try:
-            waiting: set[Future[None]] = {pool.submit(_work, root, chunk, make) for chunk in chunks}
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.3, return_when=FIRST_COMPLETED)
-                bar.update(_drain(ticks))
-                for future in finished:
-                    future.result()
+    if min(workers, len(chunks)) == 1:
+        for chunk in chunks:
+            _write(root, chunk, make, lambda: bar.update(1))
+        return
+    if prepare is not None:
+        prepare()
+    context = multiprocessing.get_context("spawn")
+    ticks = context.Queue()
+    saved = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(_THREADS)  # before the children start: their libraries read it when they load
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(ticks,))
+    try:
+        waiting: set[Future[None]] = {pool.submit(_work, root, chunk, make) for chunk in chunks}
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.3, return_when=FIRST_COMPLETED)
             bar.update(_drain(ticks))
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"{root}: a worker process was killed (out of memory?); finished shards are kept: run the same command "
-                "again, with fewer workers if memory is short"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-            for name, value in saved.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for future in finished:
+                future.result()
+        bar.update(_drain(ticks))
+    except BrokenProcessPool as error:
+        raise _killed(root) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _drain(ticks: Any) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from worldmodel.contracts import ClipSpec, Observation
 from worldmodel.data.align import text_ids
-from worldmodel.data.dataset import history_steps, wrench_steps
+from worldmodel.data.clip import Layout
 from worldmodel.errors import ContractError
 
 
@@ -34,7 +34,8 @@ def observation_from_history(
     if embodiment not in spec.embodiments:
         raise ContractError(f"embodiment {embodiment!r} is none of {list(spec.embodiments)}")
     now = history[-1]
-    frames = history_steps(len(history) - 1, spec)
+    layout, newest = Layout(spec), len(history) - 1
+    frames = np.maximum(layout.history + newest, 0)
     h, v, s = spec.history, len(spec.cameras), len(spec.sensors)
 
     def series(name: str, steps: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -76,7 +77,7 @@ def observation_from_history(
             return np.zeros((len(steps), *shape), np.float32), np.zeros(s, bool)
         return series(name, steps, shape, np.float32), np.asarray(now.get(f"has_{name}", np.ones(s, bool)))
 
-    wrench, has_wrench = touch("wrench", wrench_steps(frames, spec).ravel(), (s, 6))
+    wrench, has_wrench = touch("wrench", np.maximum(layout.touch + newest, 0), (s, 6))
     taxels, has_taxels = touch("taxels", frames, (s, *spec.taxels))
     proprio = np.zeros((h, spec.proprio), np.float32)
     if "proprio" in now:

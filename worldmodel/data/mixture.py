@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.cache import ByteCache
-from worldmodel.data.dataset import Clip, ClipDataset, Request
+from worldmodel.data.clip import Clip
+from worldmodel.data.dataset import ClipDataset, Request
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
 

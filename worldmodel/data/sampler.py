@@ -6,6 +6,7 @@ batches round robin and do not change the order.
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from worldmodel.contracts import Batch
-from worldmodel.data.dataset import Needs, Request, Skip, deliver
+from worldmodel.data.clip import Skip, deliver
+from worldmodel.data.dataset import Needs, Request
 from worldmodel.data.mixture import PERIOD, Mixture
 from worldmodel.errors import ConfigError
 
@@ -163,6 +165,8 @@ class StreamLoader:
         tally: Tally | None = None,
     ) -> None:
         self.sampler, self.position, self.needs = sampler, sampler.start, needs
+        self.waited = 0.0
+        """Seconds that whoever iterates has waited for batches."""
         self.tally = Tally(len(dataset.parts)) if tally is None else tally
         self._asked: deque[np.ndarray] = deque()
         self._dataset, self._num_workers = dataset, num_workers
@@ -177,7 +181,13 @@ class StreamLoader:
             num_workers=self._num_workers,
             persistent_workers=False,
         )
-        for delivery in loader:
+        batches = iter(loader)
+        while True:
+            since = time.perf_counter()
+            delivery = next(batches, None)
+            self.waited += time.perf_counter() - since
+            if delivery is None:
+                return
             self.tally.add(self.position, self._asked.popleft(), delivery.skips)
             self.position += 1
             yield delivery.batch

@@ -1,8 +1,9 @@
-"""Changes to a batch of observations: hiding senses."""
+"""Changes to a batch of observations: hiding senses, and what a camera would see through another lens."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel.contracts import Observation
@@ -46,3 +47,30 @@ def modality_dropout(
         observation = hide(observation, [sense], rows)
         dropped[sense] = rows
     return observation, dropped
+
+
+def zoom(observation: Observation, most: float, generator: torch.Generator) -> Observation:
+    """Newest images of half the rows as another focal length would show them, with intrinsics to match.
+
+    Each view is magnified about its principal point by a factor between 1 / `most` and `most`; beyond it the edge
+    repeats. Poses stay true, so a few hundred recorded lenses stand for all between. `most` 1 changes nothing.
+    """
+    if most == 1:
+        return observation
+    b, _, v, c, h, w = observation.rgb.shape
+    factor = most ** (2 * torch.rand(b, v, generator=generator) - 1)
+    factor = torch.where(torch.rand(b, 1, generator=generator) < 0.5, factor, 1.0).to(observation.intrinsics)
+    lens = observation.intrinsics[:, -1]
+    size = torch.tensor([w, h]).to(lens)
+    centre = 2 * lens[..., :2, 2] / size - 1
+    shrink = (1 / factor)[..., None]
+    affine = torch.cat([torch.diag_embed(shrink.expand(b, v, 2)), (centre * (1 - shrink))[..., None]], -1)
+    grid = F.affine_grid(affine.flatten(0, 1), [b * v, c, h, w], align_corners=False)
+    images = observation.rgb[:, -1].flatten(0, 1).float()
+    seen = F.grid_sample(images, grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
+    gain = torch.ones_like(lens)
+    gain[..., 0, 0] = gain[..., 1, 1] = factor
+    return observation._replace(
+        rgb=torch.cat([observation.rgb[:, :-1], seen.unflatten(0, (b, 1, v))], 1),
+        intrinsics=torch.cat([observation.intrinsics[:, :-1], (lens * gain).unsqueeze(1)], 1),
+    )

@@ -2,15 +2,17 @@
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from worldmodel.data.checks import gripper, images, leaks, signals, structure, timing
 from worldmodel.data.checks.finding import Fault, Projection, Sample, Severity, Summary, Survey
+from worldmodel.data.cluster import check_shared, scatter
 from worldmodel.data.faults import RATE
 from worldmodel.data.remote import is_url
 from worldmodel.data.shards import INDEX, ShardReader
@@ -89,16 +91,17 @@ def validate(root: str | Path, *, workers: int = 1, progress: bool = False) -> l
     return examine(root, workers=workers, progress=progress).faults
 
 
-def examine(root: str | Path, *, workers: int = 1, progress: bool = False) -> Report:
+def examine(root: str | Path, *, workers: int = 1, progress: bool = False, ray: str | None = None) -> Report:
     """Read every shard of the dataset in `root` and run all checks.
 
     Args:
         root: folder with `index.json` and shards.
         workers: processes; 1 runs in this one. The report does not depend on it.
+        ray: address of a Ray cluster to read on (see `cluster.scatter`) instead; it must see `root`.
         progress: show a bar of episodes.
 
     Raises:
-        ConfigError: no such folder, or fewer than one worker.
+        ConfigError: no such folder or cluster, or fewer than one worker.
     """
     if not is_url(root) and not Path(root).is_dir():
         raise ConfigError(f"{root}: no such folder; give the folder that holds {INDEX}")
@@ -109,7 +112,7 @@ def examine(root: str | Path, *, workers: int = 1, progress: bool = False) -> Re
         reader = ShardReader(root, cache_bytes=0, check_sizes=False)
     except DataError as error:
         return Report(root, 0, [Fault(INDEX, "", "", str(error), "generate the dataset again")], [], nothing)
-    results = _all_shards(reader, workers, progress)
+    results = _all_shards(reader, workers, progress, ray)
     survey = Survey(reader, [summary for result in results for summary in result.summaries])
     found = [fault for result in results for fault in result.faults]
     found += _run(structure.check_totals, INDEX, reader, reader.entries)
@@ -200,42 +203,54 @@ def _examine(sample: Sample, faults: list[Fault]) -> Summary | None:
     )
 
 
-def _all_shards(reader: ShardReader, workers: int, progress: bool) -> list[ShardResult]:
+def _all_shards(reader: ShardReader, workers: int, progress: bool, ray: str | None) -> list[ShardResult]:
     """The results of all shards in their order. A process that dies costs one shard, which is an error."""
     from tqdm import tqdm
 
-    shards = reader.index["shards"]
+    shards, done = reader.index["shards"], dict[int, ShardResult]()
     with tqdm(total=len(reader), unit="episode", desc="validate", disable=not progress) as bar:
-        if min(workers, len(shards)) <= 1:
-            results = []
-            for number, shard in enumerate(shards):
-                results.append(examine_shard(reader, number))
-                bar.update(len(shard["entries"]))
-            return results
-        done: dict[int, ShardResult] = {}
-
-        def collect(futures: dict[Future[ShardResult], int]) -> None:
-            for future in as_completed(futures):
-                number = futures[future]
-                try:
-                    done[number] = future.result()
-                except BrokenProcessPool:
-                    continue
-                bar.update(len(shards[number]["entries"]))
-
-        with _pool(workers, reader.root) as pool:
-            collect({pool.submit(_work, number): number for number in range(len(shards))})
-        # One death takes the whole pool along: each shard that is left gets a process of its own.
-        for number in sorted(set(range(len(shards))) - set(done)):
-            with _pool(1, reader.root) as pool:
-                collect({pool.submit(_work, number): number})
-            if number not in done:
+        for number, result in _finished(reader, workers, ray):
+            if result is None:
                 name = shards[number]["name"]
                 message = "the process that read this shard died, so nothing is known about it"
                 fix = "look for the kernel's out-of-memory message; run again with --workers 1"
-                done[number] = ShardResult([Fault(name, "", "", message, fix)], [])
-                bar.update(len(shards[number]["entries"]))
-        return [done[number] for number in range(len(shards))]
+                result = ShardResult([Fault(name, "", "", message, fix)], [])
+            done[number] = result
+            bar.update(len(shards[number]["entries"]))
+    return [done[number] for number in range(len(shards))]
+
+
+def _finished(reader: ShardReader, workers: int, ray: str | None) -> Iterator[tuple[int, ShardResult | None]]:
+    """Every shard's number and result as they come; None where its process died."""
+    shards = range(len(reader.index["shards"]))
+    if ray is not None:
+        root = reader.root if is_url(reader.root) else Path(reader.root).resolve()
+        yield from scatter(partial(_work_anywhere, root), shards, address=ray)
+    elif min(workers, len(shards)) <= 1:
+        for number in shards:
+            yield number, examine_shard(reader, number)
+    else:
+        left = set(shards)
+        for chosen, count in ((list(shards), workers), *(([number], 1) for number in shards)):
+            # One death takes the whole pool along: each shard that is left gets a process of its own.
+            chosen = [number for number in chosen if number in left]
+            if not chosen:
+                continue
+            with _pool(count, reader.root) as pool:
+                futures = {pool.submit(_work, number): number for number in chosen}
+                for future in as_completed(futures):
+                    with suppress(BrokenProcessPool):
+                        result = future.result()
+                        left.discard(futures[future])
+                        yield futures[future], result
+        for number in sorted(left):
+            yield number, None
+
+
+def _work_anywhere(root: str | Path, number: int) -> ShardResult:
+    if isinstance(root, Path):
+        check_shared(root)
+    return examine_shard(ShardReader(root, cache_bytes=0, check_sizes=False), number)
 
 
 def _pool(workers: int, root: str | Path) -> ProcessPoolExecutor:

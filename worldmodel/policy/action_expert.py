@@ -5,7 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import Fused, Senses
-from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, apply_rope, attend, modulate, rope_table
+from worldmodel.nn import (
+    CrossAttention,
+    FeedForward,
+    TimeEmbedding,
+    apply_rope,
+    attend,
+    modulate,
+    modulation_table,
+    rope_table,
+)
 from worldmodel.policy.state_policy import StatePolicy
 
 
@@ -22,7 +31,7 @@ class ActionBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross = CrossAttention(width=width, context=context, heads=heads, inner=attention_width)
         self.feed_forward = FeedForward(width=width, hidden=hidden)
-        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.table = modulation_table(width)
 
     def project(self, a: Tensor, vectors: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """a (B, A, W), vectors (B, 1, 6, W) -> q, k, v (B, A, E, d), rotated."""
@@ -82,13 +91,14 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.embed_out.weight)
         nn.init.zeros_(self.embed_out.bias)
 
-    def extend(self, context: Fused, senses: Senses) -> tuple[Fused, Tensor, Tensor]:
+    def extend(self, context: Fused, senses: Senses, seen: Tensor) -> tuple[Fused, Tensor, Tensor]:
         """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
-        Returns the context with the token (features of the state policy joined with the mean of the context), the
-        condition (B, W) and the state policy's proposal (B, A, D), which the transformer corrects.
+        `seen` (B, K, 3) are the points as stage 1 believes them to be. Returns the context with the token (features of
+        the state policy joined with the mean of the context), the condition (B, W) and the state policy's proposal
+        (B, A, D), which the transformer corrects.
         """
-        features, proposal = self.state(senses, context.instruction)
+        features, proposal = self.state(senses, context.instruction, seen)
         token = self.token(torch.cat([features, self.mean(context)], -1))
         tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)
         mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)

@@ -155,7 +155,7 @@ class VideoAutoencoder(nn.Module):
         return self.decode_raw(latents.transpose(1, 2)).transpose(1, 2)
 
 
-def carry_residual(decoded: Tensor, last: Tensor, fade: float = 0.2, hold: float = 0.25, window: int = 11) -> Tensor:
+def carry_residual(decoded: Tensor, last: Tensor, fade: float = 0.2, hold: float = 0.15, window: int = 11) -> Tensor:
     """Keeps what a small tokeniser blurs: pictures change where the decoded change is visible, and stay elsewhere.
 
     decoded (N, 1 + T, 3, h, w) with the reconstruction of the last frame first, last (N, 3, h, w) as it was seen, both

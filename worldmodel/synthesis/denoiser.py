@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.contracts import STREAMS, Fused, WorldState
 from worldmodel.errors import ConfigError
-from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, rope_table
+from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, modulation_table, rope_table
 from worldmodel.synthesis.temporal import DeltaState, GatedDelta, Keys, WindowAttention
 
 LAYERS = ("swa", "dswa", "gated")
@@ -45,7 +45,7 @@ class SynthesisBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross = CrossAttention(width=width, context=context, heads=heads)
         self.feed_forward = FeedForward(width=width, hidden=hidden)
-        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.table = modulation_table(width)
 
     def forward(
         self,
