@@ -109,7 +109,7 @@ def spoilt_table(draw: st.DrawFn, sound: pa.Table) -> bytes:
                     values = [draw(VALUES)] * rows
                 try:
                     sound = sound.set_column(number, column, pa.array(values))
-                except (pa.lib.ArrowException, OverflowError, UnicodeEncodeError):
+                except (pa.ArrowException, OverflowError, UnicodeEncodeError):
                     continue  # arrow itself cannot store these
     buffer = io.BytesIO()
     pq.write_table(sound, buffer)
@@ -166,7 +166,8 @@ def hdf5(data: st.DataObject, folder: Path) -> None:
                 continue
             item: Any = file[name]
             if data.draw(st.booleans()):
-                attributes = data.draw(st.sampled_from((file, item, file.get("data") or file))).attrs
+                holder: Any = data.draw(st.sampled_from((file, item, file.get("data") or file)))
+                attributes = holder.attrs
                 attribute = data.draw(st.sampled_from((*attributes, "sim", "num_samples", "env_args", "task")))
                 attributes[attribute] = data.draw(ATTRIBUTES)
                 continue

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,9 @@ def spoilt_tree(draw: st.DrawFn, value: Any) -> Any:
     """`value`, plain JSON, with a few of its parts replaced, removed, wrapped or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
-        holder, key, node = None, None, value
+        holder: Any = None
+        key: Any = None
+        node = value
         for _ in range(draw(st.integers(1, 6))):
             keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
             if not keys:
@@ -200,12 +201,14 @@ def members() -> dict[str, bytes]:
 
 def header(name: bytes, size: int, kind: bytes = b"0", link: bytes = b"") -> bytes:
     """The 512 bytes before a tar member, with any size and kind."""
+    octal = f"{size:011o}\0".encode()
+    binary = (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, "big", signed=True)
     fields = [
         name[:100].ljust(100, b"\0"),
         b"0000644\0",
         b"0000000\0",
         b"0000000\0",
-        tarfile.itn(size, 12, tarfile.GNU_FORMAT),
+        octal if 0 <= size < 8**11 else binary,
     ]
     fields += [b"00000000000\0", b" " * 8, kind, link[:100].ljust(100, b"\0"), b"ustar\0" + b"00"]
     head = b"".join(fields).ljust(512, b"\0")

@@ -120,7 +120,7 @@ def slice_of(target: Callable[[st.DataObject, Path], None], seconds: float, numb
         max_examples=40,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
         phases=(Phase.generate, Phase.shrink),
         report_multiple_bugs=False,
     )

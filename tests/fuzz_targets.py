@@ -228,7 +228,8 @@ ODD_YAML = (
 
 def prepare() -> None:
     """Makes the sound data that is kept, which takes files that an example may not write."""
-    members(), ego_files(), rlds_files(), lerobot_files("v2.1"), lerobot_files("v3.0")
+    for make in (members, ego_files, rlds_files, lambda: lerobot_files("v2.1"), lambda: lerobot_files("v3.0")):
+        make()
 
 
 TARGETS: dict[str, Callable[[st.DataObject, Path], None]] = {

@@ -18,7 +18,7 @@ def test_only_our_errors_come_out(name: str) -> None:
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
         phases=(Phase.generate,),
     )
     @given(st.data())

@@ -72,7 +72,7 @@ def _built(value: Any, kind: Any, where: str) -> Any:
     """
     if isinstance(kind, UnionType):
         return None if value is None else _built(value, next(k for k in get_args(kind) if k is not NoneType), where)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
         if unknown := [name for name in value if name not in known]:
             raise ConfigError(f"{where}: unknown name {unknown[0]!r}; known: {', '.join(known)}")
@@ -85,7 +85,7 @@ def _built(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _built(item, get_args(kind)[1], f"{where}.{key}") for key, item in value.items()}
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
-    if kind is float and number:
+    if kind is float and number and isinstance(value, int | float):
         return float(value)
     if kind is str and (number or isinstance(value, str)):
         return str(value)
