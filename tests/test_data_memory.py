@@ -44,6 +44,7 @@ def measured(root: Path) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_ten_times_the_shards_take_no_more_memory(tmp_path: Path) -> None:
     groups = {("toy", f"task_{i}"): EPISODES for i in range(4)}
@@ -53,6 +54,5 @@ def test_ten_times_the_shards_take_no_more_memory(tmp_path: Path) -> None:
     # Both fill the cache; ten times the pictures, if they were kept, would be far more than a twentieth of a process.
     decoded = tenfold["clips"] * PIXELS * PIXELS * 3
     assert min(once["cached"], tenfold["cached"]) > 0.9 * CACHE and decoded > 0.1 * once["held"] + CACHE
-    print(once, tenfold)
     assert tenfold["held"] < 1.05 * once["held"]
     assert tenfold["peak"] < 1.05 * once["peak"]

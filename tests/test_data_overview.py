@@ -49,7 +49,8 @@ def test_data_without_senses_and_with_hostile_names(tiny_dataset: Path, tmp_path
     copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
     meta = {**ShardReader(copy).read(0).meta, "instruction": NASTY, "task": NASTY, "action_names": [NASTY]}
     meta["embodiment"] = "gantry"
-    meta |= {"absent": ["rgb", "camera", "objects", "tactile", "proprio"], "action_units": None}
+    meta |= {"absent": ["rgb", "camera", "objects", "tactile", "proprio"]}
+    del meta["action_units"]
     bare = Episode(meta=meta, action=np.zeros((meta["length"], 1), np.float32))
     write_index(copy, [write_shard(copy / "shard-000000.tar", [("bare", bare)])], [], {})
     page = render(ShardReader(copy))

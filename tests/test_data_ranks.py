@@ -17,7 +17,6 @@ from worldmodel.data.datamodule import ClipDataModule
 
 SPEC = ClipSpec(cameras=("front",), embodiments=("toy",), height=16, width=16, action=4, proprio=4, future=1)
 STEPS, BATCH = 2, 3
-PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 RANK = """
 import json, sys, warnings
 import lightning as L

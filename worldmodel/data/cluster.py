@@ -38,8 +38,7 @@ def scatter(
         Exception: what `function` raises.
     """
     try:
-        import ray
-        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+        import ray.exceptions
     except ImportError as error:
         raise ConfigError("--ray needs the extra `ray`: pip install 'worldmodel[ray]'") from error
     mine = not ray.is_initialized()
@@ -55,6 +54,7 @@ def scatter(
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at {address!r} ({error}); `--ray local` starts one here") from error
     try:
+        died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
         task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
         width = limit or max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting: dict[Any, int] = {}
@@ -68,7 +68,7 @@ def scatter(
                 number = waiting.pop(done)
                 try:
                     yield number, ray.get(done)
-                except (WorkerCrashedError, NodeDiedError, OutOfMemoryError):
+                except died:
                     yield number, None
     finally:
         if mine:
