@@ -161,9 +161,9 @@ def hdf5(data: st.DataObject, folder: Path) -> None:
         found: list[str] = []
         file.visit(found.append)
         for _ in range(data.draw(st.integers(1, 2))):
+            if not found:
+                break  # the only group has been replaced
             name = data.draw(st.sampled_from(sorted(found)))
-            if name not in file:
-                continue
             item: Any = file[name]
             if data.draw(st.booleans()):
                 holder: Any = data.draw(st.sampled_from((file, item, file.get("data") or file)))
@@ -173,6 +173,7 @@ def hdf5(data: st.DataObject, folder: Path) -> None:
                 continue
             like = item[()] if isinstance(item, h5py.Dataset) else None
             del file[name]
+            found = [other for other in found if not f"{other}/".startswith(f"{name}/")]
             spoil_dataset(data, file, name, like)
     return imported(kind, folder / "source", folder, mapping)
 
@@ -225,7 +226,8 @@ def ego(data: st.DataObject, folder: Path) -> None:
     else:
         files[name] = data.draw(spoilt_bytes(files[name]) | st.just(PLAYLIST))
     if data.draw(st.integers(0, 5)) == 0:
-        track = {name: value.tolist() for name, value in read_npz(files.pop("camera.npz")).items()}
+        track = {name: value.tolist() for name, value in read_npz(ego_files()["camera.npz"]).items()}
+        del files["camera.npz"]
         files["camera.json"] = json.dumps(data.draw(spoilt_tree(track))).encode()
     write_files(folder / "source" / "take_1", files)
     imported("ego", folder / "source", folder)
