@@ -18,7 +18,7 @@ import numpy as np
 
 from worldmodel.data.sources.mujoco_scene import CAMERAS, RECORDED, MujocoScene
 from worldmodel.data.sources.robosuite_experts import ScriptedExpert
-from worldmodel.data.sources.robosuite_model import CAMERA_NAMES, Hand, build_environment, place_cameras
+from worldmodel.data.sources.robosuite_model import CAMERA_NAMES, Hand, build_environment, place_cameras, silenced
 from worldmodel.data.sources.robosuite_objects import objects_of
 from worldmodel.data.sources.robosuite_tasks import ROBOTS, TASKS
 from worldmodel.errors import ConfigError
@@ -99,7 +99,8 @@ class RobosuiteScene(MujocoScene):
         for name, value in self._pristine.items():
             getattr(self.model, name)[:] = value
         seed_environment(self.environment, int(rng.integers(2**31)))
-        self.environment.reset()
+        with silenced():
+            self.environment.reset()
         place_cameras(self.model, self.task, rng)
         self._mj.mj_forward(self.model, self.data)
         self._place_base()

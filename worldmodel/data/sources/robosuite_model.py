@@ -1,6 +1,8 @@
 """The MuJoCo side of a robosuite scene: its construction, the placement of cameras, and the geometry of grippers."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,34 +29,44 @@ def build_environment(task: str, robot: str) -> Any:
     Raises:
         DataError: robosuite is not installed.
     """
-    # robosuite greets on standard error when it is imported.
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    try:
-        import robosuite
-        from robosuite.controllers import load_composite_controller_config
-    except ImportError as error:
-        raise DataError(
-            f"robosuite cannot be imported ({error}); install the extra: pip install 'worldmodel[robosuite]'"
-        ) from error
-    environment = robosuite.make(
-        task,
-        robots=robot,
-        controller_configs=load_composite_controller_config(controller="BASIC", robot=robot),
-        has_renderer=False,
-        has_offscreen_renderer=False,
-        use_camera_obs=False,
-        use_object_obs=False,
-        control_freq=FPS,
-        ignore_done=True,
-        hard_reset=False,
-        renderer="mujoco",
-        seed=0,
-    )
+    with silenced():
+        try:
+            import robosuite
+            from robosuite.controllers import load_composite_controller_config
+        except ImportError as error:
+            raise DataError(
+                f"robosuite cannot be imported ({error}); install the extra: pip install 'worldmodel[robosuite]'"
+            ) from error
+        environment = robosuite.make(
+            task,
+            robots=robot,
+            controller_configs=load_composite_controller_config(controller="BASIC", robot=robot),
+            has_renderer=False,
+            has_offscreen_renderer=False,
+            use_camera_obs=False,
+            use_object_obs=False,
+            control_freq=FPS,
+            ignore_done=True,
+            hard_reset=False,
+            renderer="mujoco",
+            seed=0,
+        )
     model = environment.sim.model._model
     # Shadows and multisampling cost more than ten times the rest of a picture on a CPU.
     model.vis.quality.offsamples = 0
     model.vis.quality.shadowsize = 0
     return environment
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Without robosuite's warnings that a single arm has no legs: it prints a dozen at each reset."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def place_cameras(model: Any, task: str, rng: np.random.Generator) -> None:
