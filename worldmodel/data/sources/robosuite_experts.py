@@ -149,10 +149,10 @@ def _stack(scene: "RobosuiteScene") -> Plan:
 
 
 GRASPS: dict[str, tuple[tuple[int, ...], float]] = {
-    "PickPlaceMilk": ((0, 1), 0.03),
+    "PickPlaceMilk": ((0, 1), 0.02),
     "PickPlaceBread": ((0, 1), 0.0),
-    "PickPlaceCereal": ((1,), 0.04),
-    "PickPlaceCan": ((), 0.02),
+    "PickPlaceCereal": ((1,), 0.0),
+    "PickPlaceCan": ((), 0.01),
 }
 """Body axes along which each object can be pinched, and how far above its origin, in metres."""
 
@@ -183,8 +183,8 @@ def _pick_place(scene: "RobosuiteScene") -> Plan:
     yield from _hold(place._replace(position=place.position + [0, 0, 0.15]), 40)
 
 
-TURN, OPENING = -1.2, 0.40
-"""How far the handle is turned down and the door pulled, in rad."""
+TURN, OPENING = 1.35, 0.40
+"""How far the handle is turned down and the door pulled, in rad; the bolt is out of the frame from 1.16 on."""
 
 
 def _door(scene: "RobosuiteScene") -> Plan:
