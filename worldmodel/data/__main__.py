@@ -36,9 +36,10 @@ wrist force/torque, finger taxels, proprioception, actions and a written instruc
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
 
 Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
-to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. The bytes are a function of the seed and the counts, not of the number
-of workers. An interrupted run continues when it is started again with the same arguments; a folder that holds other
-data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying (MUJOCO_GL overrides).
+to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. The bytes are a function of the
+seed and the counts, not of the number of workers. An interrupted run continues when it is started again with the same
+arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying
+(MUJOCO_GL overrides).
 """.format(robots=", ".join(SOURCES["robosuite"].robots), heldout=", ".join(SOURCES["robosuite"].heldout_tasks))
 VALIDATE = """\
 Read every shard and every member and list all faults, each with file, key, field, message and fix: schema, checksums,
@@ -83,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="make demonstrations in a simulator", description=GENERATE, formatter_class=raw
     )
     command.add_argument(
-        "source", choices=list(SOURCES), metavar="SOURCE", help=f"where the demonstrations come from: {', '.join(SOURCES)}"
+        "source",
+        choices=list(SOURCES),
+        metavar="SOURCE",
+        help=f"where the demonstrations come from: {', '.join(SOURCES)}",
     )
     command.add_argument("out", type=Path, help="folder for shards, index.json and stats.json")
     command.add_argument("--benchmark", metavar="NAME", help="task list (default: the source's only one)")

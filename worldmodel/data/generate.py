@@ -55,7 +55,8 @@ def generate(
         pixels: height and width of the images.
 
     Raises:
-        ConfigError: unknown source, benchmark, task or robot, a count below zero, or `out` holds a run with other parameters.
+        ConfigError: unknown source, benchmark, task or robot, a count below zero, or `out` holds a run with other
+            parameters.
         DataError: no off-screen rendering on this machine, or the simulator is not installed.
     """
     counts = {"train": episodes, "heldout_episodes": heldout_episodes, "heldout_tasks": heldout_task_episodes}

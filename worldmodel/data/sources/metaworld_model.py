@@ -1,4 +1,4 @@
-"""The MuJoCo side of a Meta-World scene: our cameras and wrist sensor in its model, their placement, and its fingers."""
+"""The MuJoCo side of a Meta-World scene: cameras and wrist sensor in its model, their placement, its fingers."""
 
 from typing import Any
 

@@ -140,7 +140,7 @@ RECORDED: dict[str, Any] = {
 
 
 def place_camera(model: Any, name: str, position: np.ndarray, rotation: np.ndarray, fovy: float) -> None:
-    """Put the camera `name` at `position` with `rotation` (MuJoCo's axes), both in its body's frame; `fovy` in degrees."""
+    """Put a camera at `position` with `rotation` (MuJoCo's axes), both in its body's frame; `fovy` in degrees."""
     camera = model.camera(name)
     camera.pos[:], camera.fovy[0] = position, fovy
     quaternion = np.zeros(4)

@@ -74,9 +74,7 @@ class RobosuiteScene(MujocoScene):
             raise ConfigError(f"unknown robosuite task {task!r}; known: {', '.join(TASKS)}")
         if robot not in ROBOTS:
             raise ConfigError(f"unknown robot {robot!r}; known: {', '.join(ROBOTS)}")
-        super().__init__(
-            "robosuite", base="robot0_base", pixels=pixels, cameras=cameras, camera_names=CAMERA_NAMES
-        )
+        super().__init__("robosuite", base="robot0_base", pixels=pixels, cameras=cameras, camera_names=CAMERA_NAMES)
         self.task, self.embodiment = task, robot
         self.instruction, self.max_steps = TASKS[task]
         self.environment = build_environment(task, ROBOTS[robot])

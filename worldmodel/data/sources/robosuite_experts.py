@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from worldmodel.data.sources.robosuite_objects import turned
+from worldmodel.data.sources.robosuite_objects import raised, turned
 
 if TYPE_CHECKING:
     from worldmodel.data.sources.robosuite import RobosuiteScene
@@ -60,9 +60,7 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """Axis times angle (3,) in rad of a rotation matrix; any axis for half a turn."""
     cosine = np.clip((np.trace(rotation) - 1) / 2, -1.0, 1.0)
     angle = np.arccos(cosine)
-    axis = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    )
+    axis = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
     norm = np.linalg.norm(axis)
     return axis if norm < 1e-8 else axis / norm * angle
 
@@ -99,7 +97,7 @@ def _hold(target: Target, steps: int) -> Plan:
         yield target
 
 
-def _grasp_from_above(scene: "RobosuiteScene", item: Any, axes: tuple[int, ...], rise: float) -> np.ndarray:
+def _grasp_from_above(scene: "RobosuiteScene", item: Any, axes: tuple[int, ...]) -> np.ndarray:
     """The hand's rotation for an item that is pinched along one of its body's `axes` (none: any way)."""
     now = scene.hand.rotation(scene.data)[:, 1] * [1.0, 1.0, 0.0]
     directions = [sign * item.rotation[:, axis] for axis in axes for sign in (1.0, -1.0)]
@@ -109,19 +107,19 @@ def _grasp_from_above(scene: "RobosuiteScene", item: Any, axes: tuple[int, ...],
 
 def _pick(scene: "RobosuiteScene", item: Any, axes: tuple[int, ...], *, rise: float, lift: float) -> Plan:
     """Take `item` `rise` metres above its origin and lift it by `lift`; the last target stays."""
-    rotation = _grasp_from_above(scene, item, axes, rise)
+    rotation = _grasp_from_above(scene, item, axes)
 
     def above() -> Target:
-        return Target(item.position + [0, 0, rise + 0.10], rotation, OPEN)
+        return Target(raised(item.position, rise + 0.10), rotation, OPEN)
 
     def at() -> Target:
-        return Target(item.position + [0, 0, rise], rotation, OPEN, 0.5)
+        return Target(raised(item.position, rise), rotation, OPEN, 0.5)
 
     yield from _go(scene, above, near=0.02, steps=60)
     yield from _go(scene, at, near=0.008, steps=40)
     place = Target(scene.hand.position(scene.data), rotation, CLOSED)
     yield from _hold(place, 8)
-    yield from _go(scene, lambda: place._replace(position=place.position + [0, 0, lift]), near=0.02, steps=40)
+    yield from _go(scene, lambda: place._replace(position=raised(place.position, lift)), near=0.02, steps=40)
 
 
 def _lift(scene: "RobosuiteScene") -> Plan:
@@ -137,7 +135,7 @@ def _stack(scene: "RobosuiteScene") -> Plan:
     def over(height: float, gripper: float = CLOSED, speed: float = 0.6) -> Callable[[], Target]:
         def target() -> Target:
             offset = scene.hand.position(scene.data) - objects.cube.position
-            return Target(objects.goal + offset + [0, 0, height], held, gripper, speed)
+            return Target(raised(objects.goal + offset, height), held, gripper, speed)
 
         return target
 
@@ -145,7 +143,7 @@ def _stack(scene: "RobosuiteScene") -> Plan:
     yield from _go(scene, over(0.003, speed=0.3), near=0.006, steps=30)
     place = Target(scene.hand.position(scene.data), held, OPEN)
     yield from _hold(place, 6)
-    yield from _hold(place._replace(position=place.position + [0, 0, 0.12]), 20)
+    yield from _hold(place._replace(position=raised(place.position, 0.12)), 20)
 
 
 GRASPS: dict[str, tuple[tuple[int, ...], float]] = {
@@ -160,42 +158,45 @@ GRASPS: dict[str, tuple[tuple[int, ...], float]] = {
 def _pick_place(scene: "RobosuiteScene") -> Plan:
     objects = scene.objects
     axes, rise = GRASPS[scene.task]
-    yield from _pick(scene, objects.item, axes, rise=rise, lift=0.25)
+    yield from _pick(scene, objects.item, axes, rise=rise, lift=0.20)
     held = pointing(DOWN, scene.hand.rotation(scene.data)[:, 1])
     height = scene.hand.position(scene.data)[2]
 
     def over() -> Target:
-        offset = scene.hand.position(scene.data) - objects.item.position
-        position = objects.goal + offset
+        position = objects.goal + scene.hand.position(scene.data) - objects.item.position
         position[2] = height
         return Target(position, held, CLOSED)
 
-    def into() -> Target:
-        target = over()
-        low = objects.goal[2] + 0.02 - objects.model.bottom_offset[2]
-        target.position[2] = scene.hand.position(scene.data)[2] + low - objects.item.position[2]
-        return target._replace(speed=0.6)
-
-    yield from _go(scene, over, near=0.02, steps=80)
-    yield from _go(scene, into, near=0.015, steps=50)
-    place = Target(scene.hand.position(scene.data), held, OPEN)
-    yield from _hold(place, 6)
-    yield from _hold(place._replace(position=place.position + [0, 0, 0.15]), 40)
+    # Compartments are wider than this; the far ones are at the end of some arms' reach.
+    yield from _go(scene, over, near=0.05, steps=80)
+    place = scene.hand.position(scene.data)
+    place[2] += objects.goal[2] + 0.02 - objects.model.bottom_offset[2] - objects.item.position[2]
+    yield from _go(scene, lambda: Target(place, held, CLOSED, 0.6), near=0.02, steps=40)
+    place = scene.hand.position(scene.data)
+    yield from _hold(Target(place, held, OPEN), 6)
+    yield from _hold(Target(raised(place, 0.15), held, OPEN), 40)
 
 
 TURN, OPENING = 1.35, 0.40
 """How far the handle is turned down and the door pulled, in rad; the bolt is out of the frame from 1.16 on."""
+LEAN = 0.8
+"""Angle in rad between straight down and the hand's approach, which keeps wide palms off the door."""
+TILT = 0.7
+"""Share of the handle's turn that the hand makes with it: enough to keep its palm off the bar."""
 
 
 def _door(scene: "RobosuiteScene") -> Plan:
-    """Take the bar of the handle from above, one finger behind it, turn it down and pull along the door's arc."""
+    """Take the bar of the handle, one finger behind or below it, turn it down and pull along the door's arc."""
     objects = scene.objects
     pivot, axis = objects.axis(objects.turn)
     hinge, upright = objects.axis(objects.hinge)
     now = scene.hand.rotation(scene.data)[:, 1]
-    rotation = pointing(DOWN, axis if axis @ now > 0 else -axis)
+    into = axis * np.sign(axis @ (pivot - objects.handle))
+    approach = np.cos(LEAN) * DOWN + np.sin(LEAN) * into
+    across = np.cos(LEAN) * into - np.sin(LEAN) * DOWN
+    rotation = pointing(approach, across if across @ now > 0 else -across)
 
-    yield from _go(scene, lambda: Target(objects.handle + [0, 0, 0.12], rotation, OPEN), near=0.02, steps=80)
+    yield from _go(scene, lambda: Target(objects.handle - 0.12 * approach, rotation, OPEN), near=0.02, steps=80)
     yield from _go(scene, lambda: Target(objects.handle, rotation, OPEN, 0.5), near=0.012, steps=50)
     grasp = scene.hand.position(scene.data)
     yield from _hold(Target(grasp, rotation, CLOSED), 10)
@@ -210,10 +211,6 @@ def _door(scene: "RobosuiteScene") -> Plan:
     for out in np.linspace(0.0, OPENING, 30):
         yield held(TURN, out)
     yield from _hold(held(TURN, OPENING), 40)
-
-
-TILT = 0.5
-"""Share of the handle's turn that the hand makes with it: enough to keep its palm off the bar."""
 
 
 PLANS: dict[str, Callable[["RobosuiteScene"], Plan]] = {"Lift": _lift, "Stack": _stack, "Door": _door}

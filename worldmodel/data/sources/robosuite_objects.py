@@ -51,7 +51,7 @@ class LiftObjects:
 
     def begin(self) -> None:
         """Takes note of the start state."""
-        self.goal = self.cube.position + [0.0, 0.0, self.height]
+        self.goal = raised(self.cube.position, self.height)
 
     def points(self) -> list[tuple[str, np.ndarray]]:
         """Names and world positions, in a fixed order."""
@@ -72,7 +72,7 @@ class StackObjects:
     @property
     def goal(self) -> np.ndarray:
         """(3,) centre of A when it rests on B."""
-        return self.base.position + [0.0, 0.0, self._rise]
+        return raised(self.base.position, self._rise)
 
     def points(self) -> list[tuple[str, np.ndarray]]:
         """Names and world positions, in a fixed order."""
@@ -132,6 +132,11 @@ class DoorObjects:
         """Names and world positions, in a fixed order."""
         front = self.handle + self.latch.rotation @ _FRONT
         return [("object", self.handle), ("object_front", front), ("object2", self.door.position), ("goal", self.goal)]
+
+
+def raised(point: np.ndarray, height: float) -> np.ndarray:
+    """`point` (3,) moved up by `height` metres."""
+    return point + np.array([0.0, 0.0, height])
 
 
 def turned(point: np.ndarray, anchor: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:

@@ -27,5 +27,11 @@ HELDOUT_TASKS: dict[str, TaskInfo] = {
 
 TASKS: dict[str, TaskInfo] = {**TRAIN_TASKS, **HELDOUT_TASKS}
 
-ROBOTS: dict[str, str] = {"panda": "Panda", "ur5e": "UR5e", "sawyer_osc": "Sawyer", "kinova3": "Kinova3", "iiwa": "IIWA"}
+ROBOTS: dict[str, str] = {
+    "panda": "Panda",
+    "ur5e": "UR5e",
+    "sawyer_osc": "Sawyer",
+    "kinova3": "Kinova3",
+    "iiwa": "IIWA",
+}
 """Embodiments and robosuite's names of their arms. `sawyer` is Meta-World's, which is driven in another way."""

@@ -66,9 +66,14 @@ class Touch:
                 torque = world_to_pad @ (axes.T @ contact_force[3:]) * sign
                 arm = world_to_pad @ (position - data.geom_xpos[finger.pad])
                 wrench[1 + number, :3] += force
-                wrench[1 + number, 3:] += torque + np.cross(arm, force)
+                wrench[1 + number, 3:] += torque + _cross(arm, force)
                 cell = ((arm / self._half[number] + 1) / 2 * 4).clip(0, 3).astype(int)
                 # The left pad's inner face looks along -y, the right one's along +y.
                 normal = force[1] if number == 0 else -force[1]
                 taxels[1 + number, :, cell[0], cell[2]] += (force[0], force[2], normal)
         return wrench, taxels
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a × b; numpy's own takes longer than all the rest of a contact."""
+    return np.array([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
