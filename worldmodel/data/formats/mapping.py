@@ -33,7 +33,7 @@ MAPS = ("camera_to_base", "base_to_camera")
 AXES = ("opencv", "opengl")
 LAYOUTS = ("matrix", "position_quaternion_xyzw", "position_quaternion_wxyz")
 PAIRINGS = ("time", "number")
-SPLITS = ("train", "heldout_episodes", "heldout_tasks")
+SPLITS = ("train", "heldout_episodes", "heldout_tasks", "heldout_robots")
 HELDOUT = 0.1
 """Share of held-out episodes that a suggested map asks for."""
 ASK = "???"
