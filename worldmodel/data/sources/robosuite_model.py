@@ -1,5 +1,6 @@
 """The MuJoCo side of a robosuite scene: its construction, the placement of cameras, and the geometry of grippers."""
 
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,9 @@ def build_environment(task: str, robot: str) -> Any:
     """
     with silenced():
         try:
-            import robosuite
-            from robosuite.controllers import load_composite_controller_config
+            # An extra, so that type checkers need not have it.
+            robosuite: Any = importlib.import_module("robosuite")
+            controllers: Any = importlib.import_module("robosuite.controllers")
         except ImportError as error:
             raise DataError(
                 f"robosuite cannot be imported ({error}); install the extra: pip install 'worldmodel[robosuite]'"
@@ -40,7 +42,7 @@ def build_environment(task: str, robot: str) -> Any:
         environment = robosuite.make(
             task,
             robots=robot,
-            controller_configs=load_composite_controller_config(controller="BASIC", robot=robot),
+            controller_configs=controllers.load_composite_controller_config(controller="BASIC", robot=robot),
             has_renderer=False,
             has_offscreen_renderer=False,
             use_camera_obs=False,
