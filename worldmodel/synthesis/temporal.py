@@ -172,17 +172,33 @@ def gated_delta_chunked(
     return out[:, :length], state
 
 
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x over its length along the last dimension, with `eps` added to the squared length."""
+    if eps == 0:  # has a gradient at zero, where absent tokens stand
+        return F.normalize(x, dim=-1)
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
 class GatedDelta(nn.Module):
     """Gated DeltaNet layer over the raster of all tokens (frame, then order within the frame).
 
     Parametrisation of flash-linear-attention: short causal convolution and SiLU on q, k, v; q and k L2-normalised;
     decay -exp(A) softplus(a + bias); output RMSNorm per head times SiLU of a gate. Absent tokens neither write nor
-    decay the memory.
+    decay the memory. `eps` is added to the squared length of q and k (1e-6 in that library's kernels).
     """
 
-    def __init__(self, *, width: int, heads: int, expansion: int = 2, kernel: int = 4, head_dim: int | None = None):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        expansion: int = 2,
+        kernel: int = 4,
+        head_dim: int | None = None,
+        eps: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.eps = heads, eps
         self.head_dim = head_dim or width // heads
         keys, values = heads * self.head_dim, heads * self.head_dim * expansion
         self.sizes = (keys, keys, values)
@@ -211,7 +227,7 @@ class GatedDelta(nn.Module):
         tail = mixed[:, 1 - self.kernel :]
         mixed = F.silu(self.conv(mixed.mT)).mT
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.split(self.sizes, dim=-1))
-        q, k = F.normalize(q, dim=-1) * self.head_dim**-0.5, F.normalize(k, dim=-1)
+        q, k = unit_length(q, self.eps) * self.head_dim**-0.5, unit_length(k, self.eps)
         g = -self.a_log.exp() * F.softplus(self.decay(x) + self.dt_bias) * present
         beta = self.beta(x).sigmoid() * present
         out, state = gated_delta_chunked(q, k, v, g, beta, state)
