@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from worldmodel.encoders.conditioner import Conditioner
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, ExportError
 
 TINY = {
     "model_type": "qwen3",
@@ -65,5 +65,8 @@ def test_weights_of_a_folder_stay_there(folder):
 def test_what_does_not_fit_is_named(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"encoders\.text\.path: .*nothing has no config\.json"):
         Conditioner(width=16, path=str(tmp_path / "nothing"), config=TINY)
+    conditioner = Conditioner(width=16, path=str(folder), config=TINY)
+    with pytest.raises(ExportError, match="cannot become a graph"):
+        torch.jit.trace(conditioner, text("push"))
     with pytest.raises(ConfigError, match=r"encoders\.width is 32, but the hidden states of the conditioner have 16"):
         Conditioner(width=32, path=str(folder), config=TINY)

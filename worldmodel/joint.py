@@ -16,9 +16,10 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
+from worldmodel.synthesis.delta import DeltaState
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
-from worldmodel.synthesis.temporal import DeltaState, Keys
+from worldmodel.synthesis.temporal import Keys
 
 COUPLINGS = ("history_only", "joint")
 PREDICTS = ("clean", "velocity")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, ExportError
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,12 @@ class Conditioner(nn.Module):
         return self
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, L) -> hidden states (B, M, W) and presence (B, M); M is that of the longest sentence of the batch."""
+        """text (B, L) -> hidden states (B, M, W) and presence (B, M); M is that of the longest sentence of the batch.
+
+        Raises `ExportError` when traced: a graph would keep the one sentence it was traced with.
+        """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ExportError("the conditioner reads sentences, not tensors: a model with one cannot become a graph")
         rows = [self.encode(sentence(row), text.device) for row in text.cpu()]
         longest = max(len(row) for row in rows)
         tokens = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])

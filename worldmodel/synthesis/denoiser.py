@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from worldmodel.contracts import STREAMS, Fused, WorldState
 from worldmodel.errors import ConfigError
 from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, modulation_table, rope_table
-from worldmodel.synthesis.temporal import DeltaState, GatedDelta, Keys, WindowAttention
+from worldmodel.synthesis.delta import DeltaState, GatedDelta
+from worldmodel.synthesis.temporal import Keys, WindowAttention
 
 LAYERS = ("swa", "dswa", "gated")
 
@@ -41,6 +42,7 @@ class SynthesisBlock(nn.Module):
         window: int,
         dilation: int,
         gate: float,
+        attention: str,
         delta: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -51,7 +53,11 @@ class SynthesisBlock(nn.Module):
             self.mix = GatedDelta(width=width, heads=heads, **delta)
         else:
             self.mix = WindowAttention(
-                width=width, heads=heads, window=window, dilation=dilation if kind == "dswa" else 1
+                width=width,
+                heads=heads,
+                window=window,
+                dilation=dilation if kind == "dswa" else 1,
+                attention=attention,
             )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
@@ -87,8 +93,8 @@ class Denoiser(nn.Module):
 
     `streams` are those it reads and predicts, `anchored` those whose tokens are given the newest observed frame too;
     `rays` adds the Pluecker rays of known cameras to video tokens. `embed_context` puts a two-layer perceptron between
-    the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `delta` has
-    settings of `GatedDelta`. With the video stream alone, one view, no rays and `embed_context` this is the network of
+    the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention`
+    names the form of windowed attention, `delta` has settings of `GatedDelta`. With the video stream alone, one view, no rays and `embed_context` this is the network of
     Kairos 3 (arXiv 2606.16533).
     """
 
@@ -114,6 +120,7 @@ class Denoiser(nn.Module):
         rays: bool = True,
         embed_context: bool = False,
         gate: float = 0.5,
+        attention: str = "folded",
         delta: Mapping[str, Any] | None = None,
         frequencies: int = 256,
     ) -> None:
@@ -153,6 +160,7 @@ class Denoiser(nn.Module):
                 window=window,
                 dilation=dilation,
                 gate=gate,
+                attention=attention,
                 delta=delta or {},
             )
             for kind in list(pattern) * repeats
