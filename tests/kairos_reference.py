@@ -89,7 +89,9 @@ def time_embedding(w: Weights, t: Tensor) -> tuple[Tensor, Tensor]:
     return e, linear(w, "time_projection.1", F.silu(e)).unflatten(-1, (6, -1))
 
 
-def block(w: Weights, name: str, x: Tensor, vectors: Tensor, mix: Callable[[Tensor], Tensor], context: Tensor) -> Tensor:
+def block(
+    w: Weights, name: str, x: Tensor, vectors: Tensor, mix: Callable[[Tensor], Tensor], context: Tensor
+) -> Tensor:
     heads = int(w["heads"])
     scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = (vectors + w[f"{name}.modulation"]).unbind(1)
     x = x + gate_a * mix(plain_norm(x) * (1 + scale_a) + shift_a)

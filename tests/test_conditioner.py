@@ -67,6 +67,6 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         Conditioner(width=16, path=str(tmp_path / "nothing"), config=TINY)
     conditioner = Conditioner(width=16, path=str(folder), config=TINY)
     with pytest.raises(ExportError, match="cannot become a graph"):
-        torch.jit.trace(conditioner, text("push"))
+        torch.jit.trace(lambda words: conditioner(words)[0], text("push"))
     with pytest.raises(ConfigError, match=r"encoders\.width is 32, but the hidden states of the conditioner have 16"):
         Conditioner(width=32, path=str(folder), config=TINY)

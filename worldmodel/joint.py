@@ -195,9 +195,7 @@ class JointTransformer(nn.Module):
             kept = self.denoiser.remember(tokens, video_context)
         read = self.expert.read(action_context)
         rays = s.rays[:, -1:]
-        return Memory(
-            kept, video_context, read, condition, proposal, anchors, rays, presence, s.embodiment, streams
-        )
+        return Memory(kept, video_context, read, condition, proposal, anchors, rays, presence, s.embodiment, streams)
 
     def velocity(
         self,

@@ -54,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     from worldmodel.convert.kairos import convert_file
 
     try:
-        count = convert_file(
-            given.src, given.out, back=given.to_kairos, drop_added=given.drop_added, force=given.force
-        )
+        count = convert_file(given.src, given.out, back=given.to_kairos, drop_added=given.drop_added, force=given.force)
     except WorldModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -186,4 +186,3 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), metadata
     except Exception as error:  # the library's own error type is not public
         raise DataError(f"{path} is no safetensors file: {error}") from error
-

@@ -14,7 +14,6 @@ feed-forward; shift, scale in the head; rotary pairs interleaved; the gated delt
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor

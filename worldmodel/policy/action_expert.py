@@ -24,9 +24,7 @@ ROPES = ("time", "step")
 class ActionBlock(nn.Module):
     """AdaLN -> joint attention -> cross-attention to the context -> feed-forward."""
 
-    def __init__(
-        self, *, width: int, attention_width: int, heads: int, hidden: int, context: int, gate: float
-    ) -> None:
+    def __init__(self, *, width: int, attention_width: int, heads: int, hidden: int, context: int, gate: float) -> None:
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v = (nn.Linear(width, attention_width) for _ in range(3))
@@ -62,9 +60,10 @@ class ActionExpert(nn.Module):
     What the robot measures now enters as one token of the context: features of the state policy `state` joined with the
     context, or, without one, two layers over the newest proprioception. `shares_token` gives that token to the video
     transformer too; `conditioned` lets it modulate every block beside the timestep. `slots` are learned embeddings of
-    the place in the chunk and of the embodiment. `rope` places actions by their `time` between the video's frames, or by
-    their number in the chunk alone (`step`). `embed_context`, `gate`: as in the video transformer. With no state policy,
-    a shared token, an embedded context and no slots, condition or modulated head this is the network of Kairos 3.
+    the place in the chunk and of the embodiment. `rope` places actions by their `time` between the video's frames, or
+    by their number in the chunk alone (`step`). `embed_context`, `gate`: as in the video transformer. With no state
+    policy, a shared token, an embedded context and no slots, condition or modulated head this is the network of Kairos
+    3.
     """
 
     def __init__(
@@ -125,9 +124,7 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.embed_out.weight)
         nn.init.zeros_(self.embed_out.bias)
 
-    def extend(
-        self, context: Fused, senses: Senses, seen: Tensor | None
-    ) -> tuple[Fused, Tensor | None, Tensor | None]:
+    def extend(self, context: Fused, senses: Senses, seen: Tensor | None) -> tuple[Fused, Tensor | None, Tensor | None]:
         """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
         `seen` (B, K, 3) are the points as stage 1 believes them to be. Returns the context with the token, the

@@ -94,9 +94,7 @@ def unit_length(x: Tensor, eps: float) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
 
 
-def gated_delta_fused(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def gated_delta_fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same as `gated_delta_recurrent` by the Triton kernels of flash-linear-attention: on a GPU, in half precision.
 
     q and k are rounded to the type of v. Raises `ConfigError` for any other tensors.
@@ -126,9 +124,7 @@ def fused_installed() -> bool:
     return find_spec("fla") is not None
 
 
-def gated_delta_auto(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def gated_delta_auto(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernels where they can run, else chunks."""
     fused = v.is_cuda and v.dtype in HALF and fused_installed()
     return (gated_delta_fused if fused else gated_delta_chunked)(q, k, v, g, beta, state)

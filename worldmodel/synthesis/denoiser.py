@@ -93,9 +93,9 @@ class Denoiser(nn.Module):
 
     `streams` are those it reads and predicts, `anchored` those whose tokens are given the newest observed frame too;
     `rays` adds the Pluecker rays of known cameras to video tokens. `embed_context` puts a two-layer perceptron between
-    the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention`
-    names the form of windowed attention, `delta` has settings of `GatedDelta`. With the video stream alone, one view, no rays and `embed_context` this is the network of
-    Kairos 3 (arXiv 2606.16533).
+    the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention` names
+    the form of windowed attention, `delta` has settings of `GatedDelta`. With the video stream alone, one view, no rays
+    and `embed_context` this is the network of Kairos 3 (arXiv 2606.16533).
     """
 
     def __init__(
