@@ -59,10 +59,10 @@ def test_every_experiment_composes_and_builds(statistics):
         assert configs[0]["model"] == configs[1]["model"]
         spec = make_spec(configs[0]["data"]["spec"])
         fields = dict.fromkeys(spec.embodiments, statistics["embodiments"]["sawyer"])
+        loaded = {"autoencoder"} if "path" in configs[0]["model"]["autoencoder"] else set()
         with torch.device("meta"):
             model = build_model(configs[0]["model"], spec, {"embodiments": fields})
         trained = {part for phase in make_phases(configs[0]["phases"]) for part in phase.trains}
-        loaded = {"autoencoder"} if "path" in configs[0]["model"]["autoencoder"] else set()
         assert trained == {name for name, _ in model.named_children() if name != "normaliser"} - loaded
 
 

@@ -119,7 +119,7 @@ class WorldModel(JointTransformer):
             stream_level = level if do_streams else torch.zeros_like(level)
             streams, action = self.velocity(
                 memory,
-                state=WorldState(*(values.get(n, level) for n in STREAMS)) if has_streams else None,
+                state=WorldState(*(values[n] if n in values else level for n in STREAMS)) if has_streams else None,
                 levels=stream_level[:, None].expand(-1, len(STREAMS)) if has_streams else None,
                 actions=values.get("actions"),
                 action_level=(level if do_actions else torch.zeros_like(level)) if has_actions else None,

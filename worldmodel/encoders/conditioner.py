@@ -75,7 +75,7 @@ class Conditioner(nn.Module):
 
         Raises `ExportError` when traced: a graph would keep the one sentence it was traced with.
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
             raise ExportError("the conditioner reads sentences, not tensors: a model with one cannot become a graph")
         rows = [self.encode(sentence(row), text.device) for row in text.cpu()]
         longest = max(len(row) for row in rows)

@@ -101,10 +101,12 @@ class VideoAutoencoder(nn.Module):
         if name not in known:
             raise ConfigError(f"diffusers has no autoencoder {name!r}; it has {', '.join(known)}")
         self.channels, self.spatial, self.temporal = channels, spatial, temporal
+        with torch.device("cpu"):  # importing makes constants that all models share, one on the meta device too
+            kind = getattr(diffusers, name)
         if path is None:
-            self.net = getattr(diffusers, name)(**dict(config))
+            self.net = kind(**dict(config))
         elif (Path(path) / "config.json").is_file():
-            self.net = getattr(diffusers, name).from_pretrained(path, local_files_only=True, use_safetensors=True)
+            self.net = kind.from_pretrained(path, local_files_only=True, use_safetensors=True)
         else:
             raise ConfigError(f"synthesis.autoencoder.path: {path} has no config.json; diffusers saves such a folder")
         self.shortcut = PatchShortcut(channels=channels, spatial=spatial, temporal=temporal) if shortcut else None
