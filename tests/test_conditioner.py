@@ -62,6 +62,18 @@ def test_weights_of_a_folder_stay_there(folder):
     torch.testing.assert_close(skipped, whole[:, 2:])
 
 
+def test_a_chat_template_says_the_system_message_first(folder):
+    from transformers import AutoTokenizer
+
+    tokeniser = AutoTokenizer.from_pretrained(folder)
+    tokeniser.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokeniser.save_pretrained(folder)
+    build = lambda **settings: Conditioner(width=16, path=str(folder), config=TINY, **settings)  # noqa: E731
+    assert build(system="look").tokens("push")[:-1] == [byte + 3 for byte in b"<system>look<user>push"]
+    whole, rest = build(system="look")(text("push"))[0], build(system="look", skip=12)(text("push"))[0]
+    torch.testing.assert_close(rest, whole[:, 12:])
+
+
 def test_what_does_not_fit_is_named(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"encoders\.text\.path: .*nothing has no config\.json"):
         Conditioner(width=16, path=str(tmp_path / "nothing"), config=TINY)

@@ -9,14 +9,15 @@ import torch
 from conftest import compose
 from kairos_reference import kairos
 from safetensors.torch import load_file, save_file
-from test_model import generator, observation_of
+from test_model import future_of, generator, observation_of
 
 from worldmodel.checkpoint import build_model, initialise, make_spec
-from worldmodel.contracts import Fused, WorldState
+from worldmodel.contracts import Batch, Fused, WorldState
 from worldmodel.convert.__main__ import main
 from worldmodel.convert.kairos import from_kairos, our_shapes, shapes_of, to_kairos
 from worldmodel.convert.names import Layout, Shape, published_layout, published_shapes
 from worldmodel.errors import ConfigError, DataError
+from worldmodel.losses import world_loss
 
 PUBLISHED = ("experiment=kairos_base", "encoders=published", "synthesis=published", "policy=published")
 REDUCED = (
@@ -101,9 +102,11 @@ def layout(public_shapes) -> Layout:
 
 @pytest.fixture
 def public(layout) -> dict[str, torch.Tensor]:
-    """Random weights of the reduced published network."""
+    """Random weights of the reduced published network; decays are weak, so that the memory reaches over frames."""
     g = generator(11)
-    return {name: 0.3 * torch.randn(shape, generator=g) for name, shape in published_shapes(layout).items()}
+    scale = lambda name: 0.003 if "a_proj" in name else 0.3  # noqa: E731
+    weights = {n: scale(n) * torch.randn(shape, generator=g) for n, shape in published_shapes(layout).items()}
+    return {name: tensor - 4.0 if name.endswith("dt_bias") else tensor for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("prefix", ["pipe.dit.", ""])
@@ -246,3 +249,28 @@ def test_the_reduced_base_trains(tiny_dataset, tmp_path):
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in moved} == {"denoiser", "expert"}
     assert {f"{part}.blocks.{i}.table" for part in ("denoiser", "expert") for i in range(32)} <= moved
+
+
+@pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "joint"])
+def test_the_reduced_small_learns_in_every_direction(statistics, mode):
+    """Residual guesses and a state policy beside the conditioner: gradients reach both transformers, it gets none."""
+    less = [item for item in REDUCED if "image.channels" not in item]
+    sizes = {"height": 64, "width": 64, "future": 2, "chunk": 8, "points": 4, "cameras": "[front,wrist]"}
+    shape = ["encoders.image.channels=[8,8,8,8]", *FOUR_LAYERS, *(f"data.spec.{k}={v}" for k, v in sizes.items())]
+    model = reduced(statistics, "experiment=kairos_small", *less, *shape).train()
+    for layer in [
+        *model.denoiser.embed_out.values(),
+        model.expert.embed_out,
+    ]:  # zero at first, so nothing before learns
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    o, f = observation_of(model.spec), future_of(model.spec)
+    with torch.no_grad():
+        latents = model.history_latents(o)
+    settings: dict[str, Any] = {"drop": (), "dropout": {}, "draws": 2, "weights": {}, "insulate": False, "huber": 0.1}
+    batch = Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"])
+    losses = world_loss(model, batch, latents, generator(), mode=mode, **settings)
+    losses["loss"].backward()
+    assert torch.isfinite(losses["loss"])
+    named = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert not [name for name in named if name.startswith("encoder.text.")]
+    assert {name.split(".")[0] for name in named} >= {"denoiser", "expert", "encoder"}

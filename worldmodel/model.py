@@ -116,10 +116,11 @@ class WorldModel(JointTransformer):
             values = {**fixed, **now}
             has_streams, has_actions = do_streams or "video" in fixed, "actions" in values
             level = s.points.new_full((b,), sigma)
+            filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
             stream_level = level if do_streams else torch.zeros_like(level)
             streams, action = self.velocity(
                 memory,
-                state=WorldState(*(values[n] if n in values else level for n in STREAMS)) if has_streams else None,
+                state=WorldState(*(filled[n] for n in STREAMS)) if has_streams else None,
                 levels=stream_level[:, None].expand(-1, len(STREAMS)) if has_streams else None,
                 actions=values.get("actions"),
                 action_level=(level if do_actions else torch.zeros_like(level)) if has_actions else None,
