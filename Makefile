@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[sim,export,formats,remote,dev]'
+	$(BIN)/pip install --quiet -e '.[sim,export,formats,remote,ray,dev]'
 	touch $@
 
 demo: $(VENV)/.installed

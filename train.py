@@ -7,9 +7,11 @@ HELP = """Trains one experiment, phase after phase, into a run folder that is al
 
 usage: python train.py experiment=NAME [KEY=VALUE ...]
 
-  experiment=NAME          a file of configs/experiment: kairos_tiny (laptop CPU, minutes)
+  experiment=NAME          a file of configs/experiment: kairos_tiny (laptop CPU, minutes), kairos_small (one GPU),
+                           kairos_base (the published shape, a cluster)
   data.root=DIR            shards to train on (made by `python -m worldmodel.data generate ...`)
   run_dir=DIR              where the run goes; the same folder again resumes it, or does nothing when it is done
+  init=FILE                weights to start from: a run folder, or what `python -m worldmodel.convert` wrote
   seed=N                   seed of weights, data order and noise
   phases.NAME.steps=N      length of a phase; any other field of a phase likewise
   phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...

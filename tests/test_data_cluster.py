@@ -38,7 +38,7 @@ def fill(root: Path, marker: Path | None = None, ray: str | None = None) -> dict
     jobs.fill(
         root, CHUNKS, partial(make, marker), heldout_tasks=lambda e: [], extra={}, workers=1, progress=False, ray=ray
     )
-    return {path.name: path.read_bytes() for path in sorted(root.glob("*.*"))}
+    return {path.name: path.read_bytes() for path in sorted(root.iterdir()) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,13 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"worldmodel\[ray\]"):
         list(scatter(refuse, [1], address="local"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:nine"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address: str) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    import ray
+
+    ray.shutdown()
+    with pytest.raises(ConfigError, match="no Ray cluster"):
+        list(scatter(refuse, [1], address=address))

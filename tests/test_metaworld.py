@@ -7,18 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from scene_checks import check_depends_on_generator_alone, check_reprojection, check_rotations
 
 from worldmodel.data.sources import rendering
 from worldmodel.data.sources.collect import collect_episode
-from worldmodel.data.sources.metaworld import (
-    ACTION_NAMES,
-    PROPRIO_NAMES,
-    PROPRIO_UNITS,
-    SENSORS,
-    TAXEL_SENSORS,
-    MetaworldScene,
-)
+from worldmodel.data.sources.metaworld import ACTION_NAMES, PROPRIO_NAMES, PROPRIO_UNITS, MetaworldScene
 from worldmodel.data.sources.metaworld_tasks import HELDOUT_TASKS, TASKS, TRAIN_TASKS
+from worldmodel.data.sources.mujoco_scene import SENSORS, TAXEL_SENSORS
 from worldmodel.errors import ConfigError, DataError
 
 
@@ -29,39 +24,18 @@ def scene() -> Iterator[MetaworldScene]:
     scene.close()
 
 
-def project(observation: dict, camera: str, point: np.ndarray) -> np.ndarray:
-    base_to_camera = np.linalg.inv(observation[f"camera_to_base.{camera}"])
-    in_camera = base_to_camera[:3, :3] @ point + base_to_camera[:3, 3]
-    pixels = observation[f"intrinsics.{camera}"] @ in_camera
-    return np.array([*(pixels[:2] / pixels[2]), pixels[2]])
-
-
 @pytest.mark.parametrize("camera", ["front", "wrist"])
 def test_reprojected_object_is_where_the_picture_changes_when_it_is_recoloured(
     scene: MetaworldScene, camera: str
 ) -> None:
-    """Independent of the renderer's own matrices: hide the object, and see which pixels notice."""
     found = 0
+    geoms = np.flatnonzero(scene.model.geom_bodyid == scene.model.body("obj").id)
     for seed in range(6):
         observation = scene.reset(np.random.default_rng(seed))
         expert = scene.expert()
         for _ in range(4):
             observation, _ = scene.step(expert.act())
-        x, y, depth = project(observation, camera, observation["points"][0])
-        if depth <= 0 or not (4 <= x < 60 and 4 <= y < 60):
-            continue
-        geoms = np.flatnonzero(scene.model.geom_bodyid == scene.model.body("obj").id)
-        alpha = scene.model.geom_rgba[geoms, 3].copy()
-        scene.model.geom_rgba[geoms, 3] = 0
-        hidden = scene.render(camera)
-        scene.model.geom_rgba[geoms, 3] = alpha
-        difference = np.abs(hidden.astype(int) - observation[f"rgb.{camera}"]).sum(-1)
-        rows, columns = np.nonzero(difference > 30)
-        if len(rows) < 3:
-            continue  # something else is in front of it
-        found += 1
-        assert columns.min() - 1.5 <= x <= columns.max() + 2.5
-        assert rows.min() - 1.5 <= y <= rows.max() + 2.5
+        found += check_reprojection(scene, geoms, observation, camera)
     assert found >= 3
 
 
@@ -75,10 +49,7 @@ def test_observation_has_the_promised_names_shapes_and_units(scene: MetaworldSce
     assert observation["taxels"].shape == (len(SENSORS), 3, 4, 4)
     assert observation["has_taxels"].tolist() == [name in TAXEL_SENSORS for name in SENSORS]
     assert observation["proprio"].shape == (len(PROPRIO_NAMES),) == (len(PROPRIO_UNITS),)
-    for camera in ("front", "wrist"):
-        rotation = observation[f"camera_to_base.{camera}"][:3, :3].astype(float)
-        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-5)
-        assert np.linalg.det(rotation) == pytest.approx(1, abs=1e-5)
+    check_rotations(observation)
     without = scene.reset(np.random.default_rng(0), images=False)
     assert not any(name.startswith("rgb.") for name in without)
     np.testing.assert_array_equal(without["points"], observation["points"])
@@ -107,18 +78,7 @@ def test_wrist_camera_is_rigid_with_the_hand(scene: MetaworldScene) -> None:
 
 
 def test_an_episode_is_a_function_of_its_generator_alone(scene: MetaworldScene) -> None:
-    def run(seed: int) -> dict:
-        observation = scene.reset(np.random.default_rng(seed))
-        expert = scene.expert()
-        for _ in range(6):
-            observation, _ = scene.step(expert.act())
-        return observation
-
-    first = run(3)
-    run(4)
-    again = run(3)
-    for name, value in first.items():
-        np.testing.assert_array_equal(value, again[name], err_msg=name)
+    check_depends_on_generator_alone(scene)
 
 
 def test_gripped_object_is_felt_by_both_fingers_in_opposite_directions(scene: MetaworldScene) -> None:

@@ -31,6 +31,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "-m worldmodel.data inspect --help",
         "-m worldmodel.data validate --help",
         "-m worldmodel.data stats --help",
+        "-m worldmodel.convert kairos --help",
         "-m export build --help",
         "-m export drive --help",
         "train.py --help",

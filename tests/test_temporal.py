@@ -3,17 +3,16 @@
 import pytest
 import torch
 
+from worldmodel.errors import ConfigError
+from worldmodel.synthesis.delta import GatedDelta, gated_delta_chunked, gated_delta_recurrent, invert_unit_lower
 from worldmodel.synthesis.temporal import (
-    GatedDelta,
     Keys,
     WindowAttention,
     dense_window_mask,
     frame_offsets,
-    gated_delta_chunked,
-    gated_delta_recurrent,
-    invert_unit_lower,
     windowed_attention,
     windowed_attention_dense,
+    windowed_attention_flex,
 )
 
 
@@ -47,6 +46,25 @@ def test_folded_window_equals_dense(window, dilation, actions):
     torch.testing.assert_close(folded, dense)
     for a, c in zip(grads, dense_grads, strict=True):
         torch.testing.assert_close(a, c)
+    with torch.no_grad():
+        single = [x.float() for x in (q, k, v)]
+        more = (extra[0].float(), extra[1].float()) if extra else None
+        keys = Keys(single[1], single[2], mask)
+        flex = windowed_attention_flex(single[0], keys, window=window, dilation=dilation, extra=more)
+    torch.testing.assert_close(flex, dense.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_forms_that_cannot_run_here_say_so():
+    x, mask = torch.randn(1, 2, 3, 16), torch.ones(1, 2, 3, dtype=torch.bool)
+    rope = (torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
+    with pytest.raises(ConfigError, match="flex has no gradient on a CPU; folded and dense have"):
+        WindowAttention(width=16, heads=2, window=2, dilation=1, attention="flex")(x, mask, rope, None, None)
+    with pytest.raises(ConfigError, match="unknown 'sparse'; one of folded, dense, flex"):
+        WindowAttention(width=16, heads=2, window=2, dilation=1, attention="sparse")
+    with pytest.raises(ConfigError, match="unknown 'fast'; one of auto, chunked, recurrent, fused"):
+        GatedDelta(width=16, heads=2, form="fast")
+    with pytest.raises(ConfigError, match=r"fused (needs `pip install flash-linear-attention`|works on a GPU)"):
+        GatedDelta(width=16, heads=2, form="fused")(x, mask, None)
 
 
 def delta_inputs(length, strong=1.0):

@@ -1,12 +1,14 @@
 """Checkpoints that evaluation and export load: `model.safetensors` (weights) and `model.json` (everything else)."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from worldmodel.config import with_tuples
@@ -14,7 +16,11 @@ from worldmodel.contracts import SCHEMA_VERSION, ClipSpec
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.model import WorldModel
 
+log = logging.getLogger(__name__)
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+ADDENDS = ("denoiser.embed_rays", "denoiser.embed_anchor.video", "denoiser.slot.video", "expert.position")
+ADDENDS += ("expert.embodiment",)
+"""What is added to tokens that a network without it has too."""
 
 
 def make_spec(values: Mapping[str, Any]) -> ClipSpec:
@@ -87,6 +93,37 @@ def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any
     for name in (DESCRIPTION, WEIGHTS):
         os.replace(folder / f"{name}.part", folder / name)
     return folder
+
+
+def initialise(model: WorldModel, path: str | Path) -> None:
+    """Starts from the weights of a file, `python -m worldmodel.convert` makes such, or of a run folder.
+
+    Parts of the model that the file does not know stay as they are, but what is only added to known tokens starts at
+    zero, so that the known network is not disturbed. Raises `DataError` for a tensor that the model has not, or has in
+    another shape.
+    """
+    weights = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    if not weights.is_file():
+        raise DataError(f"init: {weights} is missing")
+    # Statistics belong to the data, and those of this run are what its description will say.
+    found = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("normaliser.")}
+    own = model.state_dict()
+    wrong = [
+        f"{name} {tuple(tensor.shape)} ({f'here {tuple(own[name].shape)}' if name in own else 'not here'})"
+        for name, tensor in found.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise DataError(
+            f"init: {len(wrong)} tensors of {weights} do not fit the model: {', '.join(wrong[:8])}"
+            f"{', ...' if len(wrong) > 8 else ''}; sizes follow from data.spec, encoders, synthesis and policy"
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(ADDENDS) and name not in found:
+                parameter.zero_()
+    model.load_state_dict(found, strict=False)
+    log.info("started from %s: %d of %d tensors", weights, len(found), len(own))
 
 
 def load_model(folder: str | Path) -> WorldModel:

@@ -129,6 +129,16 @@ class Fused(NamedTuple):
     tokens: Tensor  # (B, N, W)
     mask: Tensor  # (B, N) bool, True = present
     instruction: Tensor  # (B, W) the instruction before fusion, zero where absent
+    text: Tensor  # (B, M, W) its tokens before fusion, zero where absent
+    text_mask: Tensor  # (B, M) bool
+
+
+class TextEncoder(Protocol):
+    """Instruction (B, L) as UTF-8 bytes + 1, 0 pads -> its tokens (B, M, W) and which of them are there (B, M)."""
+
+    def __call__(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and presence."""
+        ...
 
 
 class Understanding(NamedTuple):

@@ -8,6 +8,7 @@ while it runs, `last.ckpt`; `latents.safetensors` (frozen tokeniser's latents of
 import hashlib
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
+from worldmodel.checkpoint import build_model, describe, initialise, load_model, make_spec, save_model
 from worldmodel.config import with_tuples
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.clip import collate
@@ -90,6 +91,8 @@ def train(config: Mapping[str, Any]) -> Path:
     model.metadata = describe(
         config["model"], spec, statistics, statistics_hash(statistics), training_record(config, readers)
     )
+    if config["init"] is not None:
+        initialise(model, config["init"])
     for part in PARTS:
         count = sum(p.numel() for p in getattr(model, part).parameters())
         log.info("%-12s %10s parameters", part, f"{count:,}")
@@ -208,13 +211,16 @@ def run_phase(
     last = folder / "last.ckpt"
     chosen = data_settings(config, phase)
     # The cache holds the frames of one dataset whose every sample can be read.
-    cached = phase.objective == "world" and chosen["on_error"] == "raise" and not other_roots(config, [phase])
+    sound = chosen["on_error"] == "raise" and not other_roots(config, [phase])
+    cached = phase.objective == "world" and config["data"]["cache_latents"] and sound
     latents = latent_cache(model, reader, spec, run) if cached else None
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
-    if not resumed and "denoiser" in phase.trains:
-        sample = sample_batch(reader, spec, count=64, on_error=chosen["on_error"])
+    if not resumed and "denoiser" in phase.trains and model.predicts == "clean":
+        # Rows of the fit are cells of images: where images are large, few clips are enough.
+        count = max(64 * 64 // math.prod(model.grid), 8)
+        sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
         model.fit_guess(sample.observation, sample.future)
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
     average = MovingAverage(decay=phase.ema)

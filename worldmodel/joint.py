@@ -16,9 +16,10 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
+from worldmodel.synthesis.delta import DeltaState
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
-from worldmodel.synthesis.temporal import DeltaState, Keys
+from worldmodel.synthesis.temporal import Keys
 
 COUPLINGS = ("history_only", "joint")
 PREDICTS = ("clean", "velocity")
@@ -28,10 +29,10 @@ class Memory(NamedTuple):
     """The clean history after one pass: all that any denoising step needs."""
 
     kept: list[Keys | DeltaState]
-    context: Fused
-    action_context: Fused
-    condition: Tensor  # (B, W) of the action transformer
-    proposal: Tensor  # (B, A, D) what the state alone suggests
+    context: Fused  # as the video transformer reads it
+    action_context: Fused  # as the action transformer reads it
+    condition: Tensor | None  # (B, W) of the action transformer
+    proposal: Tensor | None  # (B, A, D) what the state alone suggests
     anchors: dict[str, Tensor]
     rays: Tensor
     presence: dict[str, Tensor]
@@ -93,6 +94,12 @@ class JointTransformer(nn.Module):
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
         self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
+        cells = (self.grid[0] // denoiser.patch, self.grid[1] // denoiser.patch)
+        if (denoiser.rows, denoiser.columns) != cells:
+            raise ConfigError(
+                f"synthesis.denoiser.latent_size makes {denoiser.rows} × {denoiser.columns} tokens of an image, but "
+                f"data.spec of {spec.height} × {spec.width} pixels makes {cells[0]} × {cells[1]}"
+            )
         self.metadata: dict[str, Any] = {}
 
     def history_latents(self, observation: Observation) -> Tensor:
@@ -162,9 +169,12 @@ class JointTransformer(nn.Module):
         `read_only` keeps gradients of what follows out of stage 2 (knowledge insulation, Driess et al. 2025,
         arXiv 2505.23705).
         """
-        streams = tuple(n for n in STREAMS if n in streams and (n != "video" or latents is not None))
-        senses = SENSES if "video" in streams else tuple(n for n in SENSES if n != "rgb")
-        context = self.encoder(s, senses) if fused is None else fused
+        has = self.denoiser.streams
+        streams = tuple(n for n in has if n in streams and (n != "video" or latents is not None))
+        senses = SENSES if latents is not None else tuple(n for n in SENSES if n != "rgb")
+        if fused is None and (self.encoder.gives != "text" or self.expert.state is not None):
+            fused = self.encoder(s, senses)
+        context = self.encoder.context(s, fused)
         force = s.force.mean(2)
         anchors = {"camera": s.camera[:, -1:], "points": s.points[:, -1:], "force": force[:, -1:]}
         presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
@@ -176,24 +186,16 @@ class JointTransformer(nn.Module):
             points=self.relative(s.points, anchors["points"]),
             force=force,
         )
+        # Actions do not teach stage 1 where things are; its own head does.
+        seen = None if fused is None or self.expert.state is None else self.encoder.points_head(fused).detach()
+        action_context, condition, proposal = self.expert.extend(context, s, seen)
+        video_context = self.denoiser.read(action_context if self.expert.shares_token else context)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
-            kept = self.denoiser.remember(tokens, context)
-        # Actions do not teach stage 1 where things are; its own head does.
-        seen = self.encoder.points_head(context).detach()
-        action_context, condition, proposal = self.expert.extend(context, s, seen)
-        return Memory(
-            kept,
-            context,
-            action_context,
-            condition,
-            proposal,
-            anchors,
-            s.rays[:, -1:],
-            presence,
-            s.embodiment,
-            streams,
-        )
+            kept = self.denoiser.remember(tokens, video_context)
+        read = self.expert.read(action_context)
+        rays = s.rays[:, -1:]
+        return Memory(kept, video_context, read, condition, proposal, anchors, rays, presence, s.embodiment, streams)
 
     def velocity(
         self,
@@ -250,7 +252,9 @@ class JointTransformer(nn.Module):
         if self.predicts == "velocity":
             return answer
         if name == "actions":
-            clean = repeat_rows(memory.proposal, noisy.shape[0] // memory.proposal.shape[0]) + answer
+            clean = answer
+            if memory.proposal is not None:
+                clean = clean + repeat_rows(memory.proposal, noisy.shape[0] // memory.proposal.shape[0])
         else:
             clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
             if name == "video":
@@ -274,8 +278,8 @@ class JointTransformer(nn.Module):
         """Noisy actions and their noise levels (B n,) as tokens (B n, A, W), ready for the first block."""
         draws = actions.shape[0] // memory.embodiment.shape[0]
         x = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
-        condition = repeat_rows(memory.condition, draws)
-        embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition.unsqueeze(1))
+        condition = None if memory.condition is None else repeat_rows(memory.condition, draws).unsqueeze(1)
+        embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition)
         return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, self.expert.rope())
 
     def action_keys(self, qkv: tuple[Tensor, Tensor, Tensor], seen: list[Keys]) -> tuple[Tensor, Tensor, Tensor]:

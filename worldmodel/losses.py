@@ -9,6 +9,7 @@ from torch import Tensor
 
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
 from worldmodel.data.transforms import hide, modality_dropout, zoom
+from worldmodel.errors import ConfigError
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
@@ -77,7 +78,12 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
 def proposal_loss(
     model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Behaviour cloning of the state policy alone: it needs neither pictures nor history."""
+    """Behaviour cloning of the state policy alone: it needs neither pictures nor history.
+
+    Raises `ConfigError` if the model has none.
+    """
+    if model.expert.state is None:
+        raise ConfigError("mode 'proposal' trains the state policy, but policy.expert.state is null")
     observation, _ = modality_dropout(batch.observation, dropout, generator)
     s = model.normaliser(observation, model.grid)
     _, proposal = model.expert.state(s, model.encoder.instruction(s))
@@ -169,7 +175,7 @@ def world_loss(
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
         error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
         losses["actions"] = masked_mean(error, repeat_rows(action_mask(future), draws))
-    if policy:
+    if policy and memory.proposal is not None:
         losses["proposal"] = proposal_error(model, memory.proposal, batch)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
     return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}

@@ -104,7 +104,8 @@ class WorldModel(JointTransformer):
         if do_actions:
             free["actions"] = torch.randn(action_shape, generator=generator).to(s.points)
         if do_streams:
-            free |= {n: torch.randn(shape, generator=generator).to(s.points) for n, shape in shapes.items()}
+            drawn = {n: torch.randn(shape, generator=generator).to(s.points) for n, shape in shapes.items()}
+            free |= {n: drawn[n] for n in self.denoiser.streams}
         if mode == "forward_dynamics" and future is not None:
             fixed["actions"] = self.normaliser.standardise("action", future.actions, s.embodiment)
         if mode == "inverse_dynamics" and future is not None:
@@ -113,12 +114,13 @@ class WorldModel(JointTransformer):
 
         def step(now: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
             values = {**fixed, **now}
-            has_streams, has_actions = "video" in values, "actions" in values
+            has_streams, has_actions = do_streams or "video" in fixed, "actions" in values
             level = s.points.new_full((b,), sigma)
+            filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
             stream_level = level if do_streams else torch.zeros_like(level)
             streams, action = self.velocity(
                 memory,
-                state=WorldState(*(values[n] for n in STREAMS)) if has_streams else None,
+                state=WorldState(*(filled[n] for n in STREAMS)) if has_streams else None,
                 levels=stream_level[:, None].expand(-1, len(STREAMS)) if has_streams else None,
                 actions=values.get("actions"),
                 action_level=(level if do_actions else torch.zeros_like(level)) if has_actions else None,

@@ -40,15 +40,15 @@ def fourier_features(x: Tensor, bands: int) -> Tensor:
 
 
 def rope_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the 3D rotary embedding for positions (..., 3) = (frame, row, column).
+    """Cosines and sines of the rotary embedding for positions (..., 3) = (frame, row, column) or (..., 1) = (step,).
 
-    Rows and columns take a third of the head's pairs each, frames the rest. Returns two (..., head_dim / 2) tensors,
-    computed in float64.
+    Rows and columns take a third of the head's pairs each, frames the rest; a step alone takes them all. Returns two
+    (..., head_dim / 2) tensors, computed in float64.
     """
     pairs = head_dim // 2
     spatial = pairs // 3
     angles = []
-    for axis, count in enumerate((pairs - 2 * spatial, spatial, spatial)):
+    for axis, count in enumerate((pairs - 2 * spatial, spatial, spatial) if positions.shape[-1] == 3 else (pairs,)):
         freqs = base ** (-torch.arange(count, device=positions.device, dtype=torch.float64) / max(count, 1))
         angles.append(positions[..., axis : axis + 1].double() * freqs)
     angle = torch.cat(angles, dim=-1)
@@ -67,13 +67,14 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def modulation_table(width: int) -> nn.Parameter:
+def modulation_table(width: int, gate: float = 0.5) -> nn.Parameter:
     """Learned modulation (6, W) of a block: scale, shift and gate of its mixing, then of its feed-forward.
 
-    Gates start half open: closed ones (DiT) suit deep stacks and long schedules, and cost short ones their first steps.
+    Gates start half open: closed ones (DiT, `gate` 0) suit deep stacks and long schedules, and cost short ones their
+    first steps.
     """
     table = torch.randn(6, width) / width**0.5
-    table[2::3] += 0.5
+    table[2::3] += gate
     return nn.Parameter(table)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import worldmodel
 from worldmodel.data.shards import INDEX, ShardReader
 
-PACKAGES = ("torch", "numpy", "onnxruntime", "metaworld", "mujoco")
+PACKAGES = ("torch", "numpy", "onnxruntime", "metaworld", "robosuite", "mujoco")
 
 
 def protocol_stamp(metadata: Mapping[str, Any], reader: ShardReader, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,9 @@ class PhaseModule(L.LightningModule):
         self.latents = latents
         for name in PARTS:
             getattr(model, name).requires_grad_(name in phase.trains)
+        for part in model.modules():
+            if getattr(part, "frozen", False):
+                part.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One optimisation step; logs each part of the loss."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from worldmodel.data.formats.registry import FORMATS
+from worldmodel.data.sources.registry import SOURCES
 from worldmodel.errors import ConfigError, WorldModelError
 
 USAGE = 64
@@ -20,7 +21,7 @@ SHOWN = 20
 DESCRIPTION = """\
 Make, check and look at datasets: folders of WebDataset shards with index.json and stats.json.
 
-  python -m worldmodel.data generate metaworld data/demo      demonstrations with every sense, all of ML10
+  python -m worldmodel.data generate metaworld data/demo      demonstrations with every sense (or robosuite)
   python -m worldmodel.data import lerobot SRC data/mine      shards from a dataset in a foreign format
   python -m worldmodel.data export lerobot data/demo OUT      our shards as a LeRobot dataset
   python -m worldmodel.data validate data/demo                read everything and list every fault
@@ -28,14 +29,18 @@ Make, check and look at datasets: folders of WebDataset shards with index.json a
   python -m worldmodel.data stats data/demo                   compute stats.json again, from the train split
 """
 GENERATE = """\
-Run Meta-World's scripted experts and record two cameras (images, intrinsics, poses), 3D points of objects and goals,
+Run scripted experts in a simulator and record two cameras (images, intrinsics, poses), 3D points of objects and goals,
 wrist force/torque, finger taxels, proprioception, actions and a written instruction at 20 Hz.
 
-Splits: train and heldout_episodes (ten training tasks of ML10, different object positions) and heldout_tasks (ML10's
-five test tasks, which training refuses to see). The bytes are a function of the seed and the counts, not of the number
-of workers. An interrupted run continues when it is started again with the same arguments; a folder that holds other
-data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying (MUJOCO_GL overrides).
-"""
+  metaworld   one arm (sawyer), fifteen tasks of ML10, five of them held out
+  robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
+
+Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
+to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. The bytes are a function of the
+seed and the counts, not of the number of workers. An interrupted run continues when it is started again with the same
+arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying
+(MUJOCO_GL overrides).
+""".format(robots=", ".join(SOURCES["robosuite"].robots), heldout=", ".join(SOURCES["robosuite"].heldout_tasks))
 VALIDATE = """\
 Read every shard and every member and list all faults, each with file, key, field, message and fix: schema, checksums,
 lengths, clocks and rates, NaN and infinity, rotations, reprojection of object points, dead or clipped sensor channels,
@@ -78,10 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "generate", help="make demonstrations in a simulator", description=GENERATE, formatter_class=raw
     )
-    command.add_argument("source", choices=["metaworld"], help="where the demonstrations come from")
+    command.add_argument(
+        "source",
+        choices=list(SOURCES),
+        metavar="SOURCE",
+        help=f"where the demonstrations come from: {', '.join(SOURCES)}",
+    )
     command.add_argument("out", type=Path, help="folder for shards, index.json and stats.json")
-    command.add_argument("--benchmark", default="ml10", choices=["ml10"], help="task list (default: %(default)s)")
-    command.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, for example reach-v3")
+    command.add_argument("--benchmark", metavar="NAME", help="task list (default: the source's only one)")
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, for example reach-v3 or Lift")
+    command.add_argument("--robots", nargs="+", metavar="ROBOT", help="only these robots, for example panda ur5e")
+    command.add_argument(
+        "--heldout-robots",
+        nargs="+",
+        metavar="ROBOT",
+        help="robots that training never sees; their episodes go into the split heldout_robots",
+    )
     command.add_argument(
         "--episodes", type=int, default=50, metavar="N", help="per training task, for training (default: %(default)s)"
     )
@@ -190,6 +207,8 @@ def _generate(options: argparse.Namespace) -> int:
         options.out,
         benchmark=options.benchmark,
         tasks=options.tasks,
+        robots=options.robots,
+        heldout_robots=options.heldout_robots,
         episodes=options.episodes,
         heldout_episodes=options.heldout_episodes,
         heldout_task_episodes=options.heldout_task_episodes,

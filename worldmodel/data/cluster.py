@@ -44,6 +44,7 @@ def scatter(
     mine = not ray.is_initialized()
     if mine:
         try:
+            _check_reachable(address)
             ray.init(
                 address=address,
                 num_cpus=limit if address == "local" else None,
@@ -51,17 +52,18 @@ def scatter(
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": dict(environment or {})},
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at {address!r} ({error}); `--ray local` starts one here") from error
     try:
         died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-        task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+        task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
+        shared = ray.put(function)
         width = limit or max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting: dict[Any, int] = {}
         following = iter(enumerate(items))
         while True:
             while len(waiting) < width and (item := next(following, None)) is not None:
-                waiting[task.remote(item[1])] = item[0]
+                waiting[task.remote(shared, item[1])] = item[0]
             if not waiting:
                 return
             for done in ray.wait(list(waiting), timeout=1.0)[0]:
@@ -73,6 +75,17 @@ def scatter(
     finally:
         if mine:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` where nothing listens at host:port, for which Ray itself waits many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _call(function: Callable[[T], R], item: T) -> R:
+    return function(item)
 
 
 def check_shared(root: Path) -> None:

@@ -1,6 +1,8 @@
 """Generate a dataset of scripted demonstrations: parallel, resumable, and the same bytes for the same seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,11 @@ import numpy as np
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.jobs import Chunk, claim, fill
 from worldmodel.data.schema import Episode
-from worldmodel.data.sources.metaworld_tasks import HELDOUT_TASKS, TASKS, TRAIN_TASKS
+from worldmodel.data.sources.registry import SOURCES
+from worldmodel.data.sources.scene import Source
 from worldmodel.errors import ConfigError
 
-SPLITS = ("train", "heldout_episodes", "heldout_tasks")
+SPLITS = ("train", "heldout_episodes", "heldout_tasks", "heldout_robots")
 EPISODES_PER_SHARD = 25
 
 
@@ -19,8 +22,10 @@ def generate(
     source: str,
     out: str | Path,
     *,
-    benchmark: str = "ml10",
+    benchmark: str | None = None,
     tasks: list[str] | None = None,
+    robots: list[str] | None = None,
+    heldout_robots: list[str] | None = None,
     episodes: int = 50,
     heldout_episodes: int = 8,
     heldout_task_episodes: int = 8,
@@ -32,13 +37,17 @@ def generate(
 ) -> Path:
     """Generate or finish a dataset in `out` and return its path.
 
-    Splits: `train`, `heldout_episodes` (the same tasks, other object positions) and `heldout_tasks` (tasks that
-    training never sees). An interrupted run continues where it stopped; a finished one is left as it is.
+    Splits: `train`, `heldout_episodes` (the same tasks, other object positions), `heldout_tasks` (tasks that training
+    never sees) and, if asked for, `heldout_robots` (the training tasks with robots that training never sees). An
+    interrupted run continues where it stopped; a finished one is left as it is. Where there are several robots, every
+    count holds for each of them.
 
     Args:
-        source: `metaworld`.
-        benchmark: `ml10`, which names the training and the held-out tasks.
+        source: a name of `SOURCES`.
+        benchmark: the source's list of tasks, which names the training and the held-out ones; None is its only one.
         tasks: subset of the benchmark's tasks; None is all of them.
+        robots: embodiments of the source; None is all of them.
+        heldout_robots: those of `robots` that training never sees; they have `heldout_episodes` each.
         episodes: per training task, for `train`.
         heldout_episodes: per training task, for `heldout_episodes`.
         heldout_task_episodes: per held-out task, for `heldout_tasks`.
@@ -48,27 +57,30 @@ def generate(
         pixels: height and width of the images.
 
     Raises:
-        ConfigError: unknown source, benchmark or task, a count below zero, or `out` holds a run with other parameters.
-        DataError: no off-screen rendering on this machine.
+        ConfigError: unknown source, benchmark, task or robot, a count below zero, or `out` holds a run with other
+            parameters.
+        DataError: no off-screen rendering on this machine, or the simulator is not installed.
     """
     counts = {"train": episodes, "heldout_episodes": heldout_episodes, "heldout_tasks": heldout_task_episodes}
-    chosen = _check_arguments(source, benchmark, tasks, counts, pixels)
+    plan = _check_arguments(source, benchmark, tasks, robots, heldout_robots, counts, seed, pixels)
     root = Path(out)
     parameters = {
         "source": source,
-        "benchmark": benchmark,
-        "tasks": chosen,
+        "benchmark": plan.source.benchmark,
+        "tasks": plan.tasks,
         "episodes": counts,
         "seed": seed,
         "pixels": pixels,
         "schema_version": SCHEMA_VERSION,
     }
+    if len(plan.source.robots) > 1:
+        parameters |= {"robots": plan.robots, "heldout_robots": plan.heldout_robots}
     claim(root, parameters)
     fill(
         root,
-        list(_plan(chosen, counts, seed, pixels)),
-        collect_chunk,
-        heldout_tasks=lambda entries: [task for task in HELDOUT_TASKS if task in chosen],
+        list(plan.chunks()),
+        partial(collect_chunk, source),
+        heldout_tasks=lambda entries: [task for task in plan.source.heldout_tasks if task in plan.tasks],
         extra={"generated": parameters},
         workers=workers,
         ray=ray,
@@ -78,35 +90,77 @@ def generate(
     return root
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What goes into which shard: each holds episodes of one split, task and robot."""
+
+    source: Source
+    tasks: list[str]
+    robots: list[str]
+    heldout_robots: list[str]
+    counts: dict[str, int]
+    seed: int
+    pixels: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All shards of the dataset."""
+        number = 0
+        for split in SPLITS:
+            members = self.source.heldout_tasks if split == "heldout_tasks" else self.source.train_tasks
+            episodes = self.counts["heldout_episodes" if split == "heldout_robots" else split]
+            for task in self.tasks:
+                for robot in self.robots:
+                    if task not in members or (robot in self.heldout_robots) != (split == "heldout_robots"):
+                        continue
+                    for first in range(0, episodes, EPISODES_PER_SHARD):
+                        count = min(EPISODES_PER_SHARD, episodes - first)
+                        what = {"split": split, "task": task, "first": first, "seed": self.seed, "pixels": self.pixels}
+                        if len(self.source.robots) > 1:
+                            what["robot"] = robot
+                        yield Chunk(f"shard-{number:06d}.tar", count, what)
+                        number += 1
+
+
 def _check_arguments(
-    source: str, benchmark: str, tasks: list[str] | None, counts: dict[str, int], pixels: int
-) -> list[str]:
-    if source != "metaworld":
-        raise ConfigError(f"unknown source {source!r}; known: metaworld")
-    if benchmark != "ml10":
-        raise ConfigError(f"unknown benchmark {benchmark!r}; known: ml10")
-    if unknown := sorted(set(tasks or ()) - set(TASKS)):
-        raise ConfigError(f"unknown tasks {unknown}; {benchmark} has {', '.join(TASKS)}")
+    name: str,
+    benchmark: str | None,
+    tasks: list[str] | None,
+    robots: list[str] | None,
+    heldout_robots: list[str] | None,
+    counts: dict[str, int],
+    seed: int,
+    pixels: int,
+) -> _Plan:
+    if name not in SOURCES:
+        raise ConfigError(f"unknown source {name!r}; known: {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    if benchmark not in (None, source.benchmark):
+        raise ConfigError(f"unknown benchmark {benchmark!r}; {name} has {source.benchmark}")
+    if unknown := sorted(set(tasks or ()) - set(source.tasks)):
+        raise ConfigError(f"unknown tasks {unknown}; {source.benchmark} has {', '.join(source.tasks)}")
+    if unknown := sorted(set([*(robots or ()), *(heldout_robots or ())]) - set(source.robots)):
+        raise ConfigError(f"unknown robots {unknown}; {name} has {', '.join(source.robots)}")
     if min(counts.values()) < 0 or not any(counts.values()):
         raise ConfigError(f"episode counts must be 0 or more and not all 0, got {counts}")
     if pixels < 16 or pixels % 8:
         raise ConfigError(f"pixels must be a multiple of 8 and at least 16, got {pixels}")
-    return [task for task in TASKS if tasks is None or task in tasks]
+    chosen = _in_order(source.robots, robots)
+    held = _in_order(source.robots, heldout_robots or [])
+    if astray := [robot for robot in held if robot not in chosen]:
+        raise ConfigError(f"held-out robots {astray} are not among the robots {chosen}; name them there too")
+    return _Plan(
+        source=source,
+        tasks=_in_order(source.tasks, tasks),
+        robots=chosen,
+        heldout_robots=held,
+        counts=counts,
+        seed=seed,
+        pixels=pixels,
+    )
 
 
-def _plan(tasks: list[str], counts: dict[str, int], seed: int, pixels: int) -> Iterator[Chunk]:
-    """Each shard holds episodes of one task and split."""
-    number = 0
-    for split in SPLITS:
-        members = HELDOUT_TASKS if split == "heldout_tasks" else TRAIN_TASKS
-        for task in tasks:
-            if task not in members:
-                continue
-            for first in range(0, counts[split], EPISODES_PER_SHARD):
-                count = min(EPISODES_PER_SHARD, counts[split] - first)
-                what = {"split": split, "task": task, "first": first, "seed": seed, "pixels": pixels}
-                yield Chunk(f"shard-{number:06d}.tar", count, what)
-                number += 1
+def _in_order(known: Sequence[str], asked: list[str] | None) -> list[str]:
+    return [name for name in known if asked is None or name in asked]
 
 
 def _prepare() -> None:
@@ -116,18 +170,20 @@ def _prepare() -> None:
     select_gl_backend()
 
 
-def collect_chunk(chunk: Chunk) -> Iterator[tuple[str, Episode]]:
-    """The demonstrations of `chunk` with their keys."""
+def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
+    """The demonstrations of `chunk` from the source `name` with their keys."""
     from worldmodel.data.sources.collect import collect_episode
-    from worldmodel.data.sources.metaworld import MetaworldScene
 
+    source = SOURCES[name]
     split, task, first = chunk.what["split"], chunk.what["task"], chunk.what["first"]
-    scene = MetaworldScene(task, pixels=chunk.what["pixels"])
+    robot = chunk.what.get("robot")
+    place = [chunk.what["seed"], SPLITS.index(split), source.tasks.index(task)]
+    words = [] if robot is None else [source.robots.index(robot)]
+    scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"])
     try:
         for number in range(first, first + chunk.count):
-            place = [chunk.what["seed"], SPLITS.index(split), list(TASKS).index(task), number]
-            episode = collect_episode(scene, np.random.default_rng(np.random.SeedSequence(place)))
-            key = f"metaworld-{task}-{split}-{number:06d}"
+            episode = collect_episode(scene, np.random.default_rng(np.random.SeedSequence([*place, number, *words])))
+            key = "-".join([name, task, *([] if robot is None else [robot]), split, f"{number:06d}"])
             episode.meta |= {"episode_id": key, "split": split}
             yield key, episode
     finally:

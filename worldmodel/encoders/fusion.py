@@ -5,17 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from worldmodel.contracts import Fused, Senses
+from worldmodel.contracts import Fused, Senses, TextEncoder
 from worldmodel.encoders.camera import CameraEncoder
 from worldmodel.encoders.heads import CameraHead, QueryHead
 from worldmodel.encoders.proprio import ProprioEncoder
 from worldmodel.encoders.rgb import ImageEncoder
 from worldmodel.encoders.tactile import TactileEncoder
-from worldmodel.encoders.text import ByteTextEncoder
 from worldmodel.encoders.trajectory import TrajectoryEncoder
+from worldmodel.errors import ConfigError
 from worldmodel.nn import FeedForward, attend
 
 SENSES = ("rgb", "camera", "points", "touch", "proprio", "text")
+GIVES = ("fused", "text", "both")
 
 
 class FusionBlock(nn.Module):
@@ -40,6 +41,8 @@ class FusionEncoder(nn.Module):
     """Stage 1: one encoder per sense, a learned register that is always present, and a transformer over all tokens.
 
     Low-dimensional senses enter with their newest `frames` history frames; older ones reach the model through stage 2.
+    `gives` is what the other stages read: the `fused` tokens, those of the instruction alone as its encoder leaves them
+    (`text`: what the published transformers were trained on), or `both`.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class FusionEncoder(nn.Module):
         layers: int,
         frames: int,
         image: ImageEncoder,
-        text: ByteTextEncoder,
+        text: TextEncoder,
         camera: CameraEncoder,
         trajectory: TrajectoryEncoder,
         tactile: TactileEncoder,
@@ -59,9 +62,12 @@ class FusionEncoder(nn.Module):
         camera_head: CameraHead,
         points_head: QueryHead,
         force_head: QueryHead,
+        gives: str = "fused",
     ) -> None:
         super().__init__()
-        self.frames = frames
+        if gives not in GIVES:
+            raise ConfigError(f"encoders.gives: unknown {gives!r}; one of {', '.join(GIVES)}")
+        self.frames, self.gives = frames, gives
         self.image, self.text, self.camera = image, text, camera
         self.trajectory, self.tactile, self.proprio = trajectory, tactile, proprio
         self.camera_head, self.points_head, self.force_head = camera_head, points_head, force_head
@@ -75,14 +81,29 @@ class FusionEncoder(nn.Module):
         """Newest images (B, V, 3, h, w) -> tokens (B, V, cells, W) that know nothing but the image and its view."""
         return self.image(rgb) + self.view
 
-    def instruction(self, s: Senses, text: Tensor | None = None) -> Tensor:
-        """The instruction alone, (B, W), zero where absent; `text` are its tokens when they are computed."""
-        tokens = self.text(s.text) if text is None else text
-        return tokens.mean(1) * s.has_text.unsqueeze(-1)
+    def read_text(self, s: Senses) -> tuple[Tensor, Tensor, Tensor]:
+        """The instruction alone: tokens (B, M, W), presence (B, M), mean of the present ones (B, W); zero if absent."""
+        tokens, mask = self.text(s.text)
+        tokens, mask = tokens * s.has_text[:, None, None], mask & s.has_text.unsqueeze(-1)
+        weight = mask.unsqueeze(-1).to(tokens.dtype)
+        return tokens, mask, (tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+    def instruction(self, s: Senses) -> Tensor:
+        """The instruction alone, (B, W), zero where absent."""
+        return self.read_text(s)[2]
+
+    def context(self, s: Senses, fused: Fused | None) -> Fused:
+        """What the other stages read by cross-attention; only where it gives the text alone it needs no `fused`."""
+        if fused is None:
+            text, mask, mean = self.read_text(s)
+            return Fused(text, mask, mean, text, mask)
+        tokens = {"fused": [fused.tokens], "text": [fused.text], "both": [fused.tokens, fused.text]}[self.gives]
+        masks = {"fused": [fused.mask], "text": [fused.text_mask], "both": [fused.mask, fused.text_mask]}[self.gives]
+        return fused._replace(tokens=torch.cat(tokens, 1), mask=torch.cat(masks, 1))
 
     def forward(self, s: Senses, senses: Sequence[str] = SENSES, image_tokens: Tensor | None = None) -> Fused:
         """Fuses the senses named in `senses`; others cost nothing. `image_tokens` may be handed in when computed."""
-        n, text = self.frames, self.text(s.text)
+        n, (text, text_mask, instruction) = self.frames, self.read_text(s)
         parts = [self.register.expand(s.text.shape[0], -1, -1)]
         masks = [s.has_text.new_ones(s.text.shape[0], 1)]
 
@@ -106,8 +127,8 @@ class FusionEncoder(nn.Module):
         if "proprio" in senses:
             add("proprio", self.proprio(s.proprio[:, -n:], s.embodiment), s.has_proprio[:, None].expand(-1, n))
         if "text" in senses:
-            add("text", text, s.has_text[:, None].expand(-1, text.shape[1]))
+            add("text", text, text_mask)
         x, mask = torch.cat(parts, 1), torch.cat(masks, 1)
         for block in self.blocks:
             x = block(x, mask)
-        return Fused(self.norm(x), mask, self.instruction(s, text))
+        return Fused(self.norm(x), mask, instruction, text, text_mask)

@@ -19,12 +19,14 @@ class ByteTextEncoder(nn.Module):
         self.pool = AttentionPool(width=inner, heads=heads, queries=tokens)
         self.out = nn.Linear(inner, width)
 
-    def forward(self, text: Tensor) -> Tensor:
-        """text (B, L) int64 -> (B, tokens, W)."""
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B, L) int64 -> tokens (B, tokens, W), all of them present."""
         if self.training:  # a batch holds few distinct sentences
-            text, row = torch.unique(text, dim=0, return_inverse=True)
-            return self.encode(text)[row]
-        return self.encode(text)
+            distinct, row = torch.unique(text, dim=0, return_inverse=True)
+            tokens = self.encode(distinct)[row]
+        else:
+            tokens = self.encode(text)
+        return tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool)
 
     def encode(self, text: Tensor) -> Tensor:
         """Every row on its own."""

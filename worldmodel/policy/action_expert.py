@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import Fused, Senses
+from worldmodel.errors import ConfigError
 from worldmodel.nn import (
     CrossAttention,
     FeedForward,
@@ -17,11 +18,13 @@ from worldmodel.nn import (
 )
 from worldmodel.policy.state_policy import StatePolicy
 
+ROPES = ("time", "step")
+
 
 class ActionBlock(nn.Module):
     """AdaLN -> joint attention -> cross-attention to the context -> feed-forward."""
 
-    def __init__(self, *, width: int, attention_width: int, heads: int, hidden: int, context: int) -> None:
+    def __init__(self, *, width: int, attention_width: int, heads: int, hidden: int, context: int, gate: float) -> None:
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v = (nn.Linear(width, attention_width) for _ in range(3))
@@ -31,7 +34,7 @@ class ActionBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross = CrossAttention(width=width, context=context, heads=heads, inner=attention_width)
         self.feed_forward = FeedForward(width=width, hidden=hidden)
-        self.table = modulation_table(width)
+        self.table = modulation_table(width, gate)
 
     def project(self, a: Tensor, vectors: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """a (B, A, W), vectors (B, 1, 6, W) -> q, k, v (B, A, E, d), rotated."""
@@ -52,7 +55,16 @@ class ActionBlock(nn.Module):
 
 
 class ActionExpert(nn.Module):
-    """Velocity, or clean value, of a noisy chunk of actions."""
+    """Velocity, or clean value, of a noisy chunk of actions.
+
+    What the robot measures now enters as one token of the context: features of the state policy `state` joined with the
+    context, or, without one, two layers over the newest proprioception. `shares_token` gives that token to the video
+    transformer too; `conditioned` lets it modulate every block beside the timestep. `slots` are learned embeddings of
+    the place in the chunk and of the embodiment. `rope` places actions by their `time` between the video's frames, or
+    by their number in the chunk alone (`step`). `embed_context`, `gate`: as in the video transformer. With no state
+    policy, a shared token, an embedded context and no slots, condition or modulated head this is the network of Kairos
+    3.
+    """
 
     def __init__(
         self,
@@ -68,41 +80,71 @@ class ActionExpert(nn.Module):
         stride: int,
         history: int,
         embodiments: int,
-        state: StatePolicy,
+        state: StatePolicy | None,
+        proprio: int = 0,
+        shares_token: bool = False,
+        conditioned: bool = True,
+        slots: bool = True,
+        modulated_head: bool = True,
+        rope: str = "time",
+        embed_context: bool = False,
+        gate: float = 0.5,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
-        self.head_dim = attention_width // heads
+        if rope not in ROPES:
+            raise ConfigError(f"policy.expert.rope: unknown {rope!r}; one of {', '.join(ROPES)}")
+        if state is None and proprio < 1:
+            raise ConfigError("policy.expert: without a state policy, `proprio` says how long the measured state is")
+        self.head_dim, self.rope_kind, self.shares_token = attention_width // heads, rope, shares_token
         self.register_buffer("steps", history - 1 + torch.arange(1, chunk + 1) / stride, persistent=False)
         self.embed_in = nn.Linear(action, width)
-        self.position = nn.Parameter(torch.randn(chunk, width) * 0.5)
-        self.embodiment = nn.Embedding(embodiments, width)
+        self.position = nn.Parameter(torch.randn(chunk, width) * 0.5) if slots else None
+        self.embodiment = nn.Embedding(embodiments, width) if slots else None
         self.state = state
-        self.token = FeedForward(width=state.out.in_features + context, hidden=context, out=context)
-        self.condition = FeedForward(width=context, hidden=context, out=width)
+        size = proprio if state is None else state.out.in_features + context
+        self.token = FeedForward(width=size, hidden=context, out=context)
+        self.condition = FeedForward(width=context, hidden=context, out=width) if conditioned else None
+        self.embed_context = FeedForward(width=context, hidden=width, out=width) if embed_context else None
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
-            ActionBlock(width=width, attention_width=attention_width, heads=heads, hidden=hidden, context=context)
+            ActionBlock(
+                width=width,
+                attention_width=attention_width,
+                heads=heads,
+                hidden=hidden,
+                context=width if embed_context else context,
+                gate=gate,
+            )
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.head_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.head_table = nn.Parameter(torch.randn(2, width) / width**0.5) if modulated_head else None
         self.embed_out = nn.Linear(width, action)
         nn.init.zeros_(self.embed_out.weight)
         nn.init.zeros_(self.embed_out.bias)
 
-    def extend(self, context: Fused, senses: Senses, seen: Tensor) -> tuple[Fused, Tensor, Tensor]:
+    def extend(self, context: Fused, senses: Senses, seen: Tensor | None) -> tuple[Fused, Tensor | None, Tensor | None]:
         """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
-        `seen` (B, K, 3) are the points as stage 1 believes them to be. Returns the context with the token (features of
-        the state policy joined with the mean of the context), the condition (B, W) and the state policy's proposal
-        (B, A, D), which the transformer corrects.
+        `seen` (B, K, 3) are the points as stage 1 believes them to be. Returns the context with the token, the
+        condition (B, W) and the state policy's proposal (B, A, D), which the transformer corrects, where it has them.
         """
-        features, proposal = self.state(senses, context.instruction, seen)
-        token = self.token(torch.cat([features, self.mean(context)], -1))
+        if self.state is None:
+            present, proposal = senses.has_proprio, None
+            token = self.token(senses.proprio[:, -1] * present.unsqueeze(-1)) * present.unsqueeze(-1)
+        else:
+            features, proposal = self.state(senses, context.instruction, seen)
+            token = self.token(torch.cat([features, self.mean(context)], -1))
+            present = torch.ones_like(senses.has_proprio)
         tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)
-        mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
-        return context._replace(tokens=tokens, mask=mask), self.condition(token), proposal
+        mask = torch.cat([context.mask, present.unsqueeze(1)], 1)
+        condition = None if self.condition is None else self.condition(token)
+        return context._replace(tokens=tokens, mask=mask), condition, proposal
+
+    def read(self, context: Fused) -> Fused:
+        """The context as the blocks read it."""
+        return context if self.embed_context is None else context._replace(tokens=self.embed_context(context.tokens))
 
     def mean(self, context: Fused) -> Tensor:
         """Mean of the present context tokens (B, context)."""
@@ -110,15 +152,23 @@ class ActionExpert(nn.Module):
         return (context.tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
     def rope(self) -> tuple[Tensor, Tensor]:
-        """Rotary table (A, d / 2): an action stands at its time, in latent frames, between the video's frames."""
+        """Rotary table (A, d / 2): an action stands at its time, in latent frames, between the video's frames, or at
+        its number in the chunk."""
         steps = self.get_buffer("steps")
+        if self.rope_kind == "step":
+            return rope_table(torch.arange(len(steps), device=steps.device).unsqueeze(-1), self.head_dim)
         return rope_table(torch.stack([steps, torch.zeros_like(steps), torch.zeros_like(steps)], -1), self.head_dim)
 
     def embed(self, actions: Tensor, embodiment: Tensor) -> Tensor:
         """Normalised actions (B, A, D) -> tokens (B, A, W)."""
-        return self.embed_in(actions) + self.position + self.embodiment(embodiment).unsqueeze(1)
+        x = self.embed_in(actions)
+        if self.position is None or self.embodiment is None:
+            return x
+        return x + self.position + self.embodiment(embodiment).unsqueeze(1)
 
     def decode(self, a: Tensor, embedding: Tensor) -> Tensor:
         """Tokens (B, A, W) and timestep embedding (B, 1, W) -> velocity (B, A, D)."""
+        if self.head_table is None:
+            return self.embed_out(a)
         shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
         return self.embed_out(modulate(self.norm(a), scale, shift))

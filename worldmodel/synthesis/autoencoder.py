@@ -5,6 +5,7 @@ latents (no wait for four frames), the future as temporal latents after the last
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,11 +79,20 @@ class PatchShortcut(nn.Module):
 class VideoAutoencoder(nn.Module):
     """Wraps a diffusers video autoencoder named by its class (`AutoencoderKLCosmos`, `AutoencoderKLWan`, ...).
 
+    Built from `config`, or loaded from the folder `path` as diffusers saves it (`config.json` and safetensors).
     `shortcut` adds a `PatchShortcut`; leave it off for published weights.
     """
 
     def __init__(
-        self, *, name: str, channels: int, spatial: int, temporal: int, shortcut: bool, config: Mapping[str, Any]
+        self,
+        *,
+        name: str,
+        channels: int,
+        spatial: int,
+        temporal: int,
+        shortcut: bool,
+        config: Mapping[str, Any],
+        path: str | None = None,
     ) -> None:
         super().__init__()
         import diffusers
@@ -91,7 +101,14 @@ class VideoAutoencoder(nn.Module):
         if name not in known:
             raise ConfigError(f"diffusers has no autoencoder {name!r}; it has {', '.join(known)}")
         self.channels, self.spatial, self.temporal = channels, spatial, temporal
-        self.net = getattr(diffusers, name)(**dict(config))
+        with torch.device("cpu"):  # importing makes constants that all models share, one on the meta device too
+            kind = getattr(diffusers, name)
+        if path is None:
+            self.net = kind(**dict(config))
+        elif (Path(path) / "config.json").is_file():
+            self.net = kind.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        else:
+            raise ConfigError(f"synthesis.autoencoder.path: {path} has no config.json; diffusers saves such a folder")
         self.shortcut = PatchShortcut(channels=channels, spatial=spatial, temporal=temporal) if shortcut else None
         if self.shortcut is not None:
             # The shortcut starts alone: the last layer of both halves, and what follows the encoder's, gives zero.
@@ -102,8 +119,12 @@ class VideoAutoencoder(nn.Module):
             quant = getattr(self.net, "quant_conv", None)
             for parameter in [*outer, *([] if quant is None else [p for p in quant.parameters() if p.dim() == 1])]:
                 nn.init.zeros_(parameter)
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
+        # Published autoencoders state the scale of their latents; for others it is set after training.
+        for moment, fill in (("mean", 0.0), ("std", 1.0)):
+            known = getattr(self.net.config, f"latents_{moment}", None) or [fill] * channels
+            if len(known) != channels:
+                raise ConfigError(f"synthesis.autoencoder: channels is {channels}, but {name} here has {len(known)}")
+            self.register_buffer(moment, torch.tensor(known))
 
     def encode_raw(self, video: Tensor) -> Tensor:
         """video (B, 3, T, h, w) in [-1, 1] -> most likely latents (B, C, T', h', w'), not standardised."""

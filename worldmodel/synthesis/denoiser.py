@@ -5,8 +5,8 @@ blocks then read noisy future frames after that memory, beside the actions (the 
 History never looks at the future, so the memory is exact for any number of denoising steps and for actions alone.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from worldmodel.contracts import STREAMS, Fused, WorldState
 from worldmodel.errors import ConfigError
 from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, modulation_table, rope_table
-from worldmodel.synthesis.temporal import DeltaState, GatedDelta, Keys, WindowAttention
+from worldmodel.synthesis.delta import DeltaState, GatedDelta
+from worldmodel.synthesis.temporal import Keys, WindowAttention
 
 LAYERS = ("swa", "dswa", "gated")
 
@@ -30,22 +31,39 @@ class Tokens(NamedTuple):
 class SynthesisBlock(nn.Module):
     """AdaLN -> temporal mixing -> cross-attention to the context -> feed-forward, with six modulation vectors."""
 
-    def __init__(self, *, kind: str, width: int, heads: int, hidden: int, context: int, window: int, dilation: int):
+    def __init__(
+        self,
+        *,
+        kind: str,
+        width: int,
+        heads: int,
+        hidden: int,
+        context: int,
+        window: int,
+        dilation: int,
+        gate: float,
+        attention: str,
+        delta: Mapping[str, Any],
+    ) -> None:
         super().__init__()
         if kind not in LAYERS:
             raise ConfigError(f"unknown layer kind {kind!r} in the pattern; one of {', '.join(LAYERS)}")
         self.kind = kind
         if kind == "gated":
-            self.mix = GatedDelta(width=width, heads=heads)
+            self.mix = GatedDelta(width=width, heads=heads, **delta)
         else:
             self.mix = WindowAttention(
-                width=width, heads=heads, window=window, dilation=dilation if kind == "dswa" else 1
+                width=width,
+                heads=heads,
+                window=window,
+                dilation=dilation if kind == "dswa" else 1,
+                attention=attention,
             )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross = CrossAttention(width=width, context=context, heads=heads)
         self.feed_forward = FeedForward(width=width, hidden=hidden)
-        self.table = modulation_table(width)
+        self.table = modulation_table(width, gate)
 
     def forward(
         self,
@@ -71,7 +89,14 @@ class SynthesisBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Velocity of every future stream given noisy futures, clean history, context and, if coupled, actions."""
+    """Velocity of every future stream given noisy futures, clean history, context and, if coupled, actions.
+
+    `streams` are those it reads and predicts, `anchored` those whose tokens are given the newest observed frame too;
+    `rays` adds the Pluecker rays of known cameras to video tokens. `embed_context` puts a two-layer perceptron between
+    the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention` names
+    the form of windowed attention, `delta` has settings of `GatedDelta`. With the video stream alone, one view, no rays
+    and `embed_context` this is the network of Kairos 3 (arXiv 2606.16533).
+    """
 
     def __init__(
         self,
@@ -91,36 +116,58 @@ class Denoiser(nn.Module):
         points: int,
         sensors: int,
         anchored: Sequence[str],
+        streams: Sequence[str] = STREAMS,
+        rays: bool = True,
+        embed_context: bool = False,
+        gate: float = 0.5,
+        attention: str = "folded",
+        delta: Mapping[str, Any] | None = None,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
-        if unknown := sorted(set(anchored) - set(STREAMS)):
-            raise ConfigError(f"anchored: unknown stream {unknown[0]!r}; one of {', '.join(STREAMS)}")
+        for option, named in (("streams", streams), ("anchored", anchored)):
+            if unknown := sorted(set(named) - set(STREAMS if option == "streams" else streams)):
+                raise ConfigError(f"{option}: unknown stream {unknown[0]!r}; one of {', '.join(STREAMS)}")
+        if not streams:
+            raise ConfigError(f"streams: the video transformer needs at least one of {', '.join(STREAMS)}")
+        self.streams = tuple(name for name in STREAMS if name in streams)
         self.patch = patch
         self.rows, self.columns = latent_size[0] // patch, latent_size[1] // patch
         self.head_dim = width // heads
         self.counts = {"video": views * self.rows * self.columns, "camera": views, "points": points, "force": sensors}
         sizes = {"video": latent_channels * patch**2, "camera": 9, "points": 3, "force": 6}
-        self.embed_in = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in STREAMS})
+        self.embed_in = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in self.streams})
         self.embed_anchor = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in anchored})
-        self.embed_rays = nn.Linear(6 * patch**2, width)
-        self.no_rays = nn.Parameter(torch.zeros(width))
+        self.embed_rays = nn.Linear(6 * patch**2, width) if rays else None
+        self.no_rays = nn.Parameter(torch.zeros(width)) if rays else None
+        slots = {"video": views if views > 1 else 0, "camera": views, "points": points, "force": sensors}
         self.slot = nn.ParameterDict(
             {
                 name: nn.Parameter(torch.randn(count, width) * 0.02)
-                for name, count in {"video": views, "camera": views, "points": points, "force": sensors}.items()
+                for name, count in slots.items()
+                if count and name in self.streams
             }
         )
+        self.embed_context = FeedForward(width=context, hidden=width, out=width) if embed_context else None
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
             SynthesisBlock(
-                kind=kind, width=width, heads=heads, hidden=hidden, context=context, window=window, dilation=dilation
+                kind=kind,
+                width=width,
+                heads=heads,
+                hidden=hidden,
+                context=width if embed_context else context,
+                window=window,
+                dilation=dilation,
+                gate=gate,
+                attention=attention,
+                delta=delta or {},
             )
             for kind in list(pattern) * repeats
         )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.embed_out = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in STREAMS})
+        self.embed_out = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in self.streams})
         for head in self.embed_out.values():
             nn.init.zeros_(head.weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(head.bias)  # pyright: ignore[reportArgumentType]
@@ -141,17 +188,18 @@ class Denoiser(nn.Module):
         named in `streams` cost nothing.
         """
         parts, masks, index = [], [], []
-        for number, name in enumerate(STREAMS):
-            if name not in streams:
-                continue
+        for name in self.chosen(streams):
             value = getattr(state, name)
             if name == "video":
                 x = self.embed_in[name](self.patchify(value))
-                known = presence["camera"][:, None, :, None, None]
-                x = x + torch.where(known, self.embed_rays(self.patchify(rays)), self.no_rays)
+                if self.embed_rays is not None and self.no_rays is not None:
+                    known = presence["camera"][:, None, :, None, None]
+                    x = x + torch.where(known, self.embed_rays(self.patchify(rays)), self.no_rays)
                 if name in self.embed_anchor:
                     x = x + self.embed_anchor[name](self.patchify(anchors[name]))
-                x = (x + self.slot[name][:, None]).flatten(2, 3)
+                if name in self.slot:
+                    x = x + self.slot[name][:, None]
+                x = x.flatten(2, 3)
                 mask = presence[name].repeat_interleave(self.rows * self.columns, dim=1)
             else:
                 x = self.embed_in[name](value) + self.slot[name]
@@ -160,8 +208,22 @@ class Denoiser(nn.Module):
                 mask = presence[name]
             parts.append(x)
             masks.append(mask[:, None].expand(-1, x.shape[1], -1))
-            index += [number] * x.shape[2]
+            index += [STREAMS.index(name)] * x.shape[2]
         return Tokens(torch.cat(parts, 2), torch.cat(masks, 2), tuple(index))
+
+    def chosen(self, streams: Sequence[str]) -> list[str]:
+        """Which of `streams` it has, in token order. Raises `ConfigError` if that is none."""
+        names = [name for name in self.streams if name in streams]
+        if not names:
+            raise ConfigError(
+                f"the video transformer has the streams {', '.join(self.streams)} and none of those is left: a batch "
+                "without images needs another stream"
+            )
+        return names
+
+    def read(self, context: Fused) -> Fused:
+        """The context as the blocks read it."""
+        return context if self.embed_context is None else context._replace(tokens=self.embed_context(context.tokens))
 
     def patchify(self, x: Tensor) -> Tensor:
         """(B, T, V, C, h', w') -> (B, T, V, rows * columns, C * patch^2)."""
@@ -189,7 +251,7 @@ class Denoiser(nn.Module):
         return rope_table(position, self.head_dim)
 
     def remember(self, tokens: Tokens, context: Fused) -> list[Keys | DeltaState]:
-        """One pass over the clean history (noise level 0) -> what every layer keeps of it."""
+        """One pass over the clean history (noise level 0) -> what every layer keeps of it; `context` is `read`."""
         level = tokens.x.new_zeros(1, len(STREAMS))
         _, vectors = self.vectors(level, tokens.stream)
         rope = self.rope(tokens, 0)
@@ -209,7 +271,7 @@ class Denoiser(nn.Module):
         """Tokens (B, T, N, W) -> velocity of each stream in the shape of `WorldState`."""
         shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
         x = modulate(self.norm(x), scale, shift)
-        names = [name for name in STREAMS if name in streams]
+        names = self.chosen(streams)
         parts = x.split([self.counts[name] for name in names], dim=2)
         out = {name: self.embed_out[name](part) for name, part in zip(names, parts, strict=True)}
         if "video" in out:

@@ -1,16 +1,19 @@
-"""Temporal mixing, linear in the number of frames: sliding windows, dilated windows, gated delta rule.
+"""Windows over frames, plain and dilated: attention that is linear in the number of frames.
 
-Shapes: T frames, N tokens a frame, E heads, d head size. One definition of a window (`frame_offsets`) serves a dense
-reference and the folded form that runs by default.
+Shapes: T frames, N tokens a frame, E heads, d head size. One definition of a window (`frame_offsets`) serves the folded
+form that runs by default and the block-sparse one for GPUs; the dense reference states it a second time, to test by.
 """
 
-from typing import NamedTuple
+import warnings
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.nn import apply_rope, attend
+from worldmodel.errors import ConfigError
+from worldmodel.nn import apply_rope, attend, attention_bias
 
 
 class Keys(NamedTuple):
@@ -19,13 +22,6 @@ class Keys(NamedTuple):
     k: Tensor  # (B, T, N, E, d)
     v: Tensor  # (B, T, N, E, d)
     mask: Tensor  # (B, T, N)
-
-
-class DeltaState(NamedTuple):
-    """Memory of a gated delta layer after some frames."""
-
-    state: Tensor  # (B, E, dk, dv)
-    tail: Tensor  # (B, kernel - 1, channels), inputs that the causal convolution still needs
 
 
 def frame_offsets(window: int, dilation: int) -> list[int]:
@@ -81,11 +77,81 @@ def windowed_attention(
     return attend(q.flatten(0, 1), k, v, mask[:, None, None]).unflatten(0, (b, tq))
 
 
-class WindowAttention(nn.Module):
-    """Self-attention over a window of frames; with `dilation` > 1 over every dilation-th frame."""
+@lru_cache(maxsize=64)
+def window_blocks(
+    queries: int, keys: int, start: int, tokens: tuple[int, int], extra: int, window: int, dilation: int, device: str
+) -> Any:
+    """Block mask of `flex_attention` for frames of `tokens` (queries, keys) tokens, before `extra` keys for all."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    def __init__(self, *, width: int, heads: int, window: int, dilation: int) -> None:
+    difference = torch.arange(keys, device=device) - (start + torch.arange(queries, device=device))[:, None]
+    sees = torch.isin(difference, torch.tensor(frame_offsets(window, dilation), device=device))
+    sees = F.pad(sees, (0, 1), value=True)  # the frame after the last stands for the extra keys
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees[query // tokens[0], (key // tokens[1]).clamp(max=keys)]
+
+    size = (queries * tokens[0], keys * tokens[1] + extra)
+    return create_block_mask(visible, None, None, *size, device=device)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex() -> Any:
+    """`flex_attention` as a fused kernel."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def windowed_attention_flex(
+    q: Tensor, keys: Keys, *, window: int, dilation: int, extra: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The same as `windowed_attention` by block-sparse kernels, which copy no keys: for GPUs.
+
+    Raises `ConfigError` where a gradient is asked for on a CPU, for which torch has none.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    b, tq, n, e, d = q.shape
+    tk, m = keys.k.shape[1], keys.k.shape[2]
+    k, v, mask = keys.k.flatten(1, 2), keys.v.flatten(1, 2), keys.mask.flatten(1, 2)
+    more = 0
+    if extra is not None:
+        more = extra[0].shape[1]
+        k, v, mask = torch.cat([k, extra[0]], 1), torch.cat([v, extra[1]], 1), F.pad(mask, (0, more), value=True)
+    bias = attention_bias(mask, torch.float32)
+
+    def absent(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[batch, key]
+
+    blocks = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, str(q.device))
+    q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ConfigError("attention: flex has no gradient on a CPU; folded and dense have")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*flex_attention.*")  # it says that it is slow here
+            out = flex_attention(q, k, v, score_mod=absent, block_mask=blocks)
+    else:
+        out = compiled_flex()(q, k, v, score_mod=absent, block_mask=blocks)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).unflatten(1, (tq, n))
+
+
+FORMS = {"folded": windowed_attention, "dense": windowed_attention_dense, "flex": windowed_attention_flex}
+
+
+class WindowAttention(nn.Module):
+    """Self-attention over a window of frames; with `dilation` > 1 over every dilation-th frame.
+
+    `attention` names one of the `FORMS`, which differ in speed alone.
+    """
+
+    def __init__(self, *, width: int, heads: int, window: int, dilation: int, attention: str = "folded") -> None:
         super().__init__()
+        if attention not in FORMS:
+            raise ConfigError(f"synthesis.denoiser.attention: unknown {attention!r}; one of {', '.join(FORMS)}")
+        self.attention = attention
         self.heads, self.window, self.dilation = heads, window, dilation
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
@@ -104,116 +170,5 @@ class WindowAttention(nn.Module):
         k = apply_rope(self.k_norm(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
         own = Keys(k, self.v(x).unflatten(-1, (self.heads, -1)), mask)
         seen = own if past is None else Keys(*(torch.cat(pair, dim=1) for pair in zip(past, own, strict=True)))
-        out = windowed_attention(q, seen, window=self.window, dilation=self.dilation, extra=extra)
+        out = FORMS[self.attention](q, seen, window=self.window, dilation=self.dilation, extra=extra)
         return self.out(out.flatten(-2)), own
-
-
-def gated_delta_recurrent(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gated delta rule token by token (Yang et al. 2024, arXiv 2412.06464, eq. 10): the reference.
-
-    q, k (B, M, E, dk), v (B, M, E, dv), log decay g <= 0 and write strength beta (B, M, E), state (B, E, dk, dv).
-    S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q. Returns o (B, M, E, dv) and the last state.
-    """
-    outputs = []
-    for i in range(q.shape[1]):
-        state = state * g[:, i, :, None, None].exp()
-        error = v[:, i] - torch.einsum("bekv,bek->bev", state, k[:, i])
-        state = state + torch.einsum("bek,bev->bekv", k[:, i] * beta[:, i, :, None], error)
-        outputs.append(torch.einsum("bekv,bek->bev", state, q[:, i]))
-    return torch.stack(outputs, dim=1), state
-
-
-def invert_unit_lower(lower: Tensor) -> Tensor:
-    """(I + L)^-1 for strictly lower L (..., c, c), c a power of two, by doubling blocks: stable, matmuls only."""
-    c = lower.shape[-1]
-    index = torch.arange(c, device=lower.device)
-    inverse = torch.eye(c, device=lower.device, dtype=lower.dtype).expand(lower.shape)
-    size = 1
-    while size < c:
-        block = index // size
-        corner = (block[:, None] == block[None] + 1) & (block[:, None] % 2 == 1)
-        inverse = inverse - inverse @ (lower * corner) @ inverse
-        size *= 2
-    return inverse
-
-
-def gated_delta_chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int = 32
-) -> tuple[Tensor, Tensor]:
-    """The same as `gated_delta_recurrent` in chunks of tokens (a power of two), with matrix products inside a chunk.
-
-    Within a chunk with cumulated log decay c_i the written values u solve (I + L) u = beta (v - exp(c) S^T k),
-    L_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i. Every exponent is at most zero, so strong gates cannot overflow.
-    """
-    length = q.shape[1]
-    pad = -length % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v))
-    g, beta = (F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, chunk)).transpose(2, 3) for x in (g, beta))
-    decay = g.cumsum(-1)  # (B, chunks, E, c)
-    index = torch.arange(chunk, device=q.device)
-    strict = index[:, None] > index[None]
-    causal = index[:, None] >= index[None]
-    between = decay.unsqueeze(-1) - decay.unsqueeze(-2)
-    between = between.masked_fill(~causal, -torch.inf).exp()
-    solve = invert_unit_lower((k @ k.mT) * between * strict * beta.unsqueeze(-1))
-    scores = (q @ k.mT) * between
-    grown = decay.exp().unsqueeze(-1)
-    last = decay[..., -1:]
-    to_end = (last - decay).exp().unsqueeze(-1)
-    outputs = []
-    for i in range(q.shape[1]):
-        wanted = (v[:, i] - grown[:, i] * (k[:, i] @ state)) * beta[:, i].unsqueeze(-1)
-        written = solve[:, i] @ wanted
-        outputs.append(grown[:, i] * (q[:, i] @ state) + scores[:, i] @ written)
-        state = last[:, i].exp().unsqueeze(-1) * state + (k[:, i] * to_end[:, i]).mT @ written
-    out = torch.stack(outputs, dim=1).transpose(2, 3).flatten(1, 2)
-    return out[:, :length], state
-
-
-class GatedDelta(nn.Module):
-    """Gated DeltaNet layer over the raster of all tokens (frame, then order within the frame).
-
-    Parametrisation of flash-linear-attention: short causal convolution and SiLU on q, k, v; q and k L2-normalised;
-    decay -exp(A) softplus(a + bias); output RMSNorm per head times SiLU of a gate. Absent tokens neither write nor
-    decay the memory.
-    """
-
-    def __init__(self, *, width: int, heads: int, expansion: int = 2, kernel: int = 4, head_dim: int | None = None):
-        super().__init__()
-        self.heads = heads
-        self.head_dim = head_dim or width // heads
-        keys, values = heads * self.head_dim, heads * self.head_dim * expansion
-        self.sizes = (keys, keys, values)
-        self.kernel = kernel
-        self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
-        self.conv = nn.Conv1d(sum(self.sizes), sum(self.sizes), kernel, groups=sum(self.sizes), bias=False)
-        self.decay = nn.Linear(width, heads, bias=False)
-        self.beta = nn.Linear(width, heads, bias=False)
-        self.gate = nn.Linear(width, values, bias=False)
-        self.out = nn.Linear(values, width, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim * expansion, eps=1e-6)
-        self.a_log = nn.Parameter(torch.linspace(1.0, 16.0, heads).log())
-        self.dt_bias = nn.Parameter(torch.logspace(-3, -1, heads).expm1().log())  # softplus gives 0.001 to 0.1
-
-    def forward(self, x: Tensor, mask: Tensor, past: DeltaState | None) -> tuple[Tensor, DeltaState]:
-        """x (B, T, N, W) under mask (B, T, N), after `past` -> output (B, T, N, W) and the memory after x."""
-        b, t, n, _ = x.shape
-        x, present = x.flatten(1, 2), mask.flatten(1, 2).unsqueeze(-1)
-        mixed = self.qkv(x) * present
-        if past is None:
-            tail = mixed.new_zeros(b, self.kernel - 1, mixed.shape[-1])
-            state = mixed.new_zeros(b, self.heads, self.head_dim, self.sizes[2] // self.heads)
-        else:
-            state, tail = past
-        mixed = torch.cat([tail, mixed], dim=1)
-        tail = mixed[:, 1 - self.kernel :]
-        mixed = F.silu(self.conv(mixed.mT)).mT
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.split(self.sizes, dim=-1))
-        q, k = F.normalize(q, dim=-1) * self.head_dim**-0.5, F.normalize(k, dim=-1)
-        g = -self.a_log.exp() * F.softplus(self.decay(x) + self.dt_bias) * present
-        beta = self.beta(x).sigmoid() * present
-        out, state = gated_delta_chunked(q, k, v, g, beta, state)
-        out = self.norm(out).flatten(-2) * F.silu(self.gate(x))
-        return self.out(out).unflatten(1, (t, n)), DeltaState(state, tail)

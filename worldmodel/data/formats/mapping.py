@@ -32,7 +32,7 @@ AXES = ("opencv", "opengl")
 LAYOUTS = ("matrix", "position_quaternion_xyzw", "position_quaternion_wxyz")
 PAIRINGS = ("time", "number")
 COLORS = ("rgb", "bgr")
-SPLITS = ("train", "heldout_episodes", "heldout_tasks")
+SPLITS = ("train", "heldout_episodes", "heldout_tasks", "heldout_robots")
 HELDOUT = 0.1
 """Share of held-out episodes that a suggested map asks for."""
 WIDEST = 1 << 16

@@ -6,13 +6,11 @@ import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.schema import Episode
-from worldmodel.data.sources.metaworld import MAX_STEPS, MetaworldScene
+from worldmodel.data.sources.scene import Scene
 
 
-def collect_episode(
-    scene: MetaworldScene, rng: np.random.Generator, *, max_steps: int = MAX_STEPS, tail: int = 4
-) -> Episode:
-    """Run the expert until `tail` steps after its first success, or for `max_steps`.
+def collect_episode(scene: Scene, rng: np.random.Generator, *, tail: int = 4) -> Episode:
+    """Run the expert until `tail` steps after its first success, or for the scene's `max_steps`.
 
     T observations and T actions: action i is the one held after observation i. Failed episodes are returned too, with
     `meta["success"]` False. The caller adds `episode_id` and `split` to the metadata.
@@ -20,7 +18,7 @@ def collect_episode(
     observation = scene.reset(rng)
     expert = scene.expert()
     observations, actions = [], []
-    remaining, success = max_steps, False
+    remaining, success = scene.max_steps, False
     while remaining:
         action = expert.act()
         observations.append(observation)
@@ -33,7 +31,7 @@ def collect_episode(
     return _episode(scene, observations, np.stack(actions), success)
 
 
-def _episode(scene: MetaworldScene, observations: list[dict[str, Any]], actions: np.ndarray, success: bool) -> Episode:
+def _episode(scene: Scene, observations: list[dict[str, Any]], actions: np.ndarray, success: bool) -> Episode:
     def series(name: str) -> np.ndarray:
         return np.stack([observation[name] for observation in observations])
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 from worldmodel.errors import DataError
 
@@ -59,6 +59,13 @@ def select_gl_backend() -> str:
         "no off-screen OpenGL works here (" + "; ".join(failures) + "). Install one of: "
         "`apt-get install libegl1 libgl1-mesa-dri` (EGL) or `apt-get install libosmesa6` (OSMesa)"
     )
+
+
+def mujoco_module() -> Any:
+    """mujoco, imported only after a back end was chosen; its names are made at import, hidden from type checkers."""
+    import mujoco
+
+    return mujoco
 
 
 def close_at_exit(resource: Closable) -> None:

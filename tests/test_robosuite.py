@@ -1,0 +1,147 @@
+"""The robosuite source: arms, cameras, points and touch agree with one another and with the simulator."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scene_checks import check_depends_on_generator_alone, check_reprojection, check_rotations
+from test_data_generate import digests
+
+from worldmodel.data.embodiments import load_embodiments
+from worldmodel.data.generate import generate
+from worldmodel.data.shards import ShardReader
+from worldmodel.data.sources.collect import collect_episode
+from worldmodel.data.sources.mujoco_scene import SENSORS
+from worldmodel.data.sources.robosuite import (
+    ACTION_NAMES,
+    ACTION_UNITS,
+    RobosuiteScene,
+    proprio_names,
+    proprio_units,
+)
+from worldmodel.data.sources.robosuite_tasks import HELDOUT_TASKS, ROBOTS, TASKS
+from worldmodel.errors import ConfigError, DataError
+
+installed = pytest.mark.skipif(
+    find_spec("robosuite") is None, reason="robosuite is not installed: pip install 'worldmodel[robosuite]'"
+)
+JOINTS = {"panda": 7, "ur5e": 6, "sawyer_osc": 7, "kinova3": 7, "iiwa": 7}
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[RobosuiteScene]:
+    scene = RobosuiteScene("Lift")
+    yield scene
+    scene.close()
+
+
+def test_the_registry_has_every_robot_with_the_names_and_units_that_are_recorded() -> None:
+    registry = load_embodiments()
+    assert set(JOINTS) == set(ROBOTS)
+    for robot, joints in JOINTS.items():
+        entry = registry[robot]
+        assert entry.action and entry.proprio and entry.gripper
+        assert (entry.action.names, entry.action.units) == (ACTION_NAMES, ACTION_UNITS)
+        assert (entry.proprio.names, entry.proprio.units) == (proprio_names(joints), proprio_units(joints))
+        assert (entry.gripper.open, entry.gripper.closed) == (-1, 1)
+
+
+def test_every_task_has_a_sentence_without_its_name() -> None:
+    for task, info in TASKS.items():
+        assert info.instruction.endswith(".") and task not in info.instruction
+        assert len(info.instruction.encode()) <= 96
+
+
+def test_bad_arguments_name_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown robots \['r2d2'\]; robosuite has panda, ur5e"):
+        generate("robosuite", tmp_path, robots=["r2d2"])
+    with pytest.raises(ConfigError, match=r"unknown robots \['panda'\]; metaworld has sawyer"):
+        generate("metaworld", tmp_path, robots=["panda"])
+    with pytest.raises(ConfigError, match=r"held-out robots \['ur5e'\] are not among the robots \['panda'\]"):
+        generate("robosuite", tmp_path, robots=["panda"], heldout_robots=["ur5e"])
+    with pytest.raises(ConfigError, match=r"Wipe.*Lift"):
+        RobosuiteScene("Wipe")
+    with pytest.raises(ConfigError, match=r"r2d2.*panda"):
+        RobosuiteScene("Lift", robot="r2d2")
+
+
+@pytest.mark.skipif(find_spec("robosuite") is not None, reason="robosuite is installed")
+def test_a_missing_simulator_is_named_with_the_extra_that_brings_it() -> None:
+    with pytest.raises(DataError, match=r"robosuite.*worldmodel\[robosuite\]"):
+        RobosuiteScene("Lift")
+
+
+@installed
+@pytest.mark.parametrize("camera", ["front", "wrist"])
+def test_reprojected_object_is_where_the_picture_changes_when_it_is_hidden(scene: RobosuiteScene, camera: str) -> None:
+    found = 0
+    geoms = np.flatnonzero(scene.model.geom_bodyid == scene.environment.cube_body_id)
+    for seed in range(4):
+        observation = scene.reset(np.random.default_rng(seed))
+        expert = scene.expert()
+        for _ in range(8):
+            observation, _ = scene.step(expert.act(), images=False)
+        observation["rgb." + camera] = scene.render(camera)
+        found += check_reprojection(scene, list(geoms), observation, camera)
+    assert found >= 2
+
+
+@installed
+def test_observation_is_as_registered_and_an_episode_depends_on_its_generator_alone(scene: RobosuiteScene) -> None:
+    observation = scene.reset(np.random.default_rng(0))
+    assert observation["rgb.front"].shape == observation["rgb.wrist"].shape == (64, 64, 3)
+    assert observation["points"].shape == (len(scene.point_names), 3)
+    assert observation["wrench"].shape == (len(SENSORS), 6) and observation["taxels"].shape == (len(SENSORS), 3, 4, 4)
+    assert observation["proprio"].shape == (len(proprio_names(JOINTS["panda"])),)
+    check_rotations(observation)
+    check_depends_on_generator_alone(scene)
+
+
+@installed
+def test_one_unit_of_action_is_what_the_registry_says_in_the_base_frame(scene: RobosuiteScene) -> None:
+    controller = scene.environment.robots[0].part_controllers["right"]
+    np.testing.assert_allclose(controller.output_max, [0.05] * 3 + [0.5] * 3)
+    assert (controller.input_type, controller.input_ref_frame) == ("delta", "base")
+    scene.reset(np.random.default_rng(0), images=False)
+    np.testing.assert_allclose(controller.origin_ori, scene.data.body("robot0_base").xmat.reshape(3, 3), atol=1e-6)
+    for axis in range(3):
+        before = scene.reset(np.random.default_rng(0), images=False)["proprio"][:3]
+        for _ in range(5):
+            observation, _ = scene.step(np.eye(7)[axis] - np.eye(7)[6], images=False)
+        moved = observation["proprio"][:3] - before
+        assert moved[axis] > 0.05 and np.abs(np.delete(moved, axis)).max() < 0.03
+
+
+@installed
+def test_the_expert_lifts_and_both_fingers_feel_it(scene: RobosuiteScene) -> None:
+    resting = scene.reset(np.random.default_rng(0), images=False)
+    weight = scene.model.body_subtreemass[scene.model.body("gripper0_right_right_gripper").id] * 9.81
+    episode = collect_episode(scene, np.random.default_rng(0))
+    assert episode.meta["success"] and episode.wrench is not None and episode.taxels is not None
+    assert episode.action is not None and np.abs(episode.action).max() <= 1
+    assert np.linalg.norm(resting["wrench"][0, :3]) == pytest.approx(weight, rel=0.3)
+    grip = episode.wrench[-3]
+    assert grip[1, 1] > 1 and grip[2, 1] < -1  # both pads are pushed outwards, the left one along +y
+    for finger, sign in ((0, 1), (1, -1)):
+        normal = episode.taxels[:, finger, 2].sum(axis=(1, 2))
+        np.testing.assert_allclose(normal, sign * episode.wrench[:, 1 + finger, 1], rtol=1e-4, atol=1e-2)
+
+
+@installed
+def test_a_seed_gives_the_same_bytes_and_splits_are_by_task_and_robot(tmp_path: Path) -> None:
+    settings = {"robots": ["panda", "ur5e"], "heldout_robots": ["ur5e"], "tasks": ["Lift", *HELDOUT_TASKS]}
+    counts = {"episodes": 1, "heldout_episodes": 1, "heldout_task_episodes": 1}
+    one, two = (
+        generate("robosuite", tmp_path / name, **settings, **counts, workers=1, progress=False) for name in "ab"
+    )
+    assert digests(one) == digests(two)
+    reader = ShardReader(one)
+    assert reader.heldout_tasks == tuple(HELDOUT_TASKS)
+    assert {(e.split, e.task, e.embodiment) for e in reader.entries} == {
+        ("train", "Lift", "panda"),
+        ("heldout_episodes", "Lift", "panda"),
+        ("heldout_tasks", "PickPlaceMilk", "panda"),
+        ("heldout_robots", "Lift", "ur5e"),
+    }

@@ -1,0 +1,1 @@
+"""Weights in the form of other projects."""
