@@ -21,6 +21,9 @@ _FRONT = {
 }
 """Position, target (world frame) and field of view in degrees by the start of the task's name."""
 _WRIST_FOVY = 75.0
+_NEARER = (0.15, 0.10)
+"""How much nearer to both bins an arm stands than robosuite puts it, in metres: the shorter ones cannot reach all of
+them with a hand that points down."""
 
 
 def build_environment(task: str, robot: str) -> Any:
@@ -52,6 +55,13 @@ def build_environment(task: str, robot: str) -> Any:
             seed=0,
         )
     model = environment.sim.model._model
+    # MuJoCo lets neighbouring links touch only where the parent can move: Sawyer's base would hold its first joint.
+    for geom in range(model.ngeom):
+        body = int(model.geom_bodyid[geom])
+        if model.body(body).name.startswith("robot0_") and model.body_weldid[body] == 0:
+            model.geom_contype[geom] = model.geom_conaffinity[geom] = 0
+    if task.startswith("PickPlace"):
+        model.body("robot0_base").pos[:2] += _NEARER
     # Shadows and multisampling cost more than ten times the rest of a picture on a CPU.
     model.vis.quality.offsamples = 0
     model.vis.quality.shadowsize = 0
