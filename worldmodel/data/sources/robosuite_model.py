@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ CAMERA_NAMES = {"front": "agentview", "wrist": "robot0_eye_in_hand"}
 
 _FRONT = {
     "Door": ((0.55, 0.35, 1.45), (-0.15, -0.25, 1.05), 45.0),
-    "PickPlace": ((0.95, 0.05, 1.50), (0.05, 0.02, 0.90), 45.0),
-    "": ((0.70, 0.10, 1.35), (-0.10, 0.0, 0.88), 41.0),
+    "PickPlace": ((1.10, 0.05, 1.60), (0.05, 0.02, 0.97), 50.0),
+    "": ((0.65, 0.10, 1.35), (-0.09, 0.0, 0.91), 41.0),
 }
 """Position, target (world frame) and field of view in degrees by the start of the task's name."""
 _WRIST_FOVY = 75.0
@@ -34,8 +35,8 @@ def build_environment(task: str, robot: str) -> Any:
     """
     with silenced():
         try:
-            import robosuite
-            from robosuite.controllers import load_composite_controller_config
+            robosuite: Any = import_module("robosuite")
+            controllers: Any = import_module("robosuite.controllers")
         except ImportError as error:
             raise DataError(
                 f"robosuite cannot be imported ({error}); install the extra: pip install 'worldmodel[robosuite]'"
@@ -43,7 +44,7 @@ def build_environment(task: str, robot: str) -> Any:
         environment = robosuite.make(
             task,
             robots=robot,
-            controller_configs=load_composite_controller_config(controller="BASIC", robot=robot),
+            controller_configs=controllers.load_composite_controller_config(controller="BASIC", robot=robot),
             has_renderer=False,
             has_offscreen_renderer=False,
             use_camera_obs=False,
