@@ -1,6 +1,5 @@
 """Checks that hold for every simulated scene: its pictures, poses and points agree with one another."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ def project(observation: dict[str, Any], camera: str, point: np.ndarray) -> np.n
     return np.array([*(pixels[:2] / pixels[2]), pixels[2]])
 
 
-def check_reprojection(scene: Any, geoms: Sequence[int], observation: dict[str, Any], camera: str) -> bool:
+def check_reprojection(scene: Any, geoms: np.ndarray, observation: dict[str, Any], camera: str) -> bool:
     """Hold the first point against the pixels that change when `geoms`, its object, are hidden.
 
     Independent of the renderer's own matrices. False where the object is out of the picture or behind something.

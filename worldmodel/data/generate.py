@@ -62,7 +62,16 @@ def generate(
         DataError: no off-screen rendering on this machine, or the simulator is not installed.
     """
     counts = {"train": episodes, "heldout_episodes": heldout_episodes, "heldout_tasks": heldout_task_episodes}
-    plan = _check_arguments(source, benchmark, tasks, robots, heldout_robots, counts, seed, pixels)
+    plan = make_plan(
+        source,
+        benchmark=benchmark,
+        tasks=tasks,
+        robots=robots,
+        heldout_robots=heldout_robots,
+        counts=counts,
+        seed=seed,
+        pixels=pixels,
+    )
     root = Path(out)
     parameters = {
         "source": source,
@@ -91,7 +100,7 @@ def generate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """What goes into which shard: each holds episodes of one split, task and robot."""
 
     source: Source
@@ -121,8 +130,9 @@ class _Plan:
                         number += 1
 
 
-def _check_arguments(
+def make_plan(
     name: str,
+    *,
     benchmark: str | None,
     tasks: list[str] | None,
     robots: list[str] | None,
@@ -130,7 +140,8 @@ def _check_arguments(
     counts: dict[str, int],
     seed: int,
     pixels: int,
-) -> _Plan:
+) -> Plan:
+    """The shards of a dataset; arguments and errors as in `generate`."""
     if name not in SOURCES:
         raise ConfigError(f"unknown source {name!r}; known: {', '.join(SOURCES)}")
     source = SOURCES[name]
@@ -148,7 +159,7 @@ def _check_arguments(
     held = _in_order(source.robots, heldout_robots or [])
     if astray := [robot for robot in held if robot not in chosen]:
         raise ConfigError(f"held-out robots {astray} are not among the robots {chosen}; name them there too")
-    return _Plan(
+    return Plan(
         source=source,
         tasks=_in_order(source.tasks, tasks),
         robots=chosen,

@@ -164,8 +164,11 @@ def _decode_npz(members: dict[str, bytes], name: str, where: str) -> dict[str, n
 
 
 def _encode_npz(arrays: dict[str, np.ndarray]) -> bytes:
+    # Older versions of numpy take savez's `allow_pickle` for one more array.
+    assert not any(array.dtype.hasobject for array in arrays.values())
+    named: dict[str, Any] = dict(arrays)
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **named)
     return buffer.getvalue()
 
 

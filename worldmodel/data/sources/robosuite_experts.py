@@ -81,14 +81,18 @@ def pointing(approach: np.ndarray, closing: np.ndarray) -> np.ndarray:
 Plan = Iterator[Target]
 
 
-def _go(scene: "RobosuiteScene", target: Callable[[], Target], *, near: float, steps: int, turn: float = 0.1) -> Plan:
-    """Towards `target` until within `near` metres and `turn` rad of it, `steps` at most."""
+def _go(
+    scene: "RobosuiteScene", target: Callable[[], Target], *, near: float, steps: int, turn: float = 0.1, rest: int = 1
+) -> Plan:
+    """Towards `target` until within `near` metres and `turn` rad of it for `rest` steps, `steps` at most."""
+    there = 0
     for _ in range(steps):
         goal = target()
         yield goal
         off = np.linalg.norm(goal.position - scene.hand.position(scene.data))
         angle = np.linalg.norm(rotation_vector(goal.rotation @ scene.hand.rotation(scene.data).T))
-        if off < near and angle < turn:
+        there = there + 1 if off < near and angle < turn else 0
+        if there == rest:
             return
 
 
@@ -106,20 +110,27 @@ def _grasp_from_above(scene: "RobosuiteScene", item: Any, axes: tuple[int, ...])
 
 
 def _pick(scene: "RobosuiteScene", item: Any, axes: tuple[int, ...], *, rise: float, lift: float) -> Plan:
-    """Take `item` `rise` metres above its origin and lift it by `lift`; the last target stays."""
-    rotation = _grasp_from_above(scene, item, axes)
+    """Take `item` `rise` metres above its origin and lift it by `lift`; what was missed is tried again."""
+    for _ in range(3):
+        rotation = _grasp_from_above(scene, item, axes)
 
-    def above() -> Target:
-        return Target(raised(item.position, rise + 0.10), rotation, OPEN)
+        def above(rotation: np.ndarray = rotation) -> Target:
+            return Target(raised(item.position, rise + 0.10), rotation, OPEN)
 
-    def at() -> Target:
-        return Target(raised(item.position, rise), rotation, OPEN, 0.5)
+        def at(rotation: np.ndarray = rotation) -> Target:
+            # Not lower than is safe while it is still beside the item: a finger would land on it.
+            beside = np.linalg.norm((item.position - scene.hand.position(scene.data))[:2])
+            safe = min(0.10, 4 * max(0.0, float(beside) - 0.01))
+            return Target(raised(item.position, rise + safe), rotation, OPEN, 0.5)
 
-    yield from _go(scene, above, near=0.02, steps=60)
-    yield from _go(scene, at, near=0.008, steps=40)
-    place = Target(scene.hand.position(scene.data), rotation, CLOSED)
-    yield from _hold(place, 8)
-    yield from _go(scene, lambda: place._replace(position=raised(place.position, lift)), near=0.02, steps=40)
+        yield from _go(scene, above, near=0.02, steps=60, rest=2)
+        yield from _go(scene, at, near=0.008, steps=40)
+        place = Target(scene.hand.position(scene.data), rotation, CLOSED)
+        yield from _hold(place, 8)
+        up = place._replace(position=raised(place.position, lift))
+        yield from _go(scene, lambda up=up: up, near=0.02, steps=40)
+        if np.linalg.norm(item.position - scene.hand.position(scene.data)) < rise + 0.05:
+            return
 
 
 def _lift(scene: "RobosuiteScene") -> Plan:

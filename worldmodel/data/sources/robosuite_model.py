@@ -1,9 +1,9 @@
 """The MuJoCo side of a robosuite scene: its construction, the placement of cameras, and the geometry of grippers."""
 
-import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,14 @@ CAMERA_NAMES = {"front": "agentview", "wrist": "robot0_eye_in_hand"}
 
 _FRONT = {
     "Door": ((0.55, 0.35, 1.45), (-0.15, -0.25, 1.05), 45.0),
-    "PickPlace": ((0.95, 0.05, 1.50), (0.05, 0.02, 0.90), 45.0),
-    "": ((0.70, 0.10, 1.35), (-0.10, 0.0, 0.88), 41.0),
+    "PickPlace": ((1.10, 0.05, 1.60), (0.05, 0.02, 0.97), 50.0),
+    "": ((0.65, 0.10, 1.35), (-0.09, 0.0, 0.91), 41.0),
 }
 """Position, target (world frame) and field of view in degrees by the start of the task's name."""
 _WRIST_FOVY = 75.0
+_NEARER = (0.15, 0.10)
+"""How much nearer to both bins an arm stands than robosuite puts it, in metres: the shorter ones cannot reach all of
+them with a hand that points down."""
 
 
 def build_environment(task: str, robot: str) -> Any:
@@ -32,9 +35,8 @@ def build_environment(task: str, robot: str) -> Any:
     """
     with silenced():
         try:
-            # An extra, so that type checkers need not have it.
-            robosuite: Any = importlib.import_module("robosuite")
-            controllers: Any = importlib.import_module("robosuite.controllers")
+            robosuite: Any = import_module("robosuite")
+            controllers: Any = import_module("robosuite.controllers")
         except ImportError as error:
             raise DataError(
                 f"robosuite cannot be imported ({error}); install the extra: pip install 'worldmodel[robosuite]'"
@@ -54,6 +56,13 @@ def build_environment(task: str, robot: str) -> Any:
             seed=0,
         )
     model = environment.sim.model._model
+    # MuJoCo lets neighbouring links touch only where the parent can move: Sawyer's base would hold its first joint.
+    for geom in range(model.ngeom):
+        body = int(model.geom_bodyid[geom])
+        if model.body(body).name.startswith("robot0_") and model.body_weldid[body] == 0:
+            model.geom_contype[geom] = model.geom_conaffinity[geom] = 0
+    if task.startswith("PickPlace"):
+        model.body("robot0_base").pos[:2] += _NEARER
     # Shadows and multisampling cost more than ten times the rest of a picture on a CPU.
     model.vis.quality.offsamples = 0
     model.vis.quality.shadowsize = 0

@@ -15,13 +15,13 @@ TRAIN_TASKS: dict[str, TaskInfo] = {
     "Lift": TaskInfo("Pick up the red cube and lift it off the table.", 120),
     "Stack": TaskInfo("Put the red cube on top of the green cube.", 200),
     "Door": TaskInfo("Turn the handle down and pull the door open.", 250),
-    "PickPlaceBread": TaskInfo("Pick up the loaf of bread and put it into its compartment.", 200),
-    "PickPlaceCereal": TaskInfo("Pick up the box of cereal and put it into its compartment.", 200),
-    "PickPlaceCan": TaskInfo("Pick up the red can and put it into its compartment.", 200),
+    "PickPlaceBread": TaskInfo("Pick up the loaf of bread and put it into its compartment.", 250),
+    "PickPlaceCereal": TaskInfo("Pick up the box of cereal and put it into its compartment.", 250),
+    "PickPlaceCan": TaskInfo("Pick up the red can and put it into its compartment.", 250),
 }
 
 HELDOUT_TASKS: dict[str, TaskInfo] = {
-    "PickPlaceMilk": TaskInfo("Pick up the carton of milk and put it into its compartment.", 200),
+    "PickPlaceMilk": TaskInfo("Pick up the carton of milk and put it into its compartment.", 250),
 }
 """An object that training never sees, in a skill that it does."""
 
