@@ -11,6 +11,7 @@ the status is 1 if anything differs.
 """
 
 import argparse
+import atexit
 import hashlib
 import os
 import random
@@ -38,6 +39,10 @@ action: action
 ignore: ['*']
 """
 TASKS = ("drawer-close-v3", "button-press-topdown-v3", "drawer-open-v3")
+LONGER = [  # phases long enough that kills fall into them, not only into the start of the program
+    f"phases.{name}.steps={steps}"
+    for name, steps in {"tokeniser": 6, "understanding": 40, "synthesis": 8, "behaviour": 60, "policy": 30}.items()
+]
 
 
 @dataclass
@@ -92,7 +97,7 @@ def subjects(folder: Path) -> list[Subject]:
     dataset = folder / "generation" / "whole"
 
     def train(run: Path) -> list[str]:
-        return [sys.executable, "train.py", *short(dataset, run, "trainer.save_every=1")]
+        return [sys.executable, "train.py", *short(dataset, run, "trainer.save_every=1", *LONGER)]
 
     return [
         Subject(
@@ -111,13 +116,27 @@ def subjects(folder: Path) -> list[Subject]:
     ]
 
 
+running: list[subprocess.Popen[bytes]] = []
+"""The started process, which must not outlive this program."""
+
+
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """The command in a process group of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(log, "ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
+    running[:] = [process]
+    return process
+
+
+def stop() -> None:
+    """End what still runs."""
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def finish(subject: Subject, out: Path, log: Path) -> None:
@@ -164,6 +183,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--wait-while", type=Path, default=None, help="a file during whose life nothing is started")
     options = parser.parse_args()
+    atexit.register(stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def wait() -> None:
         while options.wait_while is not None and options.wait_while.exists():
