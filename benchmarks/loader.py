@@ -10,6 +10,7 @@ of the passes after it. LeRobot runs in the interpreter that is named, by its ow
 
   ours            JPEG in our shards, random clips, decoded frames cached within --cache-bytes
   ours, no cache  the same, every frame decoded each time
+  ours, raw       pictures stored as they are (`--pictures raw`), random clips
   webdataset      JPEG, each clip stored as a sample of its own, read in sequence, shuffled in a buffer of 100
   hdf5            uint8 arrays without compression, a chunk per frame, random clips
   lerobot         its video format, random clips
@@ -89,6 +90,7 @@ def measure(folder: Path, pixels: int, options: argparse.Namespace) -> dict[str,
     for name, make in (("ours", ours), ("webdataset", webdataset), ("hdf5", hdf5)):
         (folder / name).mkdir()
         readers |= make(folder / name, episodes, starts, options)
+    for name in ("ours", "ours, raw", "webdataset", "hdf5"):
         sizes[name] = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()) / 1e6
     rates: dict[str, list[float]] = {name: [] for name in readers}
     other = LeRobot(folder, episodes, starts, options) if options.lerobot_python else None
@@ -135,14 +137,17 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
         meta |= {"proprio_names": [f"s{d}" for d in range(STATE)], "action_names": [f"a{d}" for d in range(ACTION)]}
         rgb = {camera: values[camera] for camera in CAMERAS}
         samples.append((f"e{i:03d}", Episode(meta, rgb=rgb, proprio=values["state"], action=values["action"])))
-    write_index(folder, [write_shard(folder / "shard-000000.tar", samples)], [], {})
+    raw = folder.with_name("ours, raw")
+    raw.mkdir()
+    for root, pictures in ((folder, "jpeg"), (raw, "raw")):
+        write_index(root, [write_shard(root / "shard-000000.tar", samples, pictures=pictures)], [], {})
     pixels = episodes[0][CAMERAS[0]].shape[1]
     spec = ClipSpec(
         cameras=CAMERAS, embodiments=("made-up",), height=pixels, width=pixels, fps=FPS, history=1, stride=4, future=2
     )
 
-    def reader(cache_bytes: int) -> Reader:
-        dataset = ClipDataset(ShardReader(folder, cache_bytes=cache_bytes), spec, split="train")
+    def reader(root: Path, cache_bytes: int) -> Reader:
+        dataset = ClipDataset(ShardReader(root, cache_bytes=cache_bytes), spec, split="train")
         order = [e * options.steps + s for e, s in starts]
         loader = DataLoader(
             dataset,
@@ -160,7 +165,11 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
 
         return once
 
-    return {"ours": reader(options.cache_bytes), "ours, no cache": reader(0)}
+    return {
+        "ours": reader(folder, options.cache_bytes),
+        "ours, no cache": reader(folder, 0),
+        "ours, raw": reader(raw, 0),
+    }
 
 
 def webdataset(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], options: Any) -> dict[str, Reader]:

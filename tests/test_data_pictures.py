@@ -78,8 +78,9 @@ def test_a_picture_that_was_stored_damaged_takes_only_its_clips(
 def test_a_missing_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = schema.encode
 
-    def without(episode: schema.Episode) -> dict[str, bytes]:
-        return {name: data for name, data in plain(episode).items() if name != "rgb.front.000004.jpg"}
+    def without(episode: schema.Episode, *, pictures: str) -> dict[str, bytes]:
+        members = plain(episode, pictures=pictures)
+        return {name: data for name, data in members.items() if name != "rgb.front.000004.jpg"}
 
     monkeypatch.setattr("worldmodel.data.shards.encode", without)
     reader = ShardReader(written(tmp_path / "data"))
@@ -88,3 +89,39 @@ def test_a_missing_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SampleError, match=r"rgb.side.000003.jpg: member is missing"):
         reader.pictures(0, "side", [3])
     assert reader.pictures(0, "front", [3, 5, 3]).shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("steps", [[3], [0, 1, 2], [3, 5, 3], [19, 0, 1, 9, 10]])
+def test_raw_pictures_come_back_bit_for_bit(tmp_path: Path, steps: list[int]) -> None:
+    episode = made_up_episode("e0", "toy", "lift", np.random.default_rng(0), length=20, pixels=16)
+    record = write_shard(tmp_path / "shard-000000.tar", [("e0", episode)], pictures="raw")
+    write_index(tmp_path, [record], [], {})
+    reader = ShardReader(tmp_path)
+    assert set(reader.members(0)) >= {"rgb.front.npy"}
+    np.testing.assert_array_equal(reader.read(0).rgb["front"], episode.rgb["front"])
+    wanted = episode.rgb["front"].transpose(0, 3, 1, 2)[steps]
+    np.testing.assert_array_equal(reader.pictures(0, "front", steps), wanted)
+
+
+def test_raw_pictures_of_another_kind_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = schema.encode
+
+    def stored(array: np.ndarray) -> ShardReader:
+        def encode(episode: schema.Episode, *, pictures: str) -> dict[str, bytes]:
+            return {**plain(episode, pictures=pictures), "rgb.front.npy": schema._encode_npy(array)}
+
+        monkeypatch.setattr("worldmodel.data.shards.encode", encode)
+        folder = tmp_path / f"{array.dtype}-{array.ndim}-{len(array)}"
+        return ShardReader(written(folder))
+
+    for array in (np.zeros((20, 3, 16, 16), np.float32), np.zeros((20, 16, 16, 3), np.uint8), np.zeros(5, np.uint8)):
+        reader = stored(array)
+        with pytest.raises(SampleError, match=r"key e0: rgb.front.npy: .*\(T, 3, h, w\) of uint8"):
+            reader.pictures(0, "front", [0])
+        with pytest.raises(SampleError, match=r"key e0: rgb.front.npy: .*\(T, 3, h, w\) of uint8"):
+            reader.read(0)
+    short = stored(np.zeros((7, 3, 16, 16), np.uint8))
+    with pytest.raises(SampleError, match=r"key e0: rgb.front.npy: 7 pictures, step 9 is asked for"):
+        short.pictures(0, "front", [9])
+    with pytest.raises(SampleError, match=r"key e0: rgb.front: "):
+        short.read(0)

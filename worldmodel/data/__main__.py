@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     _add_workers(command)
     command.add_argument("--pixels", type=int, default=64, help="image height and width (default: %(default)s)")
+    _add_pictures(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--episodes-per-shard", type=int, default=25, metavar="N", help="at most so many (default: %(default)s)"
     )
+    _add_pictures(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
@@ -188,6 +190,16 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_pictures(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--pictures",
+        choices=("jpeg", "raw"),
+        default="jpeg",
+        help="how pictures are stored: jpeg (quality 95), or raw, which loses nothing, takes 2 to 7 times the disk and "
+        "is read several times faster (default: %(default)s)",
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -216,6 +228,7 @@ def _generate(options: argparse.Namespace) -> int:
         workers=options.workers,
         ray=options.ray,
         pixels=options.pixels,
+        pictures=options.pictures,
         progress=not options.quiet,
     )
     print(f"dataset ready: {root}")
@@ -233,6 +246,7 @@ def _import(options: argparse.Namespace) -> int:
         workers=options.workers,
         ray=options.ray,
         progress=not options.quiet,
+        pictures=options.pictures,
         episodes_per_shard=options.episodes_per_shard,
     )
     print(f"dataset ready: {root}")

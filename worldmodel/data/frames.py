@@ -1,26 +1,48 @@
 """Where the pictures of a stored episode lie, so that a clip reads and decodes only those it shows."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from worldmodel.data.media import decode_picture, decode_video
+from worldmodel.data.plain import picture_array
 from worldmodel.errors import DataError
 
 _PICTURE = re.compile(r"rgb\.(?P<camera>.+)\.(?P<step>\d{6})\.jpg")
-_VIDEO = re.compile(r"rgb\.(?P<camera>.+)\.mp4")
+_WHOLE = re.compile(r"rgb\.(?P<camera>.+)\.(?P<kind>mp4|npy)")
+_HEAD = 1024
+"""Bytes that hold the head of an array of pictures."""
 _SPARSE = 64
 """Numbers beyond this many times the count of a camera's pictures are left out: one must not make a table endless."""
 
 
 def camera_and_step(name: str) -> tuple[str, int | None] | None:
-    """Which picture member `name` holds, step None for a whole video; None for any other member."""
+    """Which picture member `name` holds, step None for all of a camera; None for any other member."""
     if match := _PICTURE.fullmatch(name):
         return match["camera"], int(match["step"])
-    match = _VIDEO.fullmatch(name)
+    match = _WHOLE.fullmatch(name)
     return (match["camera"], None) if match else None
+
+
+class Raw(NamedTuple):
+    """Pictures (T, 3, h, w) that are stored as they are."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+    def read(self, camera: str, steps: Sequence[int], into: Callable[[int, np.ndarray], object]) -> np.ndarray:
+        """(n, 3, h, w) uint8: the pictures at `steps`; `into` fills an array from an offset on. Raises `DataError`."""
+        if max(steps) >= self.shape[0]:
+            raise DataError(f"rgb.{camera}.npy: {self.shape[0]} pictures, step {max(steps)} is asked for")
+        out = np.empty((len(steps), *self.shape[1:]), np.uint8)
+        first = 0
+        for i in range(1, len(steps) + 1):
+            if i == len(steps) or steps[i] != steps[i - 1] + 1:
+                into(self.offset + steps[first] * out[0].nbytes, out[first:i])
+                first = i
+        return out
 
 
 class FrameTable(NamedTuple):
@@ -28,25 +50,33 @@ class FrameTable(NamedTuple):
 
     pictures: dict[str, np.ndarray]  # camera -> (T, 2) int64 offset and size, size 0 where there is none
     videos: dict[str, tuple[int, int]]  # camera -> offset and size
+    raw: dict[str, Raw]
 
     @classmethod
-    def of(cls, places: Mapping[str, tuple[int, int]]) -> "FrameTable":
-        """The table of members given by extension, offset and size."""
+    def of(cls, data: bytes, places: Mapping[str, tuple[int, int]]) -> "FrameTable":
+        """The table of the members in `data`, given by extension, offset and size. Raises `DataError`."""
         found: dict[str, dict[int, tuple[int, int]]] = {}
-        videos = {}
+        videos, raw = {}, {}
         for name, place in places.items():
             camera, step = camera_and_step(name) or ("", None)
             if step is not None:
                 found.setdefault(camera, {})[step] = place
-            elif camera:
+            elif camera and name.endswith(".mp4"):
                 videos[camera] = place
+            elif camera:
+                offset, size = place
+                try:
+                    start, shape = picture_array(data[offset : offset + min(size, _HEAD)], size)
+                except ValueError as error:
+                    raise DataError(f"{name}: not pictures as a plain numpy array ({error})") from error
+                raw[camera] = Raw(offset + start, shape)
         pictures = {}
         for camera, steps in found.items():
             pictures[camera] = np.zeros((min(max(steps) + 1, _SPARSE * len(steps)), 2), np.int64)
             for step, place in steps.items():
                 if step < len(pictures[camera]):
                     pictures[camera][step] = place
-        return cls(pictures, videos)
+        return cls(pictures, videos, raw)
 
     def place(self, camera: str, step: int) -> tuple[int, int] | None:
         """Offset and size of one picture; None if it is not stored."""
@@ -70,7 +100,7 @@ class FrameTable(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(table.nbytes for table in self.pictures.values()) + 100 * len(self.videos)
+        return sum(table.nbytes for table in self.pictures.values()) + 100 * (len(self.videos) + len(self.raw))
 
 
 def channels_first(pictures: np.ndarray) -> np.ndarray:

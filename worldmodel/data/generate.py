@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
-from worldmodel.data.jobs import Chunk, claim, fill
-from worldmodel.data.schema import Episode
+from worldmodel.data.jobs import Chunk, claim, fill, stored_as
+from worldmodel.data.schema import JPEG, Episode
 from worldmodel.data.sources.registry import SOURCES
 from worldmodel.data.sources.scene import Source
 from worldmodel.errors import ConfigError
@@ -33,6 +33,7 @@ def generate(
     workers: int | None = None,
     ray: str | None = None,
     pixels: int = 64,
+    pictures: str = JPEG,
     progress: bool = True,
 ) -> Path:
     """Generate or finish a dataset in `out` and return its path.
@@ -55,6 +56,7 @@ def generate(
         workers: processes; None is one per core, 1 runs in this process.
         ray: address of a Ray cluster to work on instead; it must see `out`.
         pixels: height and width of the images.
+        pictures: how they are stored, one of `schema.PICTURES`.
 
     Raises:
         ConfigError: unknown source, benchmark, task or robot, a count below zero, or `out` holds a run with other
@@ -82,6 +84,7 @@ def generate(
         "pixels": pixels,
         "schema_version": SCHEMA_VERSION,
     }
+    parameters |= stored_as(pictures)
     if len(plan.source.robots) > 1:
         parameters |= {"robots": plan.robots, "heldout_robots": plan.heldout_robots}
     claim(root, parameters)
@@ -94,6 +97,7 @@ def generate(
         workers=workers,
         ray=ray,
         progress=progress,
+        pictures=pictures,
         prepare=_prepare,
     )
     return root

@@ -16,8 +16,8 @@ from worldmodel.data.formats.map_file import load_mapping, make_mapping, to_yaml
 from worldmodel.data.formats.mapping import SPLITS, Mapping, Split
 from worldmodel.data.formats.registry import open_source
 from worldmodel.data.formats.resolve import resolve
-from worldmodel.data.jobs import Chunk, claim, fill
-from worldmodel.data.schema import Episode
+from worldmodel.data.jobs import Chunk, claim, fill, stored_as
+from worldmodel.data.schema import JPEG, Episode
 from worldmodel.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def import_dataset(
     workers: int | None = None,
     ray: str | None = None,
     progress: bool = True,
+    pictures: str = JPEG,
     episodes_per_shard: int = EPISODES_PER_SHARD,
 ) -> Path:
     """Import or finish importing the dataset `src` into `out` and return its path.
@@ -50,6 +51,7 @@ def import_dataset(
         workers: processes; None is one per core, 1 works in this process.
         ray: address of a Ray cluster to work on instead; it must see `source` and `out`.
         progress: show a bar.
+        pictures: how they are stored, one of `schema.PICTURES`.
         episodes_per_shard: the last shard of a split may hold fewer.
 
     Raises:
@@ -75,6 +77,7 @@ def import_dataset(
         "mapping": to_yaml(plain),  # as text: the order of cameras and sensors counts
         "episodes_per_shard": episodes_per_shard,
         "schema_version": SCHEMA_VERSION,
+        **stored_as(pictures),
     }
     root = Path(out)
     claim(root, parameters)
@@ -88,6 +91,7 @@ def import_dataset(
         workers=workers,
         ray=ray,
         progress=progress,
+        pictures=pictures,
     )
     log.info("%s: %s", root, ", ".join(f"{n} {split}" for split, n in sorted(Counter(placed).items())))
     return root

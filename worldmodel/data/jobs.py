@@ -19,7 +19,7 @@ from queue import Empty
 from typing import Any
 
 from worldmodel.data.cluster import check_shared, scatter
-from worldmodel.data.schema import Episode
+from worldmodel.data.schema import JPEG, PICTURES, Episode
 from worldmodel.data.shards import (
     INDEX,
     ShardReader,
@@ -78,6 +78,17 @@ def claim(root: Path, parameters: dict[str, Any]) -> None:
     write_json(path, parameters)
 
 
+def stored_as(pictures: str) -> dict[str, str]:
+    """What `claim` keeps of the way in which pictures are stored; nothing for JPEG, which older folders hold.
+
+    Raises:
+        ConfigError: unknown way.
+    """
+    if pictures not in PICTURES:
+        raise ConfigError(f"pictures {pictures!r} is none of {', '.join(PICTURES)}")
+    return {} if pictures == JPEG else {"pictures": pictures}
+
+
 def fill(
     root: Path,
     chunks: Sequence[Chunk],
@@ -89,6 +100,7 @@ def fill(
     progress: bool,
     prepare: Callable[[], object] | None = None,
     ray: str | None = None,
+    pictures: str = JPEG,
 ) -> None:
     """Write the shards of `chunks` that are not finished, then index and statistics; a finished folder is left alone.
 
@@ -102,19 +114,21 @@ def fill(
         progress: show a bar.
         prepare: called once before several workers start.
         ray: address of a Ray cluster to work on (see `cluster.scatter`) instead of processes here; it must see `root`.
+        pictures: how they are stored, one of `schema.PICTURES`.
 
     Raises:
         DataError: an episode cannot be made, a shard cannot be written, or a worker process was killed.
         ConfigError: no such cluster.
     """
     pending = [chunk for chunk in chunks if not _finished(root, chunk)]
+    write = partial(_write, root.resolve(), make, pictures)
     if pending:
         log.info("%d of %d shards to do in %s", len(pending), len(chunks), root)
         with _bar(root, chunks, pending, progress) as bar:
             if ray is not None:
-                _run_on_cluster(root, pending, make, ray, workers, bar)
+                _run_on_cluster(root, pending, write, ray, workers, bar)
             else:
-                _run(root, pending, make, workers or os.cpu_count() or 1, bar, prepare)
+                _run(root, pending, write, workers or os.cpu_count() or 1, bar, prepare)
     if pending or not (root / INDEX).exists():
         shards = [read_json(_sidecar(root, chunk), "delete it to repeat its shard")["shard"] for chunk in chunks]
         entries = [entry for shard in shards for entry in shard["entries"]]
@@ -139,7 +153,11 @@ def _finished(root: Path, chunk: Chunk) -> bool:
     return same and (root / chunk.shard).stat().st_size == record["shard"]["bytes"]
 
 
-def _write(root: Path, chunk: Chunk, make: Make, tick: Callable[[], object]) -> None:
+Write = Callable[[Chunk, Callable[[], object]], None]
+"""Writes one shard and calls back after every episode."""
+
+
+def _write(root: Path, make: Make, pictures: str, chunk: Chunk, tick: Callable[[], object]) -> None:
     """Write the shard of `chunk`, then its sidecar."""
 
     def ticking() -> Iterator[tuple[str, Episode]]:
@@ -148,7 +166,7 @@ def _write(root: Path, chunk: Chunk, make: Make, tick: Callable[[], object]) -> 
             tick()
 
     try:
-        record = write_shard(root / chunk.shard, ticking())
+        record = write_shard(root / chunk.shard, ticking(), pictures=pictures)
         write_json(_sidecar(root, chunk), {"chunk": asdict(chunk), "shard": record})
     except OSError as error:
         raise DataError(f"{root / chunk.shard}: cannot be written ({error})") from error
@@ -161,17 +179,19 @@ def _bar(root: Path, chunks: Sequence[Chunk], pending: Sequence[Chunk], progress
     return tqdm(total=total, initial=total - left, unit="episode", desc=root.name, disable=not progress)
 
 
-def _run_on_cluster(root: Path, chunks: Sequence[Chunk], make: Make, address: str, limit: int | None, bar: Any) -> None:
-    task = partial(_work_anywhere, root.resolve(), make)
+def _run_on_cluster(
+    root: Path, chunks: Sequence[Chunk], write: Write, address: str, limit: int | None, bar: Any
+) -> None:
+    task = partial(_work_anywhere, root.resolve(), write)
     for number, done in scatter(task, chunks, address=address, limit=limit, environment=_THREADS):
         if done is None:
             raise _killed(root)
         bar.update(chunks[number].count)
 
 
-def _work_anywhere(root: Path, make: Make, chunk: Chunk) -> bool:
+def _work_anywhere(root: Path, write: Write, chunk: Chunk) -> bool:
     check_shared(root / _PROGRESS)
-    _write(root, chunk, make, lambda: None)
+    write(chunk, lambda: None)
     return True
 
 
@@ -185,14 +205,14 @@ def _killed(root: Path) -> DataError:
 def _run(
     root: Path,
     chunks: Sequence[Chunk],
-    make: Make,
+    write: Write,
     workers: int,
     bar: Any,
     prepare: Callable[[], object] | None,
 ) -> None:
     if min(workers, len(chunks)) == 1:
         for chunk in chunks:
-            _write(root, chunk, make, lambda: bar.update(1))
+            write(chunk, lambda: bar.update(1))
         return
     if prepare is not None:
         prepare()
@@ -202,7 +222,7 @@ def _run(
     os.environ.update(_THREADS)  # before the children start: their libraries read it when they load
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(ticks,))
     try:
-        waiting: set[Future[None]] = {pool.submit(_work, root, chunk, make) for chunk in chunks}
+        waiting: set[Future[None]] = {pool.submit(_work, write, chunk) for chunk in chunks}
         while waiting:
             finished, waiting = wait(waiting, timeout=0.3, return_when=FIRST_COMPLETED)
             bar.update(_drain(ticks))
@@ -247,5 +267,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(root: Path, chunk: Chunk, make: Make) -> None:
-    _write(root, chunk, make, partial(_ticks.put, 1))
+def _work(write: Write, chunk: Chunk) -> None:
+    write(chunk, partial(_ticks.put, 1))

@@ -85,19 +85,41 @@ def load_archive(file: BinaryIO) -> dict[str, np.ndarray]:
     return found
 
 
-def _array(data: bytes) -> np.ndarray:
-    stream = io.BytesIO(data)
+def picture_array(start: bytes, size: int) -> tuple[int, tuple[int, ...]]:
+    """Where the values of a `.npy` file of pictures begin, and its shape (T, 3, h, w), from the file's first bytes.
+
+    Raises:
+        ValueError: damaged, not `size` bytes long, or no such array of uint8 in C order.
+    """
+    try:
+        stream = io.BytesIO(start)
+        shape, fortran, dtype = _head(stream, size)
+        if len(shape) != 4 or shape[1] != 3 or dtype != np.uint8 or fortran or 0 in shape:
+            raise ValueError(f"shape {shape} of {dtype}; pictures are (T, 3, h, w) of uint8 in C order")
+        return stream.tell(), shape
+    except Exception as error:  # as in `load_array`
+        raise ValueError(str(error)) from error
+
+
+def _head(stream: io.BytesIO, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the order is Fortran's, and type, where `size` bytes hold just the values they promise."""
     version = np.lib.format.read_magic(stream)
     heads = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in heads:
         raise ValueError(f"version {version} of the numpy format; 1.0 and 2.0 are read")
-    shape, _, dtype = heads[version](stream)
+    shape, fortran, dtype = heads[version](stream)
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
     count = math.prod(shape)
     # Told before reading: numpy would first make room for whatever the head asks.
-    if min(shape, default=0) < 0 or count * dtype.itemsize != len(data) - stream.tell() or count > len(data):
-        raise ValueError(f"{len(data) - stream.tell()} bytes of values for shape {shape} of {dtype}")
+    if min(shape, default=0) < 0 or count * dtype.itemsize != size - stream.tell() or count > size:
+        raise ValueError(f"{size - stream.tell()} bytes of values for shape {shape} of {dtype}")
+    return shape, fortran, dtype
+
+
+def _array(data: bytes) -> np.ndarray:
+    stream = io.BytesIO(data)
+    dtype = _head(stream, len(data))[2]
     stream.seek(0)
     array = np.lib.format.read_array(stream, allow_pickle=False)
     if dtype.kind == "U":

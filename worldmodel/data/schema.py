@@ -1,9 +1,10 @@
 """One recorded episode: its fields, the checks every reader applies, and its members in a shard.
 
-Members of a sample: `meta.json`, `rgb.<camera>.NNNNNN.jpg` or `rgb.<camera>.mp4`, `camera.npz`
-(`<camera>.intrinsics`, `<camera>.camera_to_base`), `objects.npz`, `tactile.npz`, `proprio.npy`, `action.npy`, and
-optionally `times.npz` (stream -> (T,) seconds at which its samples were taken; without it, step i is at i / fps).
-A modality that the robot lacks is named in `meta["absent"]` and its members are missing.
+Members of a sample: `meta.json`, `rgb.<camera>.NNNNNN.jpg`, `rgb.<camera>.mp4` or `rgb.<camera>.npy` ((T, 3, h, w)
+uint8, the order in which clips are cut), `camera.npz` (`<camera>.intrinsics`, `<camera>.camera_to_base`),
+`objects.npz`, `tactile.npz`, `proprio.npy`, `action.npy`, and optionally `times.npz` (stream -> (T,) seconds at which
+its samples were taken; without it, step i is at i / fps). A modality that the robot lacks is named in `meta["absent"]`
+and its members are missing.
 """
 
 import io
@@ -20,6 +21,9 @@ from worldmodel.data.plain import load_archive, load_array
 from worldmodel.errors import DataError
 
 JPEG_QUALITY = 95
+JPEG, RAW = "jpeg", "raw"
+PICTURES = (JPEG, RAW)
+"""How pictures are stored: small, or as they are, which loses nothing and is read without decoding."""
 
 
 @dataclass
@@ -53,10 +57,13 @@ class Episode:
         return sum(array.nbytes for array in arrays)
 
 
-def encode(episode: Episode) -> dict[str, bytes]:
-    """Members of the sample that stores `episode`, by file extension."""
+def encode(episode: Episode, *, pictures: str = JPEG) -> dict[str, bytes]:
+    """Members of the sample that stores `episode`, by file extension; `pictures` is one of `PICTURES`."""
     members = {"meta.json": json.dumps(episode.meta, sort_keys=True, indent=1, ensure_ascii=False).encode()}
     for camera, images in episode.rgb.items():
+        if pictures == RAW:
+            members[f"rgb.{camera}.npy"] = _encode_npy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+            continue
         for step, image in enumerate(images):
             members[f"rgb.{camera}.{step:06d}.jpg"] = _encode_jpeg(image)
     if episode.camera_to_base or episode.intrinsics:
@@ -74,9 +81,7 @@ def encode(episode: Episode) -> dict[str, bytes]:
         members["tactile.npz"] = _encode_npz(arrays)
     for name, value in (("proprio", episode.proprio), ("action", episode.action)):
         if value is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, value, allow_pickle=False)
-            members[f"{name}.npy"] = buffer.getvalue()
+            members[f"{name}.npy"] = _encode_npy(value)
     if episode.times:
         members["times.npz"] = _encode_npz(episode.times)
     return members
@@ -163,6 +168,12 @@ def _decode_npz(members: dict[str, bytes], name: str, where: str) -> dict[str, n
         raise DataError(f"{where}: {name}: not a plain numpy archive ({error})") from error
 
 
+def _encode_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def _encode_npz(arrays: dict[str, np.ndarray]) -> bytes:
     # Older versions of numpy take savez's `allow_pickle` for one more array.
     assert not any(array.dtype.hasobject for array in arrays.values())
@@ -181,9 +192,14 @@ def _encode_jpeg(image: np.ndarray) -> bytes:
 
 
 def _decode_images(members: dict[str, bytes], camera: str, length: int, where: str) -> np.ndarray:
-    """(T, h, w, 3) uint8 from the camera's video or its numbered pictures."""
+    """(T, h, w, 3) uint8 from the camera's video, its array or its numbered pictures."""
     if (video := members.get(f"rgb.{camera}.mp4")) is not None:
         return decode_video(video, f"{where}: rgb.{camera}.mp4", most=length + 1)
+    if (name := f"rgb.{camera}.npy") in members:
+        pictures = _decode_npy(members, name, where)
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != np.uint8:
+            raise DataError(f"{where}: {name}: shape {pictures.shape} of {pictures.dtype}; store (T, 3, h, w) of uint8")
+        return np.ascontiguousarray(np.moveaxis(pictures, 1, -1))
     images = []
     for step in range(length):
         name = f"rgb.{camera}.{step:06d}.jpg"

@@ -7,10 +7,13 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from worldmodel.data.remote import RemoteFolder, is_url
 from worldmodel.errors import SampleError
+
+Section = tuple[bytes, dict[str, tuple[int, int]]]
+"""The bytes of a sample, and offset and size in them of every member by extension."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ShardFiles:
         record = self.records[shard]
         return self._remote.fetch(shard, record["sha256"], record["bytes"])
 
-    def open(self, entry: Entry) -> BinaryIO:
+    def open(self, entry: Entry) -> io.BufferedReader:
         """The shard of an entry, to read. Raises `SampleError` if it cannot be opened."""
         try:
             # Between the answer and the opening another process may have made room for its own shards.
@@ -63,8 +66,8 @@ class ShardFiles:
         except OSError as error:
             raise SampleError(f"{entry.shard}: key {entry.key}: cannot be read ({error})") from error
 
-    def section(self, entry: Entry) -> tuple[bytes, dict[str, tuple[int, int]]]:
-        """The byte range of an entry, held against its checksum, and offset and size in it of every member.
+    def section(self, entry: Entry) -> Section:
+        """The byte range of an entry, held against its checksum, and where its members lie.
 
         Raises:
             SampleError: truncated, altered, or no plain tar of this sample.

@@ -5,6 +5,7 @@ shard its name, size, sha256 and one entry per sample with the byte range in the
 """
 
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -13,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,8 @@ from worldmodel.data.embodiments import metadata_faults
 from worldmodel.data.frames import FrameTable
 from worldmodel.data.index import check_index
 from worldmodel.data.plain import read_json
-from worldmodel.data.schema import Episode, decode, encode
-from worldmodel.data.sections import Entry, ShardFiles
+from worldmodel.data.schema import JPEG, Episode, decode, encode
+from worldmodel.data.sections import Entry, Section, ShardFiles
 from worldmodel.errors import DataError, RemoteError, SampleError
 
 INDEX = "index.json"
@@ -32,10 +33,11 @@ _TABLE_BYTES = 1 << 26
 """Bound of the memory for places of pictures; an episode of 100 steps and two cameras takes under 2 kB of it."""
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str, Any]:
+def write_shard(path: Path, samples: Iterable[tuple[str, Episode]], *, pictures: str = JPEG) -> dict[str, Any]:
     """Write `samples` (key, episode) to `path`, whole or not at all, and return the shard's record for the index.
 
     The bytes depend on the samples only: times, owners and order are fixed. One episode at a time is in memory.
+    `pictures` is one of `schema.PICTURES`.
 
     Raises:
         DataError: a key holds a dot, a slash or is used twice, or the metadata contradict the embodiment registry.
@@ -54,7 +56,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]]) -> dict[str,
                 raise DataError(f"{path.name}: key {key}: {message}")
             keys.add(key)
             offset = writer.tarstream.offset
-            writer.write({"__key__": key, **encode(episode)})
+            writer.write({"__key__": key, **encode(episode, pictures=pictures)})
             meta = episode.meta
             names = ("episode_id", "length", "task", "split", "embodiment", "success")
             entries.append(
@@ -186,20 +188,29 @@ class ShardReader:
             SampleError: naming shard, key and member of what is wrong.
         """
         entry = self.entries[i]
-        table = self._table(i)
         with ExitStack() as stack:
-            file: list[BinaryIO] = []
+            file: list[io.BufferedReader] = []
 
-            def read(offset: int, size: int) -> bytes:
+            def at(offset: int) -> io.BufferedReader:
                 if not file:
                     file.append(stack.enter_context(self._files.open(entry)))
                 file[0].seek(entry.offset + offset)
-                return file[0].read(size)
+                return file[0]
+
+            def read(offset: int, size: int) -> bytes:
+                return at(offset).read(size)
+
+            def fill(offset: int, out: np.ndarray) -> None:
+                if (count := at(offset).readinto(out.data)) != out.nbytes:
+                    raise DataError(f"rgb.{camera}.npy: truncated, {count} of {out.nbytes} bytes at {offset}")
 
             def picture(step: int) -> np.ndarray:
                 return self._cache.get((i, camera, step), partial(table.picture, camera, step, read), _nbytes)
 
             try:
+                table = self._table(i)
+                if camera in table.raw:
+                    return table.raw[camera].read(camera, steps, fill)  # the system caches what needs no decoding
                 if camera in table.videos:
                     video = self._cache.get((i, camera), partial(table.video, camera, entry.length, read), _nbytes)
                     if max(steps) >= len(video):
@@ -214,11 +225,11 @@ class ShardReader:
                 raise SampleError(f"{entry.shard}: key {entry.key}: {error}") from error
         return np.stack(found)
 
-    def _table(self, i: int, places: dict[str, tuple[int, int]] | None = None) -> FrameTable:
+    def _table(self, i: int, section: Section | None = None) -> FrameTable:
         """Where the pictures of episode `i` lie; found once by reading its section, which checks that too."""
 
         def make() -> FrameTable:
-            return FrameTable.of(self._files.section(self.entries[i])[1] if places is None else places)
+            return FrameTable.of(*(section or self._files.section(self.entries[i])))
 
         return self._tables.get(i, make, lambda table: table.nbytes)
 
@@ -239,7 +250,6 @@ class ShardReader:
         entry = self.entries[i]
         where = f"{entry.shard}: key {entry.key}"
         data, places = self._files.section(entry)
-        self._table(i, places)
         members = {
             name: data[offset : offset + size]
             for name, (offset, size) in places.items()
@@ -249,6 +259,7 @@ class ShardReader:
             episode = decode(members, where, images=images)
         except DataError as error:
             raise SampleError(str(error)) from error
+        self._table(i, (data, places))
         for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
             if episode.meta[name] != getattr(entry, name):
                 raise SampleError(
