@@ -180,12 +180,12 @@ def video(pictures: np.ndarray) -> bytes:
 
 @functools.cache
 def members() -> dict[str, bytes]:
-    """The members of a sound sample that has every sense, one camera as pictures and one as a video."""
+    """The members of a sound sample that has every sense, cameras as JPEG pictures, as a video and as an array."""
     rng = np.random.default_rng(0)
     episode = made_up_episode(KEY, "toy", "lift", rng, length=LENGTH, pixels=PIXELS)
     pose, matrix = np.eye(4, dtype=np.float32), np.eye(3, dtype=np.float32)
     matrix[:2, :2] *= 20
-    for camera in ("front", "side"):
+    for camera in ("front", "side", "top"):
         episode.camera_to_base[camera] = np.repeat(pose[None], LENGTH, 0)
         episode.intrinsics[camera] = np.repeat(matrix[None], LENGTH, 0)
     episode.points = rng.uniform(0.1, 1, (LENGTH, 2, 3)).astype(np.float32)
@@ -193,10 +193,17 @@ def members() -> dict[str, bytes]:
     episode.wrench = rng.normal(size=(LENGTH, 1, 6)).astype(np.float32)
     episode.taxels = rng.uniform(size=(LENGTH, 1, 1, 2, 2)).astype(np.float32)
     episode.times = {name: np.arange(LENGTH) / 20 for name in ("action", "rgb.front")}
-    episode.meta |= {"absent": [], "cameras": ["front", "side"], "point_names": ["a", "b"], "sensor_names": ["wrist"]}
+    episode.meta |= {
+        "absent": [],
+        "cameras": ["front", "side", "top"],
+        "point_names": ["a", "b"],
+        "sensor_names": ["wrist"],
+    }
     episode.meta |= {"taxel_sensors": ["wrist"], "taxel_channels": ["z"]}
+    array = io.BytesIO()
+    np.save(array, np.ascontiguousarray(episode.rgb["front"].transpose(0, 3, 1, 2)), allow_pickle=False)
     encoded = encode(episode)
-    return encoded | {"rgb.side.mp4": video(episode.rgb["front"])}
+    return encoded | {"rgb.side.mp4": video(episode.rgb["front"]), "rgb.top.npy": array.getvalue()}
 
 
 def header(name: bytes, size: int, kind: bytes = b"0", link: bytes = b"") -> bytes:

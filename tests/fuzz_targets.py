@@ -41,7 +41,7 @@ from worldmodel.data.validate import examine
 from worldmodel.errors import WorldModelError
 
 SPEC = ClipSpec(
-    cameras=("front", "side"),
+    cameras=("front", "side", "top"),
     sensors=("wrist",),
     embodiments=("toy",),
     height=16,

@@ -8,16 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldmodel.closed_loop import (
-    CLOSED_LOOP_STREAM,
-    Rollout,
-    Scene,
-    run_closed_loop,
-    trial_generator,
-    wilson_interval,
-)
+from worldmodel.closed_loop import Rollout, Scene, run_closed_loop, trial_generator
 from worldmodel.contracts import Policy
 from worldmodel.errors import ConfigError, ContractError
+from worldmodel.trials import CLOSED_LOOP_STREAM, wilson_interval
 
 
 class LineScene:

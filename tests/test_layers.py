@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config"},
-    {"geometry", "nn", "page", "plots", "viz"},
+    {"geometry", "nn", "page", "plots", "trials", "viz"},
     {"data", "normalise"},
     {"encoders"},
     {"synthesis"},
@@ -19,7 +19,7 @@ TIERS = [
     {"evaluation"},
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},
-    {"protocol", "training", "samples"},
+    {"protocol", "training", "samples", "run_folder"},
     {"curriculum"},
     {"export"},
 ]

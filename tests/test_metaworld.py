@@ -55,6 +55,21 @@ def test_observation_has_the_promised_names_shapes_and_units(scene: MetaworldSce
     np.testing.assert_array_equal(without["points"], observation["points"])
 
 
+def test_leaving_out_what_a_camera_cannot_see_changes_no_pixel(
+    scene: MetaworldScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = []
+    for everything in (False, True):
+        if everything:
+            monkeypatch.setattr(scene, "_out_of_sight", lambda _: np.zeros(scene.model.ngeom, bool))
+        else:
+            assert scene._out_of_sight("wrist").any() and not scene._out_of_sight("front").all()
+        scene.reset(np.random.default_rng(4), images=False)
+        expert = scene.expert()
+        pictures.append([scene.step(expert.act())[0][f"rgb.{camera}"] for _ in range(5) for camera in scene.cameras])
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+
+
 def test_cameras_vary_between_episodes_and_the_wrist_one_moves_with_the_hand(scene: MetaworldScene) -> None:
     first = scene.reset(np.random.default_rng(0), images=False)
     moved, _ = scene.step(np.array([1.0, 0.0, 0.0, 0.0]), images=False)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from page_checks import check_page
 
-from worldmodel.closed_loop import wilson_interval
 from worldmodel.contracts import ClipSpec
 from worldmodel.errors import ContractError
 from worldmodel.figures import FIGURES, SampleClip, summarise, worst_and_median
@@ -23,6 +22,7 @@ from worldmodel.holdout import Clip
 from worldmodel.metrics import Rows, Sums
 from worldmodel.plots import interval_chart, line_chart, number, scene, ticks
 from worldmodel.report import render, write_report
+from worldmodel.trials import wilson_interval
 from worldmodel.viz import encode_mp4, side_by_side, video_data_uri
 
 torch.set_num_threads(1)

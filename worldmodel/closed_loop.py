@@ -6,15 +6,12 @@ random stream of a recorded episode; and a trial is the same whichever other tas
 are.
 """
 
-import json
 import multiprocessing
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import NormalDist
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,9 +19,7 @@ from tqdm import tqdm
 
 from worldmodel.contracts import Policy
 from worldmodel.errors import ConfigError, ContractError
-
-CLOSED_LOOP_STREAM = 0x10C0_10C0
-"""Second seed word of every trial; splits, the second word of recorded episodes, count from 0."""
+from worldmodel.trials import CLOSED_LOOP_STREAM, ClosedLoopResult, Trial, summarise
 
 MAX_STEPS = 125
 """Control steps of a trial at 20 Hz: the benchmark's 500 simulator steps at 80 Hz."""
@@ -72,104 +67,6 @@ class MetaworldScenes:
         from worldmodel.data.sources.metaworld import MetaworldScene
 
         return MetaworldScene(task, pixels=self.pixels, cameras=self.cameras)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One rollout."""
-
-    task: str
-    trial: int
-    success: bool
-    steps: int
-    """Control steps until success, or all of them."""
-    redrawn: int
-    """Start states rejected because they were solved already."""
-    frames: list[np.ndarray] = field(default_factory=list, repr=False, compare=False)
-    """(h, w, 3) uint8 images of the first camera, where recorded."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All trials of one task."""
-
-    task: str
-    trials: int
-    successes: int
-    success: float
-    interval: tuple[float, float]
-    """95 % Wilson interval of the success rate."""
-    mean_steps: float
-    redrawn: int
-    outcomes: list[bool]
-
-
-@dataclass(frozen=True)
-class ClosedLoopResult:
-    """Success per task, with what is needed to run it again."""
-
-    seed: int
-    replan: int
-    max_steps: int
-    tasks: list[TaskResult]
-    frames: dict[str, list[list[np.ndarray]]] = field(default_factory=dict, repr=False)
-    """Recorded rollouts per task."""
-
-    @property
-    def mean_success(self) -> float:
-        """Mean of the tasks' success rates."""
-        return sum(task.success for task in self.tasks) / len(self.tasks)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the pooled success rate."""
-        return wilson_interval(sum(task.successes for task in self.tasks), sum(task.trials for task in self.tasks))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers and lists, without the recorded images."""
-        return {
-            "mean_success": self.mean_success,
-            "interval": list(self.interval),
-            "seed": self.seed,
-            "seed_stream": CLOSED_LOOP_STREAM,
-            "replan": self.replan,
-            "max_steps": self.max_steps,
-            "tasks": [{**vars(task), "interval": list(task.interval)} for task in self.tasks],
-        }
-
-    def write(self, path: str | Path) -> None:
-        """Writes `to_json` to a file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-
-    def table(self) -> str:
-        """A Markdown table of the success rates."""
-        lines = ["| task | success | 95 % interval | trials | mean steps |", "| --- | ---: | ---: | ---: | ---: |"]
-        for task in self.tasks:
-            low, high = task.interval
-            lines.append(
-                f"| {task.task} | {task.success:.0%} | {low:.0%}-{high:.0%} | {task.trials} | {task.mean_steps:.0f} |"
-            )
-        low, high = self.interval
-        trials = sum(task.trials for task in self.tasks)
-        return "\n".join([*lines, f"| **mean** | **{self.mean_success:.1%}** | {low:.0%}-{high:.0%} | {trials} | |"])
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a success rate.
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
-
-    Raises:
-        ConfigError: no trials, or more successes than trials.
-    """
-    if trials <= 0 or not 0 <= successes <= trials:
-        raise ConfigError(f"wilson_interval: {successes} successes of {trials} trials; expected 0 to trials")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate = successes / trials
-    scale = 1 + z * z / trials
-    centre = (rate + z * z / (2 * trials)) / scale
-    half = z * np.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / scale
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def trial_generator(seed: int, task: str, trial: int, attempt: int) -> np.random.Generator:
@@ -291,7 +188,7 @@ def run_closed_loop(
             results.append(result)
             bar.update()
             bar.set_postfix(success=f"{sum(r.success for r in results) / len(results):.0%}")
-    return _summary(results, tasks, rollout)
+    return summarise(results, tasks, seed=seed, replan=replan, max_steps=max_steps)
 
 
 def _run(
@@ -348,27 +245,3 @@ def _run_in_worker(task: str, trial: int) -> Trial:
     """Runs one trial in a worker process."""
     assert _worker is not None
     return _worker(task, trial)
-
-
-def _summary(results: list[Trial], tasks: Sequence[str], rollout: Rollout) -> ClosedLoopResult:
-    """Trials grouped by task, in the order asked for."""
-    rows: list[TaskResult] = []
-    frames: dict[str, list[list[np.ndarray]]] = {}
-    for task in tasks:
-        mine = sorted((result for result in results if result.task == task), key=lambda result: result.trial)
-        successes = sum(result.success for result in mine)
-        rows.append(
-            TaskResult(
-                task=task,
-                trials=len(mine),
-                successes=successes,
-                success=successes / len(mine),
-                interval=wilson_interval(successes, len(mine)),
-                mean_steps=sum(result.steps for result in mine) / len(mine),
-                redrawn=sum(result.redrawn for result in mine),
-                outcomes=[result.success for result in mine],
-            )
-        )
-        if recorded := [result.frames for result in mine if result.frames]:
-            frames[task] = recorded
-    return ClosedLoopResult(rollout.seed, rollout.replan, rollout.max_steps, rows, frames)

@@ -60,6 +60,7 @@ class MujocoScene:
         self._base = np.eye(4)
         self._renderer: Any = None
         self._option: Any = None
+        self._unused_group = 0
 
     def intrinsics(self, camera: str) -> np.ndarray:
         """(3, 3) float32 pinhole matrix of `camera` in pixels of its image."""
@@ -83,10 +84,32 @@ class MujocoScene:
             for flag in (self._mj.mjtRndFlag.mjRND_SHADOW, self._mj.mjtRndFlag.mjRND_REFLECTION):
                 self._renderer.scene.flags[flag] = 0
             self._option = self._mj.MjvOption()
-            for group in self.hidden_groups:
+            self._unused_group = max(set(range(self._mj.mjNGROUP)) - set(self.model.geom_group), default=-1)
+            for group in (*self.hidden_groups, *([self._unused_group] if self._unused_group >= 0 else [])):
                 self._option.geomgroup[group] = 0
-        self._renderer.update_scene(self.data, camera=self._camera_names[camera], scene_option=self._option)
+        groups = self.model.geom_group.copy()
+        try:
+            if self._unused_group >= 0:
+                self.model.geom_group[self._out_of_sight(camera)] = self._unused_group
+            self._renderer.update_scene(self.data, camera=self._camera_names[camera], scene_option=self._option)
+        finally:
+            self.model.geom_group[:] = groups
         return self._renderer.render().copy()
+
+    def _out_of_sight(self, camera: str) -> np.ndarray:
+        """(G,) bool: geoms whose bounding sphere lies outside what `camera` sees.
+
+        MuJoCo draws them all the same, which is most of the work of a software renderer: an arm's meshes.
+        """
+        view = self.data.camera(self._camera_names[camera])
+        half = np.radians(self.model.camera(self._camera_names[camera]).fovy[0]) / 2
+        sine, cosine = np.sin(half), np.cos(half)
+        # Outward normals of the four sides, in the axes of MuJoCo's camera (looks along -z); the picture is square.
+        sides = np.array([[cosine, 0, sine], [-cosine, 0, sine], [0, cosine, sine], [0, -cosine, sine]])
+        centres = (self.data.geom_xpos - view.xpos) @ view.xmat.reshape(3, 3)
+        beyond = np.concatenate([centres @ sides.T, centres[:, 2:]], axis=1).max(axis=1)
+        radius = self.model.geom_rbound
+        return (radius > 0) & (beyond > radius)  # planes have no radius
 
     def close(self) -> None:
         """Free the OpenGL context; the scene cannot render afterwards until it is asked to again."""

@@ -1,0 +1,64 @@
+"""What a run folder notes: the configuration that it was begun with, and the data that its model will have seen."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from worldmodel.data.shards import INDEX, ShardReader
+from worldmodel.errors import ConfigError
+
+
+def claim(run: Path, config: Mapping[str, Any]) -> None:
+    """Notes the configuration in a new run folder, or checks that an old one was made with the same.
+
+    Ranks may change where the batch sizes change with them, so that global batches stay; see `ClipDataModule`.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    noted = run / "config.json"
+    devices = config["trainer"].get("devices")
+    ranks = devices if type(devices) is int and devices > 0 else 1
+    own = json.loads(json.dumps({k: v for k, v in config.items() if k != "trainer"} | {"ranks": ranks}))
+    if noted.is_file():
+        before = json.loads(noted.read_text())
+        if changed := sorted(set(differences(with_global_batches(before), with_global_batches(own)))):
+            raise ConfigError(
+                f"{run} holds a run with other settings ({', '.join(changed[:6])}); choose another run_dir, or delete "
+                "the folder to train anew"
+            )
+    part = noted.with_suffix(".part")
+    part.write_text(json.dumps(own, indent=1))
+    part.replace(noted)
+
+
+def with_global_batches(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """A noted configuration in which the batch sizes of phases are those of all ranks together."""
+    phases = {
+        name: {k: v * noted.get("ranks", 1) if k == "batch_size" else v for k, v in values.items()}
+        for name, values in noted["phases"].items()
+    }
+    return {k: v for k, v in noted.items() if k != "ranks"} | {"phases": phases}
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Dotted names of the settings in which two configurations differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}.{k}" if where else k)]
+    return [] if a == b else [where]
+
+
+def training_record(config: Mapping[str, Any], readers: Sequence[ShardReader]) -> dict[str, Any]:
+    """What this model will have seen, so that an evaluation can refuse to call it held out."""
+    entries = [e for reader in readers for e in reader.entries if e.split == "train"]
+    return {
+        "seed": config["seed"],
+        "phases": {name: values["steps"] for name, values in config["phases"].items()},
+        "data_root": str(config["data"]["root"]),
+        "index_sha256": hashlib.sha256((readers[0].root / INDEX).read_bytes()).hexdigest(),
+        "other_data": {str(r.root): hashlib.sha256((r.root / INDEX).read_bytes()).hexdigest() for r in readers[1:]},
+        "split": "train",
+        "tasks": sorted({e.task for e in entries}),
+        "episodes": [e.key for e in entries],
+    }
