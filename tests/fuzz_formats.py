@@ -108,7 +108,9 @@ def spoilt_table(draw: st.DrawFn, sound: pa.Table) -> bytes:
                 if draw(st.booleans()):
                     values = [draw(VALUES)] * rows
                 try:
-                    sound = sound.set_column(number, column, pa.array(values))
+                    spoilt = sound.set_column(number, column, pa.array(values))
+                    pq.write_table(spoilt, io.BytesIO())
+                    sound = spoilt
                 except (pa.ArrowException, OverflowError, UnicodeEncodeError):
                     continue  # arrow itself cannot store these
     buffer = io.BytesIO()

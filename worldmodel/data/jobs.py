@@ -225,7 +225,8 @@ def _run(
         waiting: set[Future[None]] = {pool.submit(_work, write, chunk) for chunk in chunks}
         while waiting:
             finished, waiting = wait(waiting, timeout=0.3, return_when=FIRST_COMPLETED)
-            bar.update(_drain(ticks))
+            if count := _drain(ticks):
+                bar.update(count)
             for future in finished:
                 future.result()
         bar.update(_drain(ticks))

@@ -43,6 +43,8 @@ def opened_video(source: bytes | Path, where: str) -> Iterator[tuple[Any, Any]]:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
         with av.open(file, mode="r", format="mp4") as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("no decoder for its codec")
             stream.codec_context.options = {"max_pixels": str(LARGEST_PICTURE)}
             yield container, stream
     except (av.error.FFmpegError, ValueError, IndexError, OverflowError) as error:
