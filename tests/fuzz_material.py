@@ -194,7 +194,8 @@ def members() -> dict[str, bytes]:
     episode.taxels = rng.uniform(size=(LENGTH, 1, 1, 2, 2)).astype(np.float32)
     episode.times = {name: np.arange(LENGTH) / 20 for name in ("action", "rgb.front")}
     episode.meta |= {"absent": [], "cameras": ["front", "side"], "point_names": ["a", "b"], "sensor_names": ["wrist"]}
-    episode.meta |= {"taxel_sensors": ["wrist"], "taxel_channels": ["z"]}
+    episode.meta |= {"taxel_sensors": ["wrist"], "taxel_channels": ["z"], "elements": ["floor", "a"], "variant": 0}
+    episode.masks = {camera: episode.rgb["front"][..., 0] % 2 for camera in ("front", "side")}
     encoded = encode(episode)
     return encoded | {"rgb.side.mp4": video(episode.rgb["front"])}
 
