@@ -193,13 +193,10 @@ def members() -> dict[str, bytes]:
     episode.wrench = rng.normal(size=(LENGTH, 1, 6)).astype(np.float32)
     episode.taxels = rng.uniform(size=(LENGTH, 1, 1, 2, 2)).astype(np.float32)
     episode.times = {name: np.arange(LENGTH) / 20 for name in ("action", "rgb.front")}
-    episode.meta |= {
-        "absent": [],
-        "cameras": ["front", "side", "top"],
-        "point_names": ["a", "b"],
-        "sensor_names": ["wrist"],
-    }
-    episode.meta |= {"taxel_sensors": ["wrist"], "taxel_channels": ["z"]}
+    episode.meta |= {"absent": [], "cameras": ["front", "side", "top"], "point_names": ["a", "b"]}
+    episode.meta |= {"sensor_names": ["wrist"], "taxel_sensors": ["wrist"], "taxel_channels": ["z"]}
+    episode.meta |= {"elements": ["floor", "a"], "variant": 0}
+    episode.masks = {camera: episode.rgb["front"][..., 0] % 2 for camera in ("front", "side", "top")}
     array = io.BytesIO()
     np.save(array, np.ascontiguousarray(episode.rgb["front"].transpose(0, 3, 1, 2)), allow_pickle=False)
     encoded = encode(episode)

@@ -80,9 +80,9 @@ def read_everything(root: Path) -> None:
             if re.search(r" failed: \w+(Error|Warning|Exception)", fault.message) and "DataError" not in fault.message:
                 raise BlindError(fault.message)
 
-    def clips(on_error: str) -> None:
+    def clips(on_error: str, masks: bool = False) -> None:
         reader = ShardReader(root, cache_bytes=1 << 20, check_sizes=False)
-        dataset = ClipDataset(reader, SPEC, split="train", on_error=on_error)
+        dataset = ClipDataset(reader, SPEC, split="train", on_error=on_error, masks=masks)
         collate([dataset[i] for i in {0, 1, len(dataset) - 1}])
 
     def read(images: bool) -> None:
@@ -96,6 +96,7 @@ def read_everything(root: Path) -> None:
         look,
         lambda: clips("raise"),
         lambda: clips("skip"),
+        lambda: clips("raise", masks=True),
         lambda: table(root),
         lambda: series(ShardReader(root)),
         lambda: write_statistics(root),

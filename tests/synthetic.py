@@ -15,7 +15,7 @@ from worldmodel.data.statistics import write_statistics
 
 def one(clip: Clip) -> Batch:
     """A clip's fields as arrays without the batch axis."""
-    observation, future, frame, key = collate([clip])
+    observation, future, frame, key, _ = collate([clip])
     return Batch(
         Observation(*(value[0].numpy() for value in observation)),  # pyright: ignore[reportArgumentType]
         Future(*(value[0].numpy() for value in future)),  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from worldmodel.data.embodiments import load_embodiments
 from worldmodel.data.generate import generate, make_plan
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.sources.collect import collect_episode
+from worldmodel.data.sources.looks import draw_look
 from worldmodel.data.sources.mujoco_scene import SENSORS
 from worldmodel.data.sources.robosuite import (
     ACTION_NAMES,
@@ -127,6 +128,24 @@ def test_the_expert_lifts_and_both_fingers_feel_it(scene: RobosuiteScene) -> Non
     for finger, sign in ((0, 1), (1, -1)):
         normal = episode.taxels[:, finger, 2].sum(axis=(1, 2))
         np.testing.assert_allclose(normal, sign * episode.wrench[:, 1 + finger, 1], rtol=1e-4, atol=1e-2)
+
+
+@installed
+@pytest.mark.parametrize("task", ["Stack", "Door", "PickPlaceCan"])
+def test_pictures_can_be_taken_again_in_another_look_with_masks_of_the_task(task: str) -> None:
+    scene = RobosuiteScene(task)
+    observation = scene.reset(np.random.default_rng(0))
+    moments = [scene.moment()]
+    plain, other = scene.retake(moments), scene.retake(moments, draw_look(np.random.default_rng(1)))
+    again = scene.retake(moments)
+    shown = {scene.elements[i] for masks in plain.masks.values() for i in np.unique(masks)}
+    assert {"robot", "object"} <= shown and ("object2" in shown) == (task != "PickPlaceCan")
+    for camera in scene.cameras:
+        np.testing.assert_array_equal(plain.rgb[camera][0], observation[f"rgb.{camera}"])
+        np.testing.assert_array_equal(again.rgb[camera], plain.rgb[camera])
+        np.testing.assert_array_equal(again.masks[camera], plain.masks[camera])
+        assert np.abs(other.rgb[camera].astype(int) - plain.rgb[camera]).mean() > 10
+    scene.close()
 
 
 @installed

@@ -179,6 +179,8 @@ def gather_samples(reader: ShardReader, spec: ClipSpec) -> tuple[Samples, tuple[
         DataError: see `train_bc_mlp`.
     """
     numbers = [i for i, entry in enumerate(reader.entries) if entry.split == "train" and entry.success]
+    # Variants are the same states and actions once more.
+    numbers = [i for i in numbers if reader.entries[i].variant_of is None]
     if not numbers:
         raise DataError(f"{reader.root}: no successful episodes in the split 'train'")
     instructions: dict[str, int] = {}

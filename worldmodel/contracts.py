@@ -91,6 +91,13 @@ class Future(NamedTuple):
     action_dims: Tensor  # (B, D) bool, True for the dimensions this embodiment has
 
 
+class Masks(NamedTuple):
+    """What the pixels of the pictures show; loaded only when a dataset is asked for it."""
+
+    history: Tensor  # (B, H, V, h, w) uint8, places in the episode's `elements`; all 0 where has_rgb is False
+    future: Tensor  # (B, F*R, V, h, w) uint8
+
+
 class Batch(NamedTuple):
     """One training or evaluation batch."""
 
@@ -98,6 +105,7 @@ class Batch(NamedTuple):
     future: Future
     frame: Tensor  # (B, H) int64, number of each history frame in the dataset, for caches of frozen features
     key: list[str]  # sample key and step, for error messages
+    masks: Masks | None = None
 
 
 class Senses(NamedTuple):

@@ -10,6 +10,9 @@ import numpy as np
 
 from worldmodel.errors import ContractError
 
+_FIRST = "23262b8d99aec9a2274361ee4cc9f0f72585ff8c4270e000b5179ee5e5e59d02082a9d8fffd1667f5539"
+PALETTE = np.resize(np.frombuffer(bytes.fromhex(_FIRST), np.uint8), (256, 3))
+"""Colours of the values of masks, (256, 3) uint8; they repeat after the first fourteen."""
 GAP = 8
 """Pixels of neutral grey between the predicted and the true picture."""
 

@@ -36,15 +36,17 @@ wrist force/torque, finger taxels, proprioception, actions and a written instruc
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
 
 Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
-to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. The bytes are a function of the
+to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. Variants lie beside their
+original and are linked to it; where the instruction names a colour, theirs names the new one. The bytes are a function of the
 seed and the counts, not of the number of workers. An interrupted run continues when it is started again with the same
 arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying
 (MUJOCO_GL overrides).
 """.format(robots=", ".join(SOURCES["robosuite"].robots), heldout=", ".join(SOURCES["robosuite"].heldout_tasks))
 VALIDATE = """\
 Read every shard and every member and list all faults, each with file, key, field, message and fix: schema, checksums,
-lengths, clocks and rates, NaN and infinity, rotations, reprojection of object points, dead or clipped sensor channels,
-jumps of actions, black, plain or frozen pictures, the gripper's sign, copies of episodes, leakage between splits.
+lengths, clocks and rates, NaN and infinity, rotations, reprojection of object points, masks beside their points, dead
+or clipped sensor channels, jumps of actions, black, plain or frozen pictures, the gripper's sign, copies of episodes,
+variants unlike their original, leakage between splits.
 
 Exit status: 0 clean, 1 warnings only, 2 errors, 64 the command itself was wrong.
 """
@@ -71,7 +73,8 @@ the source and the map, not of the number of workers.
 """
 EXPORT = """\
 Write our shards as a dataset in a foreign format: lerobot is LeRobot v3.0 (parquet and mp4), with the map that imports
-it again. Pictures are compressed with H.264; --lossless stores them as PNG and takes many times the space.
+it again. Pictures are compressed with H.264; --lossless stores them as PNG and takes many times the space. LeRobot has
+no place for masks: they are left out, with a warning; variants become episodes that keep their link.
 """
 
 
@@ -120,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_workers(command)
     command.add_argument("--pixels", type=int, default=64, help="image height and width (default: %(default)s)")
     _add_pictures(command)
+    command.add_argument(
+        "--variants",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show each demonstration N times again: other colours, table and background textures, lights and camera "
+        "placement, the same motion; with masks (default: %(default)s)",
+    )
+    command.add_argument(
+        "--masks", action="store_true", help="store which element of the scene each pixel shows, also without variants"
+    )
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = commands.add_parser(
@@ -229,6 +243,8 @@ def _generate(options: argparse.Namespace) -> int:
         ray=options.ray,
         pixels=options.pixels,
         pictures=options.pictures,
+        variants=options.variants,
+        masks=options.masks,
         progress=not options.quiet,
     )
     print(f"dataset ready: {root}")

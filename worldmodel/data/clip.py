@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from worldmodel.contracts import Batch, ClipSpec, Future, Observation
+from worldmodel.contracts import Batch, ClipSpec, Future, Masks, Observation
 from worldmodel.data.align import Aligned, columns
 
 
@@ -47,6 +47,7 @@ class Clip(NamedTuple):
     frame: np.ndarray  # (H,) int64
     key: str
     skip: Skip | None = None  # what this clip stands in for
+    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H, V, h, w) and (F*R, V, h, w) uint8
 
 
 class Delivery(NamedTuple):
@@ -96,9 +97,11 @@ def collate(clips: Sequence[Clip]) -> Batch:
     def tensors(fields: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
 
+    masks = [clip.masks for clip in clips if clip.masks is not None]
     return Batch(
         observation=Observation(**tensors(observation)),
         future=Future(**tensors(future)),
         frame=torch.from_numpy(np.stack([clip.frame for clip in clips])),
         key=[clip.key for clip in clips],
+        masks=Masks(*(torch.from_numpy(np.stack(part)) for part in zip(*masks, strict=True))) if masks else None,
     )

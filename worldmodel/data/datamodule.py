@@ -33,6 +33,7 @@ class ClipDataModule(L.LightningDataModule):
         only_success: leave failed demonstrations out of training and evaluation.
         images: False leaves all pictures out.
         future: False leaves future pictures out.
+        masks: True adds masks to all batches (see `ClipDataset`).
         camera_map: see `ClipDataset`.
         cache_bytes: bound of the decoded pictures kept in memory, per process, shared out among the datasets.
         reader: an open reader of `root` whose cache to share, instead of one of its own.
@@ -63,6 +64,7 @@ class ClipDataModule(L.LightningDataModule):
         only_success: bool = True,
         images: bool = True,
         future: bool = True,
+        masks: bool = False,
         camera_map: Mapping[str, str | None] | None = None,
         cache_bytes: int = 1 << 30,
         reader: ShardReader | None = None,
@@ -89,6 +91,7 @@ class ClipDataModule(L.LightningDataModule):
             "only_success": only_success,
             "images": images,
             "future": future,
+            "masks": masks,
             "camera_map": camera_map,
         }
         self.train_clips = Mixture(sources, readers, spec, on_error=on_error, **self._options)

@@ -53,6 +53,7 @@ class ClipDataset(Dataset[Clip]):
         only_success: leave failed demonstrations out; their number is in `left_out` and logged.
         images: False leaves all pictures out (`rgb` is (H, V, 3, 0, 0)), for models that read cached features.
         future: False leaves future pictures out.
+        masks: True adds masks, of the steps whose pictures there are; every episode must have them.
         camera_map: name in the data for a camera of `spec`, or None for a camera the data lack.
         cache: of episodes without pictures, to share between clip datasets that differ in their filters alone; None
             is one of its own. Pictures are in the reader's cache.
@@ -76,6 +77,7 @@ class ClipDataset(Dataset[Clip]):
         only_success: bool = True,
         images: bool = True,
         future: bool = True,
+        masks: bool = False,
         camera_map: Mapping[str, str | None] | None = None,
         cache: ByteCache | None = None,
         on_error: str = "raise",
@@ -83,7 +85,9 @@ class ClipDataset(Dataset[Clip]):
         if on_error not in ON_ERROR:
             raise ConfigError(f"on_error {on_error!r} is none of {', '.join(ON_ERROR)}")
         self.reader, self.spec, self.split, self.on_error = reader, spec, split, on_error
-        self.images, self.future_images = images, images and future
+        self.images, self.future_images, self.masks = images, images and future, masks
+        self.elements: tuple[str, ...] = ()
+        """What the values of masks mean: places in this list, if masks were asked for."""
         self.camera_map = dict(camera_map or {})
         self._layout = Layout(spec)
         if split not in reader.index["splits"]:
@@ -162,6 +166,9 @@ class ClipDataset(Dataset[Clip]):
                 continue
             check_cameras(episode, self.spec, self.camera_map, self._where(entry))
             self._aligned(i)
+            if self.masks:
+                self.elements = self.elements or tuple(episode.meta.get("elements", ()))
+                self._check_elements(i)
             return
         raise DataError(f"{self.reader.root}: every episode of embodiment {embodiment!r} is damaged")
 
@@ -180,7 +187,38 @@ class ClipDataset(Dataset[Clip]):
             future_rgb=self._pictures(i, data, future, self.future_images and request.future),
             frame=entry.start + history,
             key=f"{entry.key}@{step}",
+            masks=self._masks(i, data, history, future, request) if self.masks else None,
         )
+
+    def _check_elements(self, i: int) -> None:
+        """Raises `DataError` if episode `i` has no masks, or masks of other elements than the first episode."""
+        found = tuple(self.reader.read(i, images=False).meta.get("elements", ()))
+        if not found or found != self.elements:
+            has = f"elements {list(found)}, the first episode has {list(self.elements)}" if found else "no masks"
+            raise DataError(
+                f"{self._where(self.reader.entries[i])}: {has}; clips with masks need the same elements in every "
+                "episode: generate with --masks, or leave masks out"
+            )
+
+    def _masks(
+        self, i: int, data: Aligned, history: np.ndarray, future: np.ndarray, request: Request
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(H, V, h, w) and (F*R, V, h, w) uint8; h and w are 0 where no pictures are wanted."""
+        self._check_elements(i)
+        spec, parts = self.spec, []
+        wanted = (self.images and request.images, self.future_images and request.future)
+        for steps, want in zip((history, future), wanted, strict=True):
+            size = (spec.height, spec.width) if want else (0, 0)
+            part = np.zeros((len(steps), len(spec.cameras), *size), np.uint8)
+            for v in np.flatnonzero(data.constant["has_rgb"]) if want else ():
+                camera = self.camera_map.get(spec.cameras[v]) or spec.cameras[v]
+                found = self.reader.masks(i, camera, steps.tolist())
+                if found.shape[1:] != size:
+                    where = self._where(self.reader.entries[i])
+                    raise DataError(f"{where}: mask.{camera}: {found.shape[1:]} pixels, the clips ask for {size}")
+                part[:, v] = found
+            parts.append(part)
+        return parts[0], parts[1]
 
     def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
         """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""

@@ -20,6 +20,7 @@ _AXES = {
     "intrinsics": "(T, 3, 3)",
     "camera_to_base": "(T, 4, 4)",
     "rgb": "(T, h, w, 3)",
+    "masks": "(T, h, w)",
     "times": "(T,)",
 }
 RATE = "meta.json fps"
@@ -48,7 +49,7 @@ def faults(episode: "Episode") -> list[str]:
         elif value.dtype.itemsize > 2 and value.size and (large := np.abs(value.astype(np.float64)) > _LARGEST).any():
             step = int(np.argwhere(large)[0][0])
             found.append(f"{name}: above {_LARGEST:.0e} at step {step}; no quantity is that large, check its unit")
-    return found + list(_names(episode, arrays)) + list(_cameras(episode, arrays))
+    return found + list(_names(episode, arrays)) + list(_cameras(episode, arrays)) + list(_masks(episode, arrays))
 
 
 def _arrays(episode: "Episode") -> Iterator[tuple[str, np.ndarray]]:
@@ -58,7 +59,7 @@ def _arrays(episode: "Episode") -> Iterator[tuple[str, np.ndarray]]:
     for name in ("points", "visible", "wrench", "taxels", "proprio", "action"):
         if (value := getattr(episode, name)) is not None:
             yield name, value
-    for name in ("rgb", "times"):
+    for name in ("rgb", "times", "masks"):
         yield from ((f"{name}.{part}", value) for part, value in getattr(episode, name).items())
 
 
@@ -99,6 +100,27 @@ def _names(episode: "Episode", arrays: dict[str, np.ndarray]) -> Iterator[str]:
             listed, shape = meta.get(names), arrays["taxels"].shape
             if listed is not None and len(listed) != shape[axis]:
                 yield f"taxels: shape {shape}, but meta.json has {len(listed)} {names}; write the episode again"
+
+
+def _masks(episode: "Episode", arrays: dict[str, np.ndarray]) -> Iterator[str]:
+    elements = episode.meta.get("elements", ())
+    for camera in episode.masks:
+        if (mask := arrays.get(f"masks.{camera}")) is None:
+            continue
+        if mask.dtype != np.uint8:
+            yield f"masks.{camera}: type {mask.dtype}, must be uint8"
+        elif mask.size and mask.max() >= len(elements):
+            step = int(np.argwhere(mask >= len(elements))[0][0])
+            yield (
+                f"masks.{camera}: element {mask[step].max()} at step {step}, meta.json names {len(elements)} elements; "
+                "pixels are places in that list, from 0"
+            )
+        picture = arrays.get(f"rgb.{camera}")
+        if picture is not None and picture.shape[1:3] != mask.shape[1:3]:
+            yield (
+                f"masks.{camera}: {mask.shape[1:3]} pixels, the pictures have {picture.shape[1:3]}; both must be of one "
+                "size"
+            )
 
 
 def _cameras(episode: "Episode", arrays: dict[str, np.ndarray]) -> Iterator[str]:

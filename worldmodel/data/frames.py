@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from worldmodel.data.media import decode_picture, decode_video
+from worldmodel.data.media import decode_mask, decode_picture, decode_video
 from worldmodel.data.plain import picture_array
 from worldmodel.errors import DataError
 
 _PICTURE = re.compile(r"rgb\.(?P<camera>.+)\.(?P<step>\d{6})\.jpg")
+_MASK = re.compile(r"mask\.(?P<camera>.+)\.(?P<step>\d{6})\.png")
 _WHOLE = re.compile(r"rgb\.(?P<camera>.+)\.(?P<kind>mp4|npy)")
 _HEAD = 1024
 """Bytes that hold the head of an array of pictures."""
@@ -19,8 +20,8 @@ _SPARSE = 64
 
 
 def camera_and_step(name: str) -> tuple[str, int | None] | None:
-    """Which picture member `name` holds, step None for all of a camera; None for any other member."""
-    if match := _PICTURE.fullmatch(name):
+    """Which picture or mask member `name` holds, step None for all of a camera; None for any other member."""
+    if match := _PICTURE.fullmatch(name) or _MASK.fullmatch(name):
         return match["camera"], int(match["step"])
     match = _WHOLE.fullmatch(name)
     return (match["camera"], None) if match else None
@@ -51,16 +52,18 @@ class FrameTable(NamedTuple):
     pictures: dict[str, np.ndarray]  # camera -> (T, 2) int64 offset and size, size 0 where there is none
     videos: dict[str, tuple[int, int]]  # camera -> offset and size
     raw: dict[str, Raw]
+    masks: dict[str, np.ndarray]  # as `pictures`
 
     @classmethod
     def of(cls, data: bytes, places: Mapping[str, tuple[int, int]]) -> "FrameTable":
         """The table of the members in `data`, given by extension, offset and size. Raises `DataError`."""
         found: dict[str, dict[int, tuple[int, int]]] = {}
+        masked: dict[str, dict[int, tuple[int, int]]] = {}
         videos, raw = {}, {}
         for name, place in places.items():
             camera, step = camera_and_step(name) or ("", None)
             if step is not None:
-                found.setdefault(camera, {})[step] = place
+                (masked if name.startswith("mask.") else found).setdefault(camera, {})[step] = place
             elif camera and name.endswith(".mp4"):
                 videos[camera] = place
             elif camera:
@@ -70,28 +73,17 @@ class FrameTable(NamedTuple):
                 except ValueError as error:
                     raise DataError(f"{name}: not pictures as a plain numpy array ({error})") from error
                 raw[camera] = Raw(offset + start, shape)
-        pictures = {}
-        for camera, steps in found.items():
-            pictures[camera] = np.zeros((min(max(steps) + 1, _SPARSE * len(steps)), 2), np.int64)
-            for step, place in steps.items():
-                if step < len(pictures[camera]):
-                    pictures[camera][step] = place
-        return cls(pictures, videos, raw)
-
-    def place(self, camera: str, step: int) -> tuple[int, int] | None:
-        """Offset and size of one picture; None if it is not stored."""
-        table = self.pictures.get(camera)
-        if table is None or step >= len(table) or not table[step, 1]:
-            return None
-        return int(table[step, 0]), int(table[step, 1])
+        return cls(_tables(found), videos, raw, _tables(masked))
 
     def picture(self, camera: str, step: int, read: Callable[[int, int], bytes]) -> np.ndarray:
         """(3, h, w) uint8: one stored picture; `read` gives bytes by offset and size. Raises `DataError`."""
-        name, place = f"rgb.{camera}.{step:06d}.jpg", self.place(camera, step)
-        if place is None:
-            counts = {camera: int((table[:, 1] > 0).sum()) for camera, table in self.pictures.items()}
-            raise DataError(f"{name}: member is missing; stored pictures by camera: {counts}")
-        return channels_first(decode_picture(read(*place), name))
+        name = f"rgb.{camera}.{step:06d}.jpg"
+        return channels_first(decode_picture(read(*_place(self.pictures, camera, step, name)), name))
+
+    def mask(self, camera: str, step: int, read: Callable[[int, int], bytes]) -> np.ndarray:
+        """(h, w) uint8: one stored mask. Raises `DataError`."""
+        name = f"mask.{camera}.{step:06d}.png"
+        return decode_mask(read(*_place(self.masks, camera, step, name)), name)
 
     def video(self, camera: str, most: int, read: Callable[[int, int], bytes]) -> np.ndarray:
         """(T, 3, h, w) uint8: the first `most` frames of a stored video. Raises `DataError`."""
@@ -100,7 +92,28 @@ class FrameTable(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(table.nbytes for table in self.pictures.values()) + 100 * (len(self.videos) + len(self.raw))
+        tables = (*self.pictures.values(), *self.masks.values())
+        return sum(table.nbytes for table in tables) + 100 * (len(self.videos) + len(self.raw))
+
+
+def _tables(found: Mapping[str, Mapping[int, tuple[int, int]]]) -> dict[str, np.ndarray]:
+    tables = {}
+    for camera, steps in found.items():
+        tables[camera] = np.zeros((min(max(steps) + 1, _SPARSE * len(steps)), 2), np.int64)
+        for step, place in steps.items():
+            if step < len(tables[camera]):
+                tables[camera][step] = place
+    return tables
+
+
+def _place(tables: Mapping[str, np.ndarray], camera: str, step: int, name: str) -> tuple[int, int]:
+    """Offset and size of the member `name`. Raises `DataError` if it is not stored."""
+    table = tables.get(camera)
+    if table is None or step >= len(table) or not table[step, 1]:
+        counts = {camera: int((table[:, 1] > 0).sum()) for camera, table in tables.items()}
+        kind = "masks" if name.startswith("mask.") else "pictures"
+        raise DataError(f"{name}: member is missing; stored {kind} by camera: {counts}")
+    return int(table[step, 0]), int(table[step, 1])
 
 
 def channels_first(pictures: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,8 @@ def generate(
     ray: str | None = None,
     pixels: int = 64,
     pictures: str = JPEG,
+    variants: int = 0,
+    masks: bool = False,
     progress: bool = True,
 ) -> Path:
     """Generate or finish a dataset in `out` and return its path.
@@ -57,6 +60,9 @@ def generate(
         ray: address of a Ray cluster to work on instead; it must see `out`.
         pixels: height and width of the images.
         pictures: how they are stored, one of `schema.PICTURES`.
+        variants: how often each demonstration is shown again in another look: other colours, textures, lights and
+            camera placement, the same motion. They follow their original in its shard and have masks.
+        masks: store what every pixel shows (see `schema`) without variants too.
 
     Raises:
         ConfigError: unknown source, benchmark, task or robot, a count below zero, or `out` holds a run with other
@@ -73,6 +79,8 @@ def generate(
         counts=counts,
         seed=seed,
         pixels=pixels,
+        variants=variants,
+        masks=masks,
     )
     root = Path(out)
     parameters = {
@@ -83,6 +91,7 @@ def generate(
         "seed": seed,
         "pixels": pixels,
         "schema_version": SCHEMA_VERSION,
+        **plan.extras,
     }
     parameters |= stored_as(pictures)
     if len(plan.source.robots) > 1:
@@ -114,6 +123,14 @@ class Plan:
     counts: dict[str, int]
     seed: int
     pixels: int
+    variants: int = 0
+    masks: bool = False
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What is asked for beyond the demonstrations; nothing of it, where they alone are."""
+        named = {"variants": self.variants, "masks": self.masks or self.variants > 0}
+        return {name: value for name, value in named.items() if value}
 
     def chunks(self) -> Iterator[Chunk]:
         """All shards of the dataset."""
@@ -125,9 +142,11 @@ class Plan:
                 for robot in self.robots:
                     if task not in members or (robot in self.heldout_robots) != (split == "heldout_robots"):
                         continue
-                    for first in range(0, episodes, EPISODES_PER_SHARD):
-                        count = min(EPISODES_PER_SHARD, episodes - first)
+                    most = max(1, EPISODES_PER_SHARD // (1 + self.variants))
+                    for first in range(0, episodes, most):
+                        count = min(most, episodes - first) * (1 + self.variants)
                         what = {"split": split, "task": task, "first": first, "seed": self.seed, "pixels": self.pixels}
+                        what |= self.extras
                         if len(self.source.robots) > 1:
                             what["robot"] = robot
                         yield Chunk(f"shard-{number:06d}.tar", count, what)
@@ -144,6 +163,8 @@ def make_plan(
     counts: dict[str, int],
     seed: int,
     pixels: int,
+    variants: int = 0,
+    masks: bool = False,
 ) -> Plan:
     """The shards of a dataset; arguments and errors as in `generate`."""
     if name not in SOURCES:
@@ -159,6 +180,8 @@ def make_plan(
         raise ConfigError(f"episode counts must be 0 or more and not all 0, got {counts}")
     if pixels < 16 or pixels % 8:
         raise ConfigError(f"pixels must be a multiple of 8 and at least 16, got {pixels}")
+    if variants < 0:
+        raise ConfigError(f"variants must be 0 or more, got {variants}")
     chosen = _in_order(source.robots, robots)
     held = _in_order(source.robots, heldout_robots or [])
     if astray := [robot for robot in held if robot not in chosen]:
@@ -171,6 +194,8 @@ def make_plan(
         counts=counts,
         seed=seed,
         pixels=pixels,
+        variants=variants,
+        masks=masks,
     )
 
 
@@ -186,8 +211,9 @@ def _prepare() -> None:
 
 
 def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
-    """The demonstrations of `chunk` from the source `name` with their keys."""
+    """The demonstrations of `chunk` from the source `name` with their keys, each followed by its variants."""
     from worldmodel.data.sources.collect import collect_episode
+    from worldmodel.data.sources.variants import collect_family
 
     source = SOURCES[name]
     split, task, first = chunk.what["split"], chunk.what["task"], chunk.what["first"]
@@ -195,11 +221,20 @@ def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
     place = [chunk.what["seed"], SPLITS.index(split), source.tasks.index(task)]
     words = [] if robot is None else [source.robots.index(robot)]
     scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"])
+    variants = chunk.what.get("variants", 0)
     try:
-        for number in range(first, first + chunk.count):
-            episode = collect_episode(scene, np.random.default_rng(np.random.SeedSequence([*place, number, *words])))
+        for number in range(first, first + chunk.count // (1 + variants)):
+            seed = [*place, number, *words]
+            rng = np.random.default_rng(np.random.SeedSequence(seed))
             key = "-".join([name, task, *([] if robot is None else [robot]), split, f"{number:06d}"])
-            episode.meta |= {"episode_id": key, "split": split}
-            yield key, episode
+            meta = {"episode_id": key, "split": split}
+            if not chunk.what.get("masks"):
+                episode = collect_episode(scene, rng)
+                episode.meta |= meta
+                yield key, episode
+                continue
+            seeds = [np.random.SeedSequence(seed, spawn_key=(v,)) for v in range(1, variants + 1)]
+            for episode in collect_family(scene, rng, [np.random.default_rng(each) for each in seeds], meta):
+                yield episode.meta["episode_id"], episode
     finally:
         scene.close()

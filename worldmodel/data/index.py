@@ -12,6 +12,8 @@ _BYTES = (1 << 63) - 1
 _TEXTS = ("key", "episode_id", "task", "split", "embodiment", "initial_state")
 _NUMBERS = {"offset": (0, _BYTES), "size": (1, _BYTES), "crc32": (0, (1 << 32) - 1), "length": (1, LONGEST)}
 _ENTRY = {*_TEXTS, *_NUMBERS, "success"}
+_VARIANT = {"variant_of", "variant"}
+"""Only entries of variants have these."""
 _FILE = re.compile(r"[^/\\\0]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -55,9 +57,11 @@ def _check_shard(shard: Any, where: str) -> None:
 
 
 def _entry_fault(entry: Any) -> str | None:
-    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+    if not isinstance(entry, dict) or entry.keys() not in (_ENTRY, _ENTRY | _VARIANT):
         has = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        return f"must have the fields {sorted(_ENTRY)}, it has {has}"
+        return f"must have the fields {sorted(_ENTRY)}, and a variant {sorted(_VARIANT)} too, it has {has}"
+    if "variant" in entry and not (_whole(entry["variant"], 1, LONGEST) and isinstance(entry["variant_of"], str)):
+        return f"variant {entry['variant']!r} of {entry['variant_of']!r} must be a number from 1 and an episode_id"
     for name in _TEXTS:
         if not isinstance(entry[name], str):
             return f"{name} {entry[name]!r} must be text"

@@ -28,6 +28,21 @@ def decode_picture(data: bytes, where: str, *, formats: tuple[str, ...] = ("JPEG
         raise DataError(f"{where}: not a readable {' or '.join(formats)} picture ({error})") from error
 
 
+def decode_mask(data: bytes, where: str) -> np.ndarray:
+    """(h, w) uint8 from a greyscale PNG of 8 bits, unchanged. Raises `DataError` if it is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise ValueError(f"{image.width} × {image.height} pixels, at most {LARGEST_PICTURE} are read")
+            if image.mode != "L":
+                raise ValueError(f"mode {image.mode}, masks are greyscale of 8 bits, L")
+            return np.asarray(image)
+    except Exception as error:  # as above
+        raise DataError(f"{where}: not a readable mask in PNG ({error})") from error
+
+
 @contextmanager
 def opened_video(source: bytes | Path, where: str) -> Iterator[tuple[Any, Any]]:
     """Container and first video stream of an MP4 file.

@@ -26,7 +26,10 @@ _LISTS = (
     "proprio_units",
     "taxel_sensors",
     "taxel_channels",
+    "elements",
 )
+MOST_ELEMENTS = 256
+"""Names that the pixels of a mask, of 8 bits, can stand for."""
 
 
 def parse_meta(data: bytes, where: str) -> dict[str, Any]:
@@ -65,6 +68,26 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
     for modality, name in _NEEDED.items():
         if modality not in absent and name not in meta:
             raise DataError(f"{where}: meta.json: {name} must list the names of {modality!r}, which is not absent")
+    if message := _extras_fault(meta):
+        raise DataError(f"{where}: meta.json: {message}")
     if type(meta["length"]) is not int or not 1 <= meta["length"] <= LONGEST:
         raise DataError(f"{where}: meta.json: length must be a positive integer, got {meta['length']!r}")
     return meta
+
+
+def _extras_fault(meta: dict[str, Any]) -> str | None:
+    """What is wrong with the fields of masks and variants, which episodes need not have."""
+    if "elements" in meta:
+        names = meta["elements"]
+        if not 1 <= len(names) <= MOST_ELEMENTS or len(set(names)) < len(names):
+            return f"elements must be 1 to {MOST_ELEMENTS} different names, got {len(names)}: {names[:20]}"
+        if "cameras" not in meta:
+            return "cameras must list the cameras of the masks, since elements says that there are masks"
+    number, original = meta.get("variant", 0), meta.get("variant_of")
+    if type(number) is not int or not 0 <= number <= LONGEST:
+        return f"variant must be a whole number of 0 or more, got {number!r}"
+    if (number > 0) != isinstance(original, str) or not isinstance(original, str | None):
+        return (
+            f"variant_of must be the episode_id of the original of variant {number}, and only there, got {original!r}"
+        )
+    return None

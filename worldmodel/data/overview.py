@@ -57,6 +57,8 @@ def table(root: str | Path) -> str:
         f"{', '.join(reader.index['embodiments'])}, schema {reader.index['schema_version']}",
         f"{'split':18}{'task':28}{'episodes':>9}{'success':>9}{'steps':>9}{'MB':>9}",
     ]
+    if linked := sum(entry.variant_of is not None for entry in reader.entries):
+        lines.insert(1, f"{linked} of the episodes are variants: the motion of another one in another look")
     for row in rows(reader):
         share = row.successes / row.episodes
         lines.append(f"{row.split:18}{row.task:28}{row.episodes:>9}{share:>9.0%}{row.steps:>9}{row.size / 1e6:>9.1f}")
@@ -98,10 +100,15 @@ def series(reader: ShardReader) -> dict[str, Series]:
 
 
 def examples(reader: ShardReader) -> Iterator[tuple[Entry, Episode]]:
-    """One episode with pictures per task, in the order of the tasks' names: a successful one of the first split."""
+    """One episode with pictures per task, in the order of the tasks' names: a successful one of the first split, and
+    no variant if there are others."""
     chosen: dict[str, int] = {}
+
+    def rank(entry: Entry) -> tuple[bool, bool]:
+        return entry.variant_of is None, entry.success
+
     for i, entry in enumerate(reader.entries):
-        if entry.task not in chosen or (entry.success and not reader.entries[chosen[entry.task]].success):
+        if entry.task not in chosen or rank(entry) > rank(reader.entries[chosen[entry.task]]):
             chosen[entry.task] = i
     for task in sorted(chosen):
         yield reader.entries[chosen[task]], reader.read(chosen[task])

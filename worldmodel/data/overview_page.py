@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,12 +14,14 @@ from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import ConfigError
 from worldmodel.page import compose
 from worldmodel.plots import histogram, orbit
-from worldmodel.viz import encode_mp4, enlarged, video_tag
+from worldmodel.viz import PALETTE, encode_mp4, enlarged, video_tag
 
 SHOWN_TASKS = 60
 """Tasks with videos: a page of some megabytes still opens on a phone. The table lists all."""
 SIDE = 256
 """Largest picture side in pixels; larger ones are thinned out."""
+SHOWN_VARIANTS = 3
+"""Variants of one episode whose videos are shown."""
 FRAMES = 120
 """Largest number of frames of a video; of longer episodes every n-th is shown, at true speed."""
 
@@ -117,7 +119,9 @@ def _demonstrations(reader: ShardReader) -> str:
     for number, (entry, episode) in enumerate(examples(reader)):
         if number == SHOWN_TASKS:
             break
-        parts.append(_demonstration(entry, episode))
+        variants = reader.variants(entry.episode_id)
+        shown = [reader.read(i) for i in variants[:SHOWN_VARIANTS]]
+        parts.append(_demonstration(entry, episode, shown, len(variants)))
     more = len(reader.index["tasks"]) - len(parts)
     rest = f'<p class="quiet">{more} more tasks are in the table only.</p>' if more > 0 else ""
     return (
@@ -127,7 +131,7 @@ def _demonstrations(reader: ShardReader) -> str:
     )
 
 
-def _demonstration(entry: Entry, episode: Episode) -> str:
+def _demonstration(entry: Entry, episode: Episode, variants: Sequence[Episode], number: int) -> str:
     mark = "" if entry.success else '<span class="tag no">failed</span>'
     heading = (
         f"<p><b>{escape(entry.task)}</b> “{escape(episode.meta['instruction'])}” {mark}"
@@ -137,8 +141,37 @@ def _demonstration(entry: Entry, episode: Episode) -> str:
     videos = videos or '<p class="quiet">No pictures.</p>'
     scenes = _scenes(episode)
     return (
-        f'<div class="sample">{heading}<div class="clips">{videos}</div>'
+        f'<div class="sample">{heading}<div class="clips">{videos}</div>{_masks(episode)}{_variants(variants, number)}'
         f'<details><summary>Cameras and trajectories</summary><div class="grid">{scenes}</div></details></div>'
+    )
+
+
+def _masks(episode: Episode) -> str:
+    """Masks as videos, and which colour stands for which element."""
+    if not episode.masks:
+        return ""
+    names = episode.meta["elements"]
+    videos = "".join(_video(f"{camera}, masks", PALETTE[masks], episode) for camera, masks in episode.masks.items())
+    there = np.unique(np.concatenate([np.unique(masks) for masks in episode.masks.values()]))
+    key = "".join(
+        f'<span style="color:rgb({",".join(str(c) for c in PALETTE[i])})">&#9632;</span> {escape(names[i])} '
+        for i in there
+    )
+    return f'<div class="clips">{videos}</div><p class="quiet">{key}</p>'
+
+
+def _variants(variants: Sequence[Episode], number: int) -> str:
+    """The first variants of an episode as videos."""
+    if not variants:
+        return ""
+    videos = "".join(
+        _video(f"variant {variant.meta['variant']}, {camera}", pictures, variant)
+        for variant in variants
+        for camera, pictures in variant.rgb.items()
+    )
+    return (
+        f"<details><summary>The same motion in other looks: {len(variants)} of {number}</summary>"
+        f'<div class="clips">{videos}</div></details>'
     )
 
 

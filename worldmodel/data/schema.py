@@ -5,17 +5,25 @@ uint8, the order in which clips are cut), `camera.npz` (`<camera>.intrinsics`, `
 `objects.npz`, `tactile.npz`, `proprio.npy`, `action.npy`, and optionally `times.npz` (stream -> (T,) seconds at which
 its samples were taken; without it, step i is at i / fps). A modality that the robot lacks is named in `meta["absent"]`
 and its members are missing.
+
+Masks are not a sense, so they are there or not without being called absent: with `meta["elements"]`, names of what they
+tell apart, every camera has `mask.<camera>.NNNNNN.png`, whose pixels are places in that list.
+
+A variant is an episode that shows the motion of another in another look. `meta["variant_of"]` is that one's episode_id,
+`meta["variant"]` counts from 1 (0 or nothing: no variant), `meta["look"]` says what was changed. Only pictures, masks,
+cameras, visibility and colour words of the instruction differ.
 """
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from worldmodel.data.faults import faults
-from worldmodel.data.media import decode_picture, decode_video
+from worldmodel.data.media import decode_mask, decode_picture, decode_video
 from worldmodel.data.meta import parse_meta
 from worldmodel.data.plain import load_archive, load_array
 from worldmodel.errors import DataError
@@ -41,6 +49,7 @@ class Episode:
     proprio: np.ndarray | None = None  # (T, P) float32
     action: np.ndarray | None = None  # (T, D) float32; action[i] is held after observation i
     times: dict[str, np.ndarray] = field(default_factory=dict)  # stream -> (T,) float64 seconds, on one clock
+    masks: dict[str, np.ndarray] = field(default_factory=dict)  # camera -> (T, h, w) uint8, places in meta["elements"]
 
     @property
     def length(self) -> int:
@@ -50,7 +59,8 @@ class Episode:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, for bounded caches."""
-        arrays = [*self.rgb.values(), *self.intrinsics.values(), *self.camera_to_base.values(), *self.times.values()]
+        series = (self.rgb, self.masks, self.intrinsics, self.camera_to_base, self.times)
+        arrays = [array for arrays in series for array in arrays.values()]
         arrays += [
             a for a in (self.points, self.visible, self.wrench, self.taxels, self.proprio, self.action) if a is not None
         ]
@@ -66,6 +76,9 @@ def encode(episode: Episode, *, pictures: str = JPEG) -> dict[str, bytes]:
             continue
         for step, image in enumerate(images):
             members[f"rgb.{camera}.{step:06d}.jpg"] = _encode_jpeg(image)
+    for camera, masks in episode.masks.items():
+        for step, mask in enumerate(masks):
+            members[f"mask.{camera}.{step:06d}.png"] = _encode_png(mask)
     if episode.camera_to_base or episode.intrinsics:
         arrays = {f"{camera}.intrinsics": value for camera, value in episode.intrinsics.items()}
         arrays |= {f"{camera}.camera_to_base": value for camera, value in episode.camera_to_base.items()}
@@ -93,7 +106,7 @@ def decode(members: dict[str, bytes], where: str, *, images: bool = True, check:
     Args:
         members: bytes by extension, as in the shard.
         where: file and key, for messages.
-        images: False leaves `rgb` empty, which is many times faster.
+        images: False leaves `rgb` and `masks` empty, which is many times faster.
         check: False skips `check_episode`.
 
     Raises:
@@ -129,6 +142,11 @@ def decode(members: dict[str, bytes], where: str, *, images: bool = True, check:
     if images and "rgb" not in absent:
         for camera in meta["cameras"]:
             episode.rgb[camera] = _decode_images(members, camera, meta["length"], where)
+    if images and "elements" in meta:
+        for camera in meta["cameras"]:
+            episode.masks[camera] = _decode_numbered(
+                members, f"mask.{camera}", "png", decode_mask, meta["length"], where
+            )
     if check:
         check_episode(episode, where)
     return episode
@@ -191,6 +209,14 @@ def _encode_jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def _encode_png(mask: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def _decode_images(members: dict[str, bytes], camera: str, length: int, where: str) -> np.ndarray:
     """(T, h, w, 3) uint8 from the camera's video, its array or its numbered pictures."""
     if (video := members.get(f"rgb.{camera}.mp4")) is not None:
@@ -200,10 +226,17 @@ def _decode_images(members: dict[str, bytes], camera: str, length: int, where: s
         if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != np.uint8:
             raise DataError(f"{where}: {name}: shape {pictures.shape} of {pictures.dtype}; store (T, 3, h, w) of uint8")
         return np.ascontiguousarray(np.moveaxis(pictures, 1, -1))
+    return _decode_numbered(members, f"rgb.{camera}", "jpg", decode_picture, length, where)
+
+
+def _decode_numbered(
+    members: dict[str, bytes], stem: str, suffix: str, read: Callable[[bytes, str], np.ndarray], length: int, where: str
+) -> np.ndarray:
+    """(T, h, w, ...) uint8 from one picture file per step."""
     images = []
     for step in range(length):
-        name = f"rgb.{camera}.{step:06d}.jpg"
-        images.append(decode_picture(_member(members, name, where), f"{where}: {name}"))
+        name = f"{stem}.{step:06d}.{suffix}"
+        images.append(read(_member(members, name, where), f"{where}: {name}"))
         if images[-1].shape != images[0].shape:
             raise DataError(f"{where}: {name}: size {images[-1].shape}, the first picture has {images[0].shape}")
     return np.stack(images)

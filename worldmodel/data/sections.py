@@ -32,6 +32,8 @@ class Entry:
     embodiment: str
     success: bool
     initial_state: str  # digest of the first step's points and proprioception, for the leakage check
+    variant_of: str | None = None  # episode_id of the episode whose motion this one shows in another look
+    variant: int = 0  # its number among the variants of that one, from 1; 0 where it is none
     start: int = 0  # number of the episode's first frame, counted over the whole dataset
 
 

@@ -63,6 +63,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]], *, pictures:
                 {"key": key, "offset": offset, "size": writer.tarstream.offset - offset}
                 | {name: meta[name] for name in names}
                 | {"initial_state": initial_state(episode)}
+                | ({name: meta[name] for name in ("variant_of", "variant")} if meta.get("variant") else {})
             )
     with open(temporary, "rb") as file:
         for entry in entries:
@@ -169,12 +170,16 @@ class ShardReader:
                 start += fields["length"]
         self.frames = start
         """Frames of the whole dataset: `Entry.start` counts up to it."""
+        self._variants: dict[str, list[int]] = {}
+        for i, entry in enumerate(self.entries):
+            if entry.variant_of is not None:
+                self._variants.setdefault(entry.variant_of, []).append(i)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def read(self, i: int, *, images: bool = True) -> Episode:
-        """Episode `i`, checked; without `images` its `rgb` may be empty. Do not write to its arrays.
+        """Episode `i`, checked; without `images` its `rgb` and `masks` may be empty. Do not write to its arrays.
 
         Raises:
             SampleError: naming shard, key and field of what is wrong.
@@ -187,6 +192,21 @@ class ShardReader:
         Raises:
             SampleError: naming shard, key and member of what is wrong.
         """
+        return self._frames(i, "rgb", camera, steps)
+
+    def masks(self, i: int, camera: str, steps: Sequence[int]) -> np.ndarray:
+        """(n, h, w) uint8: masks of `camera` at `steps` of episode `i`; what their values mean is in `schema`.
+
+        Raises:
+            SampleError: naming shard, key and member of what is wrong.
+        """
+        return self._frames(i, "mask", camera, steps)
+
+    def variants(self, episode_id: str) -> list[int]:
+        """The episodes that show the motion of the one with that id in another look, in the order of the index."""
+        return list(self._variants.get(episode_id, ()))
+
+    def _frames(self, i: int, kind: str, camera: str, steps: Sequence[int]) -> np.ndarray:
         entry = self.entries[i]
         with ExitStack() as stack:
             file: list[io.BufferedReader] = []
@@ -204,21 +224,22 @@ class ShardReader:
                 if (count := at(offset).readinto(out.data)) != out.nbytes:
                     raise DataError(f"rgb.{camera}.npy: truncated, {count} of {out.nbytes} bytes at {offset}")
 
-            def picture(step: int) -> np.ndarray:
-                return self._cache.get((i, camera, step), partial(table.picture, camera, step, read), _nbytes)
-
             try:
                 table = self._table(i)
-                if camera in table.raw:
+                if kind == "rgb" and camera in table.raw:
                     return table.raw[camera].read(camera, steps, fill)  # the system caches what needs no decoding
-                if camera in table.videos:
+                if kind == "rgb" and camera in table.videos:
                     video = self._cache.get((i, camera), partial(table.video, camera, entry.length, read), _nbytes)
                     if max(steps) >= len(video):
                         raise DataError(f"rgb.{camera}.mp4: {len(video)} frames, step {max(steps)} is asked for")
                     return video[steps]
-                found = [picture(step) for step in steps]
-                if len(sizes := {picture.shape for picture in found}) > 1:
-                    raise DataError(f"rgb.{camera}: pictures of several sizes {sorted(sizes)}; all must be one size")
+                one = table.picture if kind == "rgb" else table.mask
+                found = [
+                    self._cache.get((i, kind, camera, step), partial(one, camera, step, read), _nbytes)
+                    for step in steps
+                ]
+                if len(sizes := {frame.shape for frame in found}) > 1:
+                    raise DataError(f"{kind}.{camera}: pictures of several sizes {sorted(sizes)}; all must be one size")
             except (RemoteError, SampleError):
                 raise
             except (DataError, OSError) as error:
@@ -253,7 +274,7 @@ class ShardReader:
         members = {
             name: data[offset : offset + size]
             for name, (offset, size) in places.items()
-            if images or not name.startswith("rgb.")
+            if images or not name.startswith(("rgb.", "mask."))
         }
         try:
             episode = decode(members, where, images=images)
@@ -266,6 +287,12 @@ class ShardReader:
                     f"{where}: meta.json: {name} {episode.meta[name]!r}, the index says "
                     f"{getattr(entry, name)!r}; write the index again"
                 )
+        linked = (episode.meta.get("variant_of"), episode.meta.get("variant", 0))
+        if linked != (entry.variant_of, entry.variant):
+            raise SampleError(
+                f"{where}: meta.json: variant_of and variant {linked}, the index says "
+                f"{(entry.variant_of, entry.variant)}; write the index again"
+            )
         return episode
 
     def check_size(self, shard: dict[str, Any]) -> None:

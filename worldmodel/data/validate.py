@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worldmodel.data.checks import gripper, images, leaks, signals, structure, timing
+from worldmodel.data.checks import gripper, images, leaks, masks, signals, structure, timing
 from worldmodel.data.checks.finding import Fault, Projection, Sample, Severity, Summary, Survey
 from worldmodel.data.cluster import check_shared, scatter
 from worldmodel.data.faults import RATE
@@ -36,6 +36,8 @@ EPISODE_CHECKS: tuple[Callable[[Sample], Iterator[Fault]], ...] = (
     images.check_constant,
     images.check_frozen,
     images.check_reprojection,
+    masks.check_blank,
+    masks.check_points,
     gripper.check_names,
     leaks.check_comparable,
 )
@@ -48,6 +50,7 @@ DATASET_CHECKS: tuple[Callable[[Survey], Iterator[Fault]], ...] = (
     gripper.check_sign,
     leaks.check_copies,
     leaks.check_ids,
+    leaks.check_variants,
     leaks.check_initial_states,
     leaks.check_heldout_tasks,
 )

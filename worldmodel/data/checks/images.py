@@ -124,11 +124,17 @@ def _inside(episode: Episode) -> np.ndarray | None:
         return None
     inside = np.zeros(episode.points.shape[:2], bool)
     for camera in cameras:
-        pose, matrix = episode.camera_to_base[camera], episode.intrinsics[camera]
-        with np.errstate(over="ignore", invalid="ignore"):  # what lies that far away is in no picture
-            in_camera = (episode.points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
-            depth = in_camera[..., 2]
-            pixels = in_camera / np.maximum(depth, 1e-6)[..., None] @ matrix.transpose(0, 2, 1)
+        pixels, depth = project(episode.points, episode.camera_to_base[camera], episode.intrinsics[camera])
         size = np.array(episode.rgb[camera].shape[2:0:-1])
-        inside |= (depth > 0) & ((pixels[..., :2] >= -EDGE_SLACK) & (pixels[..., :2] <= size + EDGE_SLACK)).all(-1)
+        inside |= (depth > 0) & ((pixels >= -EDGE_SLACK) & (pixels <= size + EDGE_SLACK)).all(-1)
     return inside
+
+
+def project(points: np.ndarray, pose: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and rows (T, K, 2) in pixels and depths (T, K) in metres of points (T, K, 3), by pose (T, 4, 4) and
+    intrinsics (T, 3, 3)."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what lies that far away is in no picture
+        in_camera = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+        depth = in_camera[..., 2]
+        pixels = in_camera / np.maximum(depth, 1e-6)[..., None] @ matrix.transpose(0, 2, 1)
+    return pixels[..., :2], depth

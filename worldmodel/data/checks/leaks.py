@@ -1,4 +1,4 @@
-"""Episodes that are there twice, and evaluation data that training would see."""
+"""Episodes that are there twice, variants and their originals, and evaluation data that training would see."""
 
 import hashlib
 from collections.abc import Iterator
@@ -40,12 +40,43 @@ def check_copies(survey: Survey) -> Iterator[Fault]:
 
 
 def _copies(survey: Survey) -> Iterator[tuple[Summary, Entry]]:
+    """Episodes with the content of an earlier one; variants of one motion have it by design."""
     first: dict[str, Entry] = {}
     for summary in survey.summaries:
         if summary.content is not None:
             other = first.setdefault(summary.content, summary.entry)
-            if other is not summary.entry:
+            if other is not summary.entry and _motion(other) != _motion(summary.entry):
                 yield summary, other
+
+
+def _motion(entry: Entry) -> str:
+    """The id of the episode that was recorded first with the motion of this one."""
+    return entry.episode_id if entry.variant_of is None else entry.variant_of
+
+
+def check_variants(survey: Survey) -> Iterator[Fault]:
+    """Every variant has an original, in its own split, with the same actions and proprioception, and its own number."""
+    originals = {entry.episode_id: entry for entry in survey.reader.entries if entry.variant_of is None}
+    contents = {summary.entry.episode_id: summary.content for summary in survey.summaries}
+    numbers: dict[tuple[str, int], Entry] = {}
+    for entry in survey.reader.entries:
+        if entry.variant_of is None:
+            continue
+        if (original := originals.get(entry.variant_of)) is None:
+            message = f"{entry.variant_of!r} is no episode of this dataset that is itself no variant"
+            yield Fault(entry.shard, entry.key, "variant_of", message, "add the original, or remove the variant")
+            continue
+        place = f"its original {original.key} in {original.shard}"
+        if entry.split != original.split:
+            message = f"split {entry.split!r}, {place} is in {original.split!r}: evaluation data leak into training"
+            yield Fault(entry.shard, entry.key, "variant_of", message, "move the variant to the split of its original")
+        if (other := numbers.setdefault((entry.variant_of, entry.variant), entry)) is not entry:
+            message = f"variant {entry.variant} of {original.key} is {other.key} in {other.shard} too"
+            yield Fault(entry.shard, entry.key, "variant", message, "number the variants from 1", "warning")
+        ids = (entry.episode_id, original.episode_id)
+        if all(name in contents for name in ids) and contents[ids[0]] != contents[ids[1]]:
+            message = f"other actions or proprioception than {place}; a variant shows the same motion"
+            yield Fault(entry.shard, entry.key, "content", message, "generate the variant again, or drop its link")
 
 
 def check_ids(survey: Survey) -> Iterator[Fault]:
@@ -63,7 +94,7 @@ def check_initial_states(survey: Survey) -> Iterator[Fault]:
     first: dict[str, Entry] = {}
     for entry in (summary.entry for summary in survey.summaries if summary.has_state):
         other = first.setdefault(entry.initial_state, entry)
-        if other.split != entry.split and entry.key not in copied:
+        if other.split != entry.split and entry.key not in copied and _motion(other) != _motion(entry):
             message = f"the same as {other.key} of split {other.split!r} in {other.shard}"
             yield Fault(entry.shard, entry.key, "initial_state", message, "draw held-out episodes with other seeds")
 

@@ -78,7 +78,9 @@ def _leave_out(members: dict[str, bytes], name: str) -> bool:
     if name == "times.npz":
         return members.pop(name, None) is not None
     meta = loads(members["meta.json"])
-    if name.startswith("rgb."):
+    if name.startswith("mask."):
+        del meta["elements"]
+    elif name.startswith("rgb."):
         camera = next((c for c in meta["cameras"] if name.startswith(f"rgb.{c}.")), None)
         if camera is None:
             return False
@@ -114,6 +116,9 @@ def check_index_agrees(sample: Sample) -> Iterator[Fault]:
     for name in ("episode_id", "length", "task", "split", "embodiment", "success"):
         if (value := sample.episode.meta[name]) != (indexed := getattr(sample.entry, name)):
             yield sample.fault(f"meta.json {name}", f"{value!r}, the index says {indexed!r}", "write the index again")
+    for name, default in (("variant_of", None), ("variant", 0)):
+        if (value := sample.episode.meta.get(name, default)) != (indexed := getattr(sample.entry, name)):
+            yield sample.fault(f"meta.json {name}", f"{value!r}, the index says {indexed!r}", "write the index again")
 
 
 def check_types(sample: Sample) -> Iterator[Fault]:
@@ -131,16 +136,21 @@ def check_members(sample: Sample) -> Iterator[Fault]:
     """No members that readers would pass over: absent modalities, unknown names, pictures past the end."""
     meta = sample.episode.meta
     absent, length = set(meta.get("absent", ())), meta["length"]
+    masks = {name: None for name in sample.members if name.startswith("mask.")}
+    named = "elements" in meta
+    if masks and not named:
+        message = f"{len(masks)} masks are stored from here on, but meta.json has no `elements` that say what they show"
+        yield sample.fault(next(iter(masks)), message, "name them in meta.json, or remove the masks", "warning")
     for name in sample.members:
-        if name in ("meta.json", "times.npz"):
+        if name in ("meta.json", "times.npz") or (name in masks and not named):
             continue
-        modality = "rgb" if name.startswith("rgb.") else _MODALITY.get(name)
+        modality = name[: name.find(".")] if name.startswith(("rgb.", "mask.")) else _MODALITY.get(name)
         if modality is None:
             yield sample.fault(name, "unknown member, which readers pass over", "remove it or rename it", "warning")
         elif modality in absent:
             message = f"is stored, but meta.json names {modality!r} absent, so readers pass over it"
             yield sample.fault(name, message, "take it out of `absent`, or remove the member", "warning")
-        elif modality == "rgb" and not _is_read(name, meta["cameras"], length):
+        elif modality in ("rgb", "mask") and not _is_read(name, meta["cameras"], length):
             message = f"belongs to no camera of {meta['cameras']} within {length} steps, so readers pass over it"
             yield sample.fault(name, message, "name its camera in meta.json, or remove it", "warning")
 
@@ -164,7 +174,7 @@ def check_cameras(sample: Sample) -> Iterator[Fault]:
 def without(episode: Episode, broken: set[str]) -> Episode:
     """`episode` without the fields named in `broken`, so that later checks meet only sound arrays."""
     kept = Episode(meta=episode.meta)
-    for name in ("rgb", "intrinsics", "camera_to_base", "times"):
+    for name in ("rgb", "intrinsics", "camera_to_base", "times", "masks"):
         setattr(kept, name, {k: v for k, v in getattr(episode, name).items() if f"{name}.{k}" not in broken})
     for name in ("points", "visible", "wrench", "taxels", "proprio", "action"):
         if name not in broken:

@@ -6,6 +6,7 @@ Names without a standard: `observation.wrench.<sensor>` (6,), `observation.tacti
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from worldmodel.data.schema import Episode
 from worldmodel.data.shards import Entry, ShardReader
 from worldmodel.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
+
 _WRENCH_NAMES = ["fx", "fy", "fz", "tx", "ty", "tz"]
 _STEPS_FOR_IMAGE_STATISTICS = 16
 _SCALARS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -82,18 +85,22 @@ def export_lerobot(
     # A split is a range of episode numbers.
     order = {split: number for number, split in enumerate(SPLITS)}
     chosen.sort(key=lambda i: (order.get(reader.entries[i].split, len(order)), reader.entries[i].split))
-    writer = _Writer(out, lossless)
+    writer = _Writer(out, lossless, {entry.episode_id: entry.key for entry in reader.entries})
     for i in tqdm(chosen, unit="episode", desc=out.name, disable=not progress):
         writer.add(reader.read(i), reader.entries[i])
     writer.finish(reader.heldout_tasks)
+    if writer.masked:
+        log.warning("%s: masks of %d episodes are left out: LeRobot has no place for them", out, writer.masked)
     return out
 
 
 class _Writer:
     """What has been written so far."""
 
-    def __init__(self, out: Path, lossless: bool) -> None:
-        self.out, self.lossless = out, lossless
+    def __init__(self, out: Path, lossless: bool, keys: dict[str, str]) -> None:
+        self.out, self.lossless, self.keys = out, lossless, keys
+        self.masked = 0
+        """Episodes that lost their masks."""
         self.features: dict[str, dict[str, Any]] = {}
         self.mapping: Mapping | None = None
         self.fps = 0.0
@@ -122,6 +129,7 @@ class _Writer:
             )
         number = len(self.rows)
         sentence = meta["instruction"] or meta["task"]
+        self.masked += bool(episode.masks)
         steps = np.arange(t)
         scalars = {
             "timestamp": (steps / self.fps).astype(np.float32),
@@ -155,7 +163,7 @@ class _Writer:
                 **places,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                OWN_COLUMN: json.dumps({**meta, "episode_id": entry.key}, ensure_ascii=False, sort_keys=True),
+                OWN_COLUMN: json.dumps(self._kept(meta, entry.key), ensure_ascii=False, sort_keys=True),
             }
         )
         self.splits.setdefault(meta["split"], []).append(number)
@@ -196,6 +204,13 @@ class _Writer:
             | {name: numbers | ({"dtype": "float32"} if name == "timestamp" else {}) for name in _SCALARS},
         }
         _write(self.out / INFO, info)
+
+    def _kept(self, meta: dict[str, Any], key: str) -> dict[str, Any]:
+        """What an import takes up again: not the names of masks, and ids are the keys, also of originals of variants."""
+        kept = {name: value for name, value in meta.items() if name != "elements"} | {"episode_id": key}
+        if "variant_of" in kept:
+            kept["variant_of"] = self.keys.get(kept["variant_of"], kept["variant_of"])
+        return kept
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.features[name]["shape"]) if name in self.features else (1,)

@@ -9,11 +9,14 @@ from worldmodel.data.schema import Episode
 from worldmodel.data.sources.scene import Scene
 
 
-def collect_episode(scene: Scene, rng: np.random.Generator, *, tail: int = 4) -> Episode:
+def collect_episode(
+    scene: Scene, rng: np.random.Generator, *, tail: int = 4, moments: list[Any] | None = None
+) -> Episode:
     """Run the expert until `tail` steps after its first success, or for the scene's `max_steps`.
 
     T observations and T actions: action i is the one held after observation i. Failed episodes are returned too, with
-    `meta["success"]` False. The caller adds `episode_id` and `split` to the metadata.
+    `meta["success"]` False. The caller adds `episode_id` and `split` to the metadata. What the scene needs to take the
+    pictures of the T steps again is appended to `moments`.
     """
     observation = scene.reset(rng)
     expert = scene.expert()
@@ -22,6 +25,8 @@ def collect_episode(scene: Scene, rng: np.random.Generator, *, tail: int = 4) ->
     while remaining:
         action = expert.act()
         observations.append(observation)
+        if moments is not None:
+            moments.append(scene.moment())
         actions.append(action)
         remaining -= 1
         if remaining:

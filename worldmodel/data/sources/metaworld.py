@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.data.sources.metaworld_model import build_environment, make_touch, place_cameras
+from worldmodel.data.sources.metaworld_model import (
+    build_environment,
+    make_appearance,
+    make_touch,
+    place_cameras,
+)
 from worldmodel.data.sources.metaworld_tasks import TASKS
 from worldmodel.data.sources.mujoco_scene import CAMERAS, RECORDED, MujocoScene
 from worldmodel.errors import ConfigError
@@ -60,10 +65,11 @@ class MetaworldScene(MujocoScene):
             raise ConfigError(f"unknown Meta-World task {task!r}; known: {', '.join(TASKS)}")
         super().__init__("Meta-World", base="base", pixels=pixels, cameras=cameras)
         self.task = task
-        self.instruction = TASKS[task].instruction
+        self.instruction, self.coloured = TASKS[task].instruction, TASKS[task].coloured
         self._env = build_environment(task)
         self.model, self.data = self._env.model, self._env.data
         self._pristine = {name: getattr(self.model, name).copy() for name in _RESTORED}
+        self.appearance = make_appearance(self.model, self.coloured)
         self._touch = make_touch(self.model)
         self._joints = [self.model.joint(f"right_j{j}") for j in range(7)]
         self._wrench, self._taxels = self._touch.read(self.data)
@@ -81,7 +87,7 @@ class MetaworldScene(MujocoScene):
         self._mj.mj_forward(self.model, self.data)
         self._env.seed(int(rng.integers(2**31)))
         self._raw, _ = self._env.reset()
-        place_cameras(self.model, rng)
+        self._target = place_cameras(self.model, rng)
         self._mj.mj_forward(self.model, self.data)
         self._wrench, self._taxels = self._touch.read(self.data)
         self._place_base()

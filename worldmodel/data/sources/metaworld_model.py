@@ -1,17 +1,21 @@
 """The MuJoCo side of a Meta-World scene: cameras and wrist sensor in its model, their placement, its fingers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from worldmodel.data.sources.mujoco_scene import euler, look_at, place_camera
+from worldmodel.data.sources.appearance import Appearance, elements_of_bodies
 from worldmodel.data.sources.rendering import mujoco_module
 from worldmodel.data.sources.touch import Finger, Touch
+from worldmodel.data.sources.viewpoints import euler, look_at, place_camera
 
 _FRONT_POSITION, _FRONT_TARGET, _FRONT_FOVY = (0.60, 0.08, 0.55), (0.0, 0.65, 0.12), 41.0
 _WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY = (0.12, -0.02, 0.04), (-0.02, 0.01, -0.09), 75.0
 _HAND_TO_WORLD = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
 """The hand's nominal orientation (the weld keeps it within a few degrees): its x axis points down."""
+_BODIES = {"base": "robot", "hand": "gripper", "tablelink": "table", "RetainingWall": "table"}
+"""Elements of the bodies that all tasks have, and of what hangs on them."""
 
 
 def build_environment(task: str) -> Any:
@@ -48,8 +52,12 @@ def build_environment(task: str) -> Any:
     return environment
 
 
-def place_cameras(model: Any, rng: np.random.Generator) -> None:
-    """Vary both cameras per episode, so that pose and field of view from one image are worth inferring."""
+def place_cameras(model: Any, rng: np.random.Generator) -> np.ndarray:
+    """Vary both cameras per episode, so that pose and field of view from one image are worth inferring.
+
+    Returns:
+        (3,) what the front camera faces, world frame.
+    """
     position = np.array(_FRONT_POSITION) + rng.uniform(-0.05, 0.05, 3)
     target = np.array(_FRONT_TARGET) + rng.uniform(-0.03, 0.03, 3)
     rotation = look_at(position, target, np.array([0.0, 0.0, 1.0]))
@@ -60,6 +68,19 @@ def place_cameras(model: Any, rng: np.random.Generator) -> None:
     jitter = euler(np.radians(rng.uniform(-6.0, 6.0, 3)))
     rotation = _HAND_TO_WORLD.T @ mount @ jitter
     place_camera(model, "wrist", position, rotation, _WRIST_FOVY + rng.uniform(-4.0, 4.0))
+    return target
+
+
+def make_appearance(model: Any, flat: Sequence[str]) -> Appearance:
+    """What belongs to which element: everything that moves and is not the arm is the task's one object."""
+    roots = {}
+    for body in range(1, model.nbody):
+        name, mother = model.body(body).name, int(model.body_rootid[body])
+        if name in _BODIES:
+            roots[body] = _BODIES[name]
+        elif model.body_weldid[body] != 0 and model.body(mother).name not in _BODIES:
+            roots[body] = "object"
+    return Appearance(model, elements_of_bodies(model, roots), goals=("goal",), flat=flat)
 
 
 def make_touch(model: Any) -> Touch:

@@ -5,17 +5,38 @@ Frames: everything is in the robot's base frame, SI units, cameras with OpenCV a
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
+from worldmodel.data.sources.appearance import ELEMENTS, Appearance
+from worldmodel.data.sources.looks import Look, renamed
 from worldmodel.data.sources.rendering import close_at_exit, mujoco_module, select_gl_backend
+from worldmodel.data.sources.scene import Views
+from worldmodel.data.sources.viewpoints import in_picture
 from worldmodel.errors import ConfigError
 
 SENSORS = ("wrist", "left_finger", "right_finger")
 TAXEL_SENSORS = ("left_finger", "right_finger")
 CAMERAS = ("front", "wrist")
 FPS = 20.0
+_GEOMETRY = (
+    "xpos",
+    "xquat",
+    "xmat",
+    "subtree_com",
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "cam_xpos",
+    "cam_xmat",
+    "light_xpos",
+    "light_xdir",
+)
+"""What pictures are made of, and what places cameras and lights. Pictures show the geometry that a simulator's step
+leaves behind, which is not always that of the state after it, so states would not do."""
 
 
 class MujocoScene:
@@ -38,6 +59,12 @@ class MujocoScene:
     data: Any
     hidden_groups: tuple[int, ...] = ()
     """Groups of geoms that no picture shows."""
+    instruction: str
+    coloured: tuple[str, ...] = ()
+    """Elements whose colours the instruction names, in the order of the words."""
+    appearance: Appearance
+    """What belongs to which element, and how to dress the model."""
+    elements = ELEMENTS
 
     def __init__(
         self,
@@ -61,6 +88,7 @@ class MujocoScene:
         self._renderer: Any = None
         self._option: Any = None
         self._unused_group = 0
+        self._target = np.zeros(3)
 
     def intrinsics(self, camera: str) -> np.ndarray:
         """(3, 3) float32 pinhole matrix of `camera` in pixels of its image."""
@@ -78,15 +106,85 @@ class MujocoScene:
 
     def render(self, camera: str) -> np.ndarray:
         """(pixels, pixels, 3) uint8 image from `camera` now."""
-        if self._renderer is None:
-            self._renderer = self._mj.Renderer(self.model, self.pixels, self.pixels)
-            close_at_exit(self)
-            for flag in (self._mj.mjtRndFlag.mjRND_SHADOW, self._mj.mjtRndFlag.mjRND_REFLECTION):
-                self._renderer.scene.flags[flag] = 0
-            self._option = self._mj.MjvOption()
-            self._unused_group = max(set(range(self._mj.mjNGROUP)) - set(self.model.geom_group), default=-1)
-            for group in (*self.hidden_groups, *([self._unused_group] if self._unused_group >= 0 else [])):
-                self._option.geomgroup[group] = 0
+        self._aim(camera)
+        return self._renderer.render().copy()
+
+    def moment(self) -> Any:
+        """Where everything is now, as far as pictures show it, for `retake`."""
+        return {name: getattr(self.data, name).copy() for name in _GEOMETRY}
+
+    def retake(self, moments: Sequence[Any], look: Look | None = None, *, images: bool = True) -> Views:
+        """The pictures of `moments` of this episode taken again, in another look, with masks; changes nothing.
+
+        Args:
+            moments: from `moment`.
+            look: None is the scene's own.
+            images: False leaves the coloured pictures out.
+        """
+        now, views = self.moment(), Views({}, {}, {}, {})
+        shots: dict[str, list[tuple[np.ndarray, ...]]] = {camera: [] for camera in self.cameras}
+        self._prepare()
+        dressed = (
+            nullcontext()
+            if look is None
+            else self.appearance.wearing(look, self._target, self._camera_names, self._renderer)
+        )
+        try:
+            with dressed:
+                for moment in moments:
+                    self._recall(moment)
+                    if look is not None:
+                        self._mj.mj_camlight(self.model, self.data)
+                    for camera, taken in shots.items():
+                        taken.append(self._shoot(camera, images))
+        finally:
+            self._recall(now)
+        for camera, taken in shots.items():
+            for series, values in zip(views, zip(*taken, strict=True), strict=True):
+                series[camera] = np.stack(values)
+        return views._replace(rgb=views.rgb if images else {})
+
+    def instruct(self, look: Look) -> str:
+        """The instruction of the task when things have the colours of `look`."""
+        return renamed(self.instruction, self.coloured, look)
+
+    def _recall(self, moment: dict[str, np.ndarray]) -> None:
+        for name, value in moment.items():
+            getattr(self.data, name)[:] = value
+
+    def _shoot(self, camera: str, images: bool) -> tuple[np.ndarray, ...]:
+        """Picture, mask, intrinsics and pose of `camera`."""
+        self._aim(camera)
+        image = self._renderer.render().copy() if images else np.zeros(0, np.uint8)
+        return image, self._mask(), self.intrinsics(camera), self.camera_to_base(camera)
+
+    def _mask(self) -> np.ndarray:
+        """(pixels, pixels) uint8 places in `ELEMENTS` of what the scene shows as it was aimed last."""
+        self._renderer.enable_segmentation_rendering()
+        ids, kinds = np.moveaxis(self._renderer.render(), -1, 0)
+        self._renderer.disable_segmentation_rendering()
+        mask = np.zeros(ids.shape, np.uint8)
+        for kind, elements in (("GEOM", self.appearance.geoms), ("SITE", self.appearance.sites)):
+            shown = kinds == int(getattr(self._mj.mjtObj, f"mjOBJ_{kind}"))
+            mask[shown] = elements[ids[shown]]
+        return mask
+
+    def _prepare(self) -> None:
+        """Make the renderer if there is none."""
+        if self._renderer is not None:
+            return
+        self._renderer = self._mj.Renderer(self.model, self.pixels, self.pixels)
+        close_at_exit(self)
+        for flag in (self._mj.mjtRndFlag.mjRND_SHADOW, self._mj.mjtRndFlag.mjRND_REFLECTION):
+            self._renderer.scene.flags[flag] = 0
+        self._option = self._mj.MjvOption()
+        self._unused_group = max(set(range(self._mj.mjNGROUP)) - set(self.model.geom_group), default=-1)
+        for group in (*self.hidden_groups, *([self._unused_group] if self._unused_group >= 0 else [])):
+            self._option.geomgroup[group] = 0
+
+    def _aim(self, camera: str) -> None:
+        """Tell the renderer what `camera` sees now."""
+        self._prepare()
         groups = self.model.geom_group.copy()
         try:
             if self._unused_group >= 0:
@@ -94,7 +192,6 @@ class MujocoScene:
             self._renderer.update_scene(self.data, camera=self._camera_names[camera], scene_option=self._option)
         finally:
             self.model.geom_group[:] = groups
-        return self._renderer.render().copy()
 
     def _out_of_sight(self, camera: str) -> np.ndarray:
         """(G,) bool: geoms whose bounding sphere lies outside what `camera` sees.
@@ -133,20 +230,14 @@ class MujocoScene:
             observation[f"camera_to_base.{camera}"] = self.camera_to_base(camera)
         in_base = np.stack([self._to_base(point) for point in points])
         observation["points"] = in_base.astype(np.float32)
-        observation["visible"] = self._in_front_image(in_base)
+        observation["visible"] = in_picture(
+            in_base, self.camera_to_base("front"), self.intrinsics("front"), self.pixels
+        )
         observation["has_taxels"] = np.array([name in TAXEL_SENSORS for name in SENSORS])
         return observation
 
     def _to_base(self, point: np.ndarray) -> np.ndarray:
         return self._base[:3, :3].T @ (point - self._base[:3, 3])
-
-    def _in_front_image(self, points: np.ndarray) -> np.ndarray:
-        camera_to_base = self.camera_to_base("front")
-        in_camera = (points - camera_to_base[:3, 3]) @ camera_to_base[:3, :3]
-        pixels = in_camera @ self.intrinsics("front").T
-        depth = pixels[:, 2]
-        pixels = pixels[:, :2] / np.where(np.abs(depth) < 1e-6, 1e-6, depth)[:, None]
-        return (depth > 0.01) & ((pixels >= 0) & (pixels < self.pixels)).all(-1)
 
 
 RECORDED: dict[str, Any] = {
@@ -160,32 +251,3 @@ RECORDED: dict[str, Any] = {
     "absent": [],
 }
 """Metadata that every such scene has."""
-
-
-def place_camera(model: Any, name: str, position: np.ndarray, rotation: np.ndarray, fovy: float) -> None:
-    """Put a camera at `position` with `rotation` (MuJoCo's axes), both in its body's frame; `fovy` in degrees."""
-    camera = model.camera(name)
-    camera.pos[:], camera.fovy[0] = position, fovy
-    quaternion = np.zeros(4)
-    mujoco_module().mju_mat2Quat(quaternion, np.ascontiguousarray(rotation).ravel())
-    camera.quat[:] = quaternion
-
-
-def look_at(position: np.ndarray, target: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Rotation of a MuJoCo camera (looks along -z, y up) at `position` that faces `target`."""
-    backward = (position - target) / np.linalg.norm(position - target)
-    right = np.cross(up, backward)
-    right /= np.linalg.norm(right)
-    return np.stack([right, np.cross(backward, right), backward], axis=1)
-
-
-def euler(angles: np.ndarray) -> np.ndarray:
-    """Rotation about x, then y, then z by `angles` in radians."""
-    rotation = np.eye(3)
-    for axis, angle in enumerate(angles):
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[i, i] = turn[j, j] = np.cos(angle)
-        turn[j, i], turn[i, j] = np.sin(angle), -np.sin(angle)
-        rotation = turn @ rotation
-    return rotation

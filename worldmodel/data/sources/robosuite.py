@@ -18,7 +18,14 @@ import numpy as np
 
 from worldmodel.data.sources.mujoco_scene import CAMERAS, RECORDED, MujocoScene
 from worldmodel.data.sources.robosuite_experts import ScriptedExpert
-from worldmodel.data.sources.robosuite_model import CAMERA_NAMES, Hand, build_environment, place_cameras, silenced
+from worldmodel.data.sources.robosuite_model import (
+    CAMERA_NAMES,
+    Hand,
+    build_environment,
+    make_appearance,
+    place_cameras,
+    silenced,
+)
 from worldmodel.data.sources.robosuite_objects import objects_of
 from worldmodel.data.sources.robosuite_tasks import ROBOTS, TASKS
 from worldmodel.errors import ConfigError
@@ -76,13 +83,14 @@ class RobosuiteScene(MujocoScene):
             raise ConfigError(f"unknown robot {robot!r}; known: {', '.join(ROBOTS)}")
         super().__init__("robosuite", base="robot0_base", pixels=pixels, cameras=cameras, camera_names=CAMERA_NAMES)
         self.task, self.embodiment = task, robot
-        self.instruction, self.max_steps = TASKS[task]
+        self.instruction, self.max_steps, self.coloured = TASKS[task]
         self.environment = build_environment(task, ROBOTS[robot])
         self._take_model()
         self.hand = Hand(self.environment)
         self._wrench, self._taxels = self.hand.touch.read(self.data)
         self._pristine = {name: getattr(self.model, name).copy() for name in _RESTORED}
         self.objects = objects_of(task, self.environment)
+        self.appearance = make_appearance(self.model, self.objects.elements(), self.hidden_groups, self.coloured)
         self.point_names: tuple[str, ...] = ()
 
     def _take_model(self) -> None:
@@ -99,7 +107,7 @@ class RobosuiteScene(MujocoScene):
         seed_environment(self.environment, int(rng.integers(2**31)))
         with silenced():
             self.environment.reset()
-        place_cameras(self.model, self.task, rng)
+        self._target = place_cameras(self.model, self.task, rng)
         self._mj.mj_forward(self.model, self.data)
         self._place_base()
         self.objects.begin()

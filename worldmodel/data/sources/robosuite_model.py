@@ -1,15 +1,17 @@
 """The MuJoCo side of a robosuite scene: its construction, the placement of cameras, and the geometry of grippers."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from worldmodel.data.sources.mujoco_scene import FPS, euler, look_at, place_camera
+from worldmodel.data.sources.appearance import Appearance, elements_of_bodies
+from worldmodel.data.sources.mujoco_scene import FPS
 from worldmodel.data.sources.touch import Finger, Touch
+from worldmodel.data.sources.viewpoints import euler, look_at, place_camera
 from worldmodel.errors import DataError
 
 CAMERA_NAMES = {"front": "agentview", "wrist": "robot0_eye_in_hand"}
@@ -25,6 +27,9 @@ _WRIST_FOVY = 75.0
 _NEARER = (0.15, 0.10)
 """How much nearer to both bins an arm stands than robosuite puts it, in metres: the shorter ones cannot reach all of
 them with a hand that points down."""
+
+_BODIES = {"robot0_": "robot", "gripper0_": "gripper", "fixed_mount": "robot", "table": "table", "bin": "table"}
+"""Elements of bodies by the start of their names."""
 
 
 def build_environment(task: str, robot: str) -> Any:
@@ -80,10 +85,13 @@ def silenced() -> Iterator[None]:
         logging.disable(before)
 
 
-def place_cameras(model: Any, task: str, rng: np.random.Generator) -> None:
+def place_cameras(model: Any, task: str, rng: np.random.Generator) -> np.ndarray:
     """Vary both cameras per episode, so that pose and field of view from one image are worth inferring.
 
     The wrist camera is jittered about where it is in the model, so restore that first.
+
+    Returns:
+        (3,) what the front camera faces, world frame.
     """
     position, target, fovy = next(value for start, value in _FRONT.items() if task.startswith(start))
     position = np.array(position) + rng.uniform(-0.05, 0.05, 3)
@@ -94,6 +102,18 @@ def place_cameras(model: Any, task: str, rng: np.random.Generator) -> None:
     position = wrist.pos + rng.uniform(-0.01, 0.01, 3)
     rotation = _matrix(wrist.quat) @ euler(np.radians(rng.uniform(-6.0, 6.0, 3)))
     place_camera(model, CAMERA_NAMES["wrist"], position, rotation, _WRIST_FOVY + rng.uniform(-4.0, 4.0))
+    return target
+
+
+def make_appearance(model: Any, objects: Mapping[int, str], hidden: Sequence[int], flat: Sequence[str]) -> Appearance:
+    """What belongs to which element; `objects` says it of the task's own bodies."""
+    roots = {
+        body: element
+        for body in range(1, model.nbody)
+        for start, element in _BODIES.items()
+        if model.body(body).name.startswith(start)
+    }
+    return Appearance(model, elements_of_bodies(model, roots | dict(objects)), hidden_groups=hidden, flat=flat)
 
 
 class Hand:

@@ -19,6 +19,10 @@ class Objects(Protocol):
         """Names and world positions, in a fixed order."""
         ...
 
+    def elements(self) -> dict[int, str]:
+        """Bodies of the task with the names that masks give to them and to what hangs on them."""
+        ...
+
 
 class Body:
     """A body of the model, seen in the state now."""
@@ -57,6 +61,10 @@ class LiftObjects:
         """Names and world positions, in a fixed order."""
         return [*self.cube.points(), ("goal", self.goal)]
 
+    def elements(self) -> dict[int, str]:
+        """Bodies of the task with the names that masks give to them and to what hangs on them."""
+        return {self.cube.number: "object"}
+
 
 class StackObjects:
     """The red cube A and the green cube B; the goal is where A rests on B."""
@@ -78,6 +86,10 @@ class StackObjects:
         """Names and world positions, in a fixed order."""
         return [*self.cube.points(), ("object2", self.base.position), ("goal", self.goal)]
 
+    def elements(self) -> dict[int, str]:
+        """Bodies of the task with the names that masks give to them and to what hangs on them."""
+        return {self.cube.number: "object", self.base.number: "object2"}
+
 
 class PickPlaceObjects:
     """The one object in the first bin; the goal is the middle of its compartment of the second bin."""
@@ -87,6 +99,8 @@ class PickPlaceObjects:
         self.model = environment.objects[environment.object_id]
         self.item = Body(environment, environment.obj_body_id[name])
         self.goal = environment.target_bin_placements[environment.object_id].copy()
+        # A faint copy of the object lies in its compartment.
+        self._marker = environment.obj_body_id[environment.visual_objects[environment.object_id].name]
 
     def begin(self) -> None:
         """Takes note of the start state."""
@@ -94,6 +108,10 @@ class PickPlaceObjects:
     def points(self) -> list[tuple[str, np.ndarray]]:
         """Names and world positions, in a fixed order."""
         return [*self.item.points(), ("goal", self.goal)]
+
+    def elements(self) -> dict[int, str]:
+        """Bodies of the task with the names that masks give to them and to what hangs on them."""
+        return {self.item.number: "object", self._marker: "goal"}
 
 
 class DoorObjects:
@@ -132,6 +150,10 @@ class DoorObjects:
         """Names and world positions, in a fixed order."""
         front = self.handle + self.latch.rotation @ _FRONT
         return [("object", self.handle), ("object_front", front), ("object2", self.door.position), ("goal", self.goal)]
+
+    def elements(self) -> dict[int, str]:
+        """Bodies of the task with the names that masks give to them and to what hangs on them."""
+        return {self.door.number: "object2", self.latch.number: "object"}
 
 
 def raised(point: np.ndarray, height: float) -> np.ndarray:

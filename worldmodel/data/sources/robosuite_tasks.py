@@ -9,15 +9,17 @@ class TaskInfo(NamedTuple):
     instruction: str
     max_steps: int
     """Control steps after which an episode has failed."""
+    coloured: tuple[str, ...] = ()
+    """Elements whose colours the instruction names, in the order of the words."""
 
 
 TRAIN_TASKS: dict[str, TaskInfo] = {
-    "Lift": TaskInfo("Pick up the red cube and lift it off the table.", 120),
-    "Stack": TaskInfo("Put the red cube on top of the green cube.", 200),
+    "Lift": TaskInfo("Pick up the red cube and lift it off the table.", 120, ("object",)),
+    "Stack": TaskInfo("Put the red cube on top of the green cube.", 200, ("object", "object2")),
     "Door": TaskInfo("Turn the handle down and pull the door open.", 250),
     "PickPlaceBread": TaskInfo("Pick up the loaf of bread and put it into its compartment.", 250),
     "PickPlaceCereal": TaskInfo("Pick up the box of cereal and put it into its compartment.", 250),
-    "PickPlaceCan": TaskInfo("Pick up the red can and put it into its compartment.", 250),
+    "PickPlaceCan": TaskInfo("Pick up the red can and put it into its compartment.", 250, ("object",)),
 }
 
 HELDOUT_TASKS: dict[str, TaskInfo] = {

@@ -1,11 +1,22 @@
 """What a simulator must offer to become a source of demonstrations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the command line reads the list of sources before it loads anything heavy
     import numpy as np
+
+    from worldmodel.data.sources.looks import Look
+
+
+class Views(NamedTuple):
+    """What the cameras of a scene see over T moments, by camera."""
+
+    rgb: "dict[str, np.ndarray]"  # (T, h, w, 3) uint8; empty if not asked for
+    masks: "dict[str, np.ndarray]"  # (T, h, w) uint8, places in the scene's `elements`
+    intrinsics: "dict[str, np.ndarray]"  # (T, 3, 3) float32
+    camera_to_base: "dict[str, np.ndarray]"  # (T, 4, 4) float32
 
 
 class Expert(Protocol):
@@ -22,6 +33,8 @@ class Scene(Protocol):
     cameras: tuple[str, ...]
     max_steps: int
     """Control steps after which an episode has failed."""
+    elements: tuple[str, ...]
+    """Names of what masks tell apart."""
 
     def reset(self, rng: "np.random.Generator", images: bool = True) -> dict[str, Any]:
         """Draws a start state from `rng` alone and observes it, names as in `contracts.Policy`."""
@@ -37,6 +50,18 @@ class Scene(Protocol):
 
     def metadata(self) -> dict[str, Any]:
         """Names, frames and units of everything that an episode records."""
+        ...
+
+    def moment(self) -> Any:
+        """Where everything is now, as far as pictures show it, for `retake`."""
+        ...
+
+    def retake(self, moments: Sequence[Any], look: "Look | None" = None, *, images: bool = True) -> Views:
+        """The pictures of `moments` of this episode taken again, in another look, with masks; changes nothing."""
+        ...
+
+    def instruct(self, look: "Look") -> str:
+        """The instruction of the task when things have the colours of `look`."""
         ...
 
     def close(self) -> None:
