@@ -146,6 +146,14 @@ def rlds(data: st.DataObject, folder: Path) -> None:
     imported("rlds", folder / "source", folder, make_mapping(test_formats_rlds.MAP, "map"))
 
 
+def data_group(file: Any) -> Any:
+    """The group of demonstrations, or the file where that is lost or a link to itself."""
+    try:
+        return file.get("data") or file
+    except RuntimeError:
+        return file
+
+
 def hdf5(data: st.DataObject, folder: Path) -> None:
     """Datasets, attributes, links and bytes of ALOHA and robomimic files."""
     (folder / "source").mkdir()
@@ -168,7 +176,7 @@ def hdf5(data: st.DataObject, folder: Path) -> None:
             name = data.draw(st.sampled_from(sorted(found)))
             item: Any = file[name]
             if data.draw(st.booleans()):
-                holder: Any = data.draw(st.sampled_from((file, item, file.get("data") or file)))
+                holder: Any = data.draw(st.sampled_from((file, item, data_group(file))))
                 attributes = holder.attrs
                 attribute = data.draw(st.sampled_from((*attributes, "sim", "num_samples", "env_args", "task")))
                 attributes[attribute] = data.draw(ATTRIBUTES)
