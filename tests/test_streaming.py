@@ -41,9 +41,9 @@ def test_blocks_bound_how_far_frames_look_ahead(window, dilation):
     results = []
     for form in (windowed_attention, windowed_attention_dense):
         out = form(q, Keys(k, v, mask), window=window, dilation=dilation, blocks=blocks)
-        results.append((out, torch.autograd.grad(out.square().sum(), (q, k, v))))
-        slopes = torch.autograd.grad(out[:, 1].sum(), v, retain_graph=True) if form is windowed_attention else None
-        assert slopes is None or not slopes[0][:, tk - tq + 2 :].any(), "a frame saw what comes after its block"
+        results.append((out, torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)))
+        (slope,) = torch.autograd.grad(out[:, 1].sum(), v)
+        assert slope[:, : tk - tq + 2].any() and not slope[:, tk - tq + 2 :].any(), "a frame saw beyond its block"
     torch.testing.assert_close(results[0], results[1])
     with torch.no_grad():
         keys = Keys(k.float(), v.float(), mask)
@@ -237,7 +237,7 @@ def test_a_rollout_goes_on_in_constant_memory(tiny_model):
     assert (other.points - first.points).abs().max() > 1e-4, "the actions make no difference"
     for actions in ("policy", None):
         *_, (p, _) = roll_out(model, o, chunks=2, generator=generator(), actions=actions)
-        assert p.rgb.shape == alone.rgb.shape and bool(p.actions.std() > 0) == (actions == "policy")
+        assert p.rgb.shape == alone.rgb.shape and bool(p.actions.std(1).max() > 1e-6) == (actions == "policy")
     with pytest.raises(ConfigError, match="actions of a rollout: 'random'"):
         next(roll_out(model, o, chunks=1, generator=generator(), actions="random"))
 
