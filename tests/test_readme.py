@@ -36,7 +36,9 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "-m export drive --help",
         "train.py --help",
         "eval.py --help",
+        "-m worldmodel.rollout --help",
         "benchmarks/action_latency.py --help",
+        "benchmarks/rollout.py --help",
     ],
 )
 def test_help_is_there(command):

@@ -33,6 +33,7 @@ def short(dataset: Path, run: Path, *more: str) -> list[str]:
         f"run_dir={run}",
         "wandb.mode=disabled",
         "trainer.threads=1",
+        "+phases.policy.chunks=2",
         *sizes,
         *more,
     ]
@@ -129,6 +130,8 @@ def test_mistakes_in_a_phase_are_named():
         ({"trains": ["brain"]}, "trains 'brain', which is none of autoencoder"),
         ({"mixture": [{"mode": "policy", "weight": 1.0}]}, "belongs to objective `world`"),
         ({"stepz": 3}, "phase 'p': .*stepz"),
+        ({"chunks": 2}, "chunks is 2; .* more than 1 for objective `world` alone"),
+        ({"gradients": "half"}, "gradients 'half' is none of truncated, full"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_phases({"p": {**base, **change}})

@@ -76,6 +76,11 @@ class Observation(NamedTuple):
     has_proprio: Tensor  # (B,) bool
     has_text: Tensor  # (B,) bool
 
+    def newest(self, frames: int) -> "Observation":
+        """The same with the last `frames` frames of its history, which may be longer than H."""
+        series = ("rgb", "intrinsics", "camera_to_base", "points", "visible", "wrench", "taxels", "proprio")
+        return self._replace(**{name: getattr(self, name)[:, -frames:] for name in series})
+
 
 class Future(NamedTuple):
     """What came next: targets in training and evaluation, conditions in the dynamics modes."""
@@ -129,6 +134,11 @@ class Senses(NamedTuple):
     has_taxels: Tensor
     has_proprio: Tensor
     has_text: Tensor
+
+    def newest(self, frames: int) -> "Senses":
+        """The same with the last `frames` frames of its history, which may be longer than H."""
+        series = ("rays", "camera", "points", "visible", "force", "taxels", "proprio", "effector")
+        return self._replace(**{name: getattr(self, name)[:, -frames:] for name in series})
 
 
 class Fused(NamedTuple):

@@ -16,7 +16,9 @@ from worldmodel.contracts import Policy
 from worldmodel.data.live import observation_from_history
 from worldmodel.data.transforms import hide
 from worldmodel.errors import ContractError
+from worldmodel.joint import Memory
 from worldmodel.model import WorldModel
+from worldmodel.streaming import read
 
 
 class EagerPolicy:
@@ -28,6 +30,8 @@ class EagerPolicy:
         seed: of the noise that the flow starts from; every `reset` starts the same noise again.
         action_dims: real action dimensions of the robot; the padding after them is cut off.
         embodiment: name of the robot; the first of the spec by default.
+        stateful: keeps the memory of stage 2 from one `act` to the next and reads only the frames that are new, so
+            that actions know all of the episode and not only its newest frames.
     """
 
     def __init__(
@@ -38,8 +42,9 @@ class EagerPolicy:
         seed: int = 0,
         action_dims: int | None = None,
         embodiment: str | None = None,
+        stateful: bool = False,
     ) -> None:
-        self.model, self.mask, self.seed = model, tuple(mask), seed
+        self.model, self.mask, self.seed, self.stateful = model, tuple(mask), seed, stateful
         self.embodiment = model.spec.embodiments[0] if embodiment is None else embodiment
         self.action_dims = action_dims or len(model.statistics[self.embodiment]["action"]["mean"])
         self.reset()
@@ -49,25 +54,49 @@ class EagerPolicy:
         self._history: deque[dict[str, Any]] = deque(maxlen=self.model.spec.history * self.model.spec.stride)
         self._instruction: dict[str, Any] = {}
         self._random = np.random.default_rng(self.seed)
+        self._memory: Memory | None = None
+        self._unread = 0
 
     def observe(self, observation: dict[str, Any]) -> None:
         """Takes one control step; an instruction stays until another one comes."""
         if "instruction" in observation:
             self._instruction = {"instruction": observation["instruction"]}
         self._history.append({**observation, **self._instruction})
+        self._unread += 1
 
     def act(self) -> np.ndarray:
         """Actions (A, D) in the robot's units.
 
         Raises:
-            ContractError: nothing observed yet, or a field of the wrong shape.
+            ContractError: nothing observed yet, or a field of the wrong shape; or, with a memory, the steps since the
+                last call are no whole history frames, or more than the history has.
         """
         spec = self.model.spec
         observation = observation_from_history(list(self._history), spec, embodiment=self.embodiment)
-        noise = self._random.standard_normal((1, spec.chunk, spec.action), dtype=np.float32)
+        observation = hide(observation, self.mask)
+        noise = torch.from_numpy(self._random.standard_normal((1, spec.chunk, spec.action), dtype=np.float32))
         with torch.inference_mode():
-            actions = self.model.act(hide(observation, self.mask), torch.from_numpy(noise))
+            if self.stateful:
+                self._memory = read(self.model, observation, self._memory, self._fresh())
+                actions = self.model.denoise_actions(self._memory, noise)
+                actions = self.model.normaliser.restore("action", actions, observation.embodiment)
+            else:
+                actions = self.model.act(observation, noise)
+        self._unread = 0
         return actions[0, :, : self.action_dims].numpy()
+
+    def _fresh(self) -> int | None:
+        """History frames that the memory has not read yet; None is all of them."""
+        if self._memory is None:
+            return None
+        history, stride = self.model.spec.history, self.model.spec.stride
+        frames, rest = divmod(self._unread, stride)
+        if rest or not 1 <= frames <= history:
+            raise ContractError(
+                f"act: {self._unread} control steps since the last call; a policy that keeps its memory acts every "
+                f"{stride} steps or a multiple, at most {history * stride}"
+            )
+        return frames
 
 
 @dataclass(frozen=True)
@@ -77,12 +106,13 @@ class CheckpointFactory:
     folder: Path
     mask: tuple[str, ...] = ()
     seed: int = 0
+    stateful: bool = False
 
     def __call__(self) -> Policy:
         """The policy with the weights in `folder`."""
         from worldmodel.checkpoint import load_model
 
-        return EagerPolicy(load_model(self.folder), mask=self.mask, seed=self.seed)
+        return EagerPolicy(load_model(self.folder), mask=self.mask, seed=self.seed, stateful=self.stateful)
 
 
 class ExpertPolicy:

@@ -87,10 +87,11 @@ def choose_clips(dataset: ClipDataset, clips_per_episode: int, max_clips: int, s
         first += entry.length
     if not offers:
         raise DataError(f"{dataset.reader.root}: no episode of {dataset.split!r} is longer than {spec.window} steps")
-    return [_clip(dataset, index) for *_, index in sorted(offers)[:max_clips]]
+    return [clip_at(dataset, index) for *_, index in sorted(offers)[:max_clips]]
 
 
-def _clip(dataset: ClipDataset, index: int) -> Clip:
+def clip_at(dataset: ClipDataset, index: int) -> Clip:
+    """What is known of clip `index` beside its batch."""
     number, step = dataset.locate(index)
     spec, entry = dataset.spec, dataset.reader.entries[number]
     episode = dataset.reader.read(number, images=False)

@@ -16,10 +16,10 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
-from worldmodel.synthesis.delta import DeltaState
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
-from worldmodel.synthesis.temporal import Keys
+from worldmodel.synthesis.state import StreamState
+from worldmodel.synthesis.temporal import Keys, newest
 
 COUPLINGS = ("history_only", "joint")
 PREDICTS = ("clean", "velocity")
@@ -28,7 +28,7 @@ PREDICTS = ("clean", "velocity")
 class Memory(NamedTuple):
     """The clean history after one pass: all that any denoising step needs."""
 
-    kept: list[Keys | DeltaState]
+    kept: StreamState
     context: Fused  # as the video transformer reads it
     action_context: Fused  # as the action transformer reads it
     condition: Tensor | None  # (B, W) of the action transformer
@@ -163,36 +163,49 @@ class JointTransformer(nn.Module):
         *,
         streams: Sequence[str] = STREAMS,
         read_only: bool = False,
+        past: Memory | None = None,
+        fresh: int | None = None,
     ) -> Memory:
         """Reads the history once. Without `latents` the video stream is left out and costs nothing.
 
-        `read_only` keeps gradients of what follows out of stage 2 (knowledge insulation, Driess et al. 2025,
-        arXiv 2505.23705).
+        With `past`, stage 2 reads only the newest `fresh` frames (default: all), after the frames remembered there;
+        `latents` may hold those alone. Stage 1 reads the newest frames of the history as ever. `read_only` keeps
+        gradients of what follows out of stage 2 (knowledge insulation, Driess et al. 2025, arXiv 2505.23705). Raises
+        `ConfigError` if `past` remembers other streams.
         """
+        unread = s if fresh is None else s.newest(fresh)
+        if latents is not None and fresh is not None:
+            latents = latents[:, -fresh:]
+        s = s.newest(self.spec.history)
         has = self.denoiser.streams
         streams = tuple(n for n in has if n in streams and (n != "video" or latents is not None))
         senses = SENSES if latents is not None else tuple(n for n in SENSES if n != "rgb")
         if fused is None and (self.encoder.gives != "text" or self.expert.state is not None):
             fused = self.encoder(s, senses)
+        if past is not None and past.streams != streams:
+            raise ConfigError(f"the memory holds the streams {past.streams}, what follows has {streams}")
         context = self.encoder.context(s, fused)
-        force = s.force.mean(2)
-        anchors = {"camera": s.camera[:, -1:], "points": s.points[:, -1:], "force": force[:, -1:]}
-        presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
-        if latents is not None:
-            anchors["video"] = latents[:, -1:]
-        state = WorldState(
+        now = WorldState(
             video=latents if latents is not None else s.points.new_zeros(()),
-            camera=self.relative(s.camera, anchors["camera"]),
-            points=self.relative(s.points, anchors["points"]),
-            force=force,
+            camera=unread.camera,
+            points=unread.points,
+            force=unread.force.mean(2),
         )
+        anchors = {name: getattr(now, name)[:, -1:] for name in STREAMS if name != "video" or latents is not None}
+        presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
+        # Frames are told the newest of their own block: what was now when that was all there was.
+        last = self.denoiser.anchor_frames(unread.camera.shape[1])
+        then = anchors if last is None else {name: getattr(now, name)[:, last] for name in anchors}
+        camera, points = (self.relative(getattr(now, name), then[name]) for name in ("camera", "points"))
+        state = now._replace(camera=camera, points=points)
         # Actions do not teach stage 1 where things are; its own head does.
         seen = None if fused is None or self.expert.state is None else self.encoder.points_head(fused).detach()
         action_context, condition, proposal = self.expert.extend(context, s, seen)
         video_context = self.denoiser.read(action_context if self.expert.shares_token else context)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
-            tokens = self.denoiser.embed(state, anchors, s.rays, presence, streams)
-            kept = self.denoiser.remember(tokens, video_context)
+            tokens = self.denoiser.embed(state, then, unread.rays, presence, streams)
+            before = None if past is None else past.kept
+            kept = self.denoiser.remember(tokens, video_context, before, least=self.spec.history)
         read = self.expert.read(action_context)
         rays = s.rays[:, -1:]
         return Memory(kept, video_context, read, condition, proposal, anchors, rays, presence, s.embodiment, streams)
@@ -216,7 +229,8 @@ class JointTransformer(nn.Module):
         joint = (coupling or self.coupling) == "joint"
         stream = None if state is None or levels is None else self.open_streams(memory, state, levels)
         action = None if actions is None or action_level is None else self.open_actions(memory, actions, action_level)
-        for block, action_block, past in zip(self.denoiser.blocks, self.expert.blocks, memory.kept, strict=True):
+        layers = memory.kept.layers
+        for block, action_block, past in zip(self.denoiser.blocks, self.expert.blocks, layers, strict=True):
             assert isinstance(action_block, ActionBlock)
             qkv = None if action is None else action_block.project(action.x, action.vectors, action.rope)
             own = None
@@ -226,7 +240,9 @@ class JointTransformer(nn.Module):
                 x, own = block(x, mask, vectors, rope, memory.context, past, extra)
                 stream = stream._replace(x=x)
             if action is not None and qkv is not None:
-                seen = [keys for keys in (past, own if joint else None) if isinstance(keys, Keys)]
+                # As many frames as the history has, whatever more the window keeps for later ones.
+                seen = [newest(past, self.spec.history)] if isinstance(past, Keys) else []
+                seen += [own] if joint and isinstance(own, Keys) else []
                 k, v, present = self.action_keys(qkv, seen)
                 a = action_block(action.x, action.vectors, qkv[0], k, v, present, memory.action_context)
                 action = action._replace(x=a)
@@ -272,7 +288,7 @@ class JointTransformer(nn.Module):
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""
         tokens = self.denoiser.embed(state, memory.anchors, memory.rays, memory.presence, memory.streams)
         embedding, vectors = self.denoiser.vectors(levels, tokens.stream)
-        return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, self.spec.history))
+        return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, memory.kept.frames))
 
     def open_actions(self, memory: Memory, actions: Tensor, level: Tensor) -> Track:
         """Noisy actions and their noise levels (B n,) as tokens (B n, A, W), ready for the first block."""
@@ -280,7 +296,8 @@ class JointTransformer(nn.Module):
         x = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
         condition = None if memory.condition is None else repeat_rows(memory.condition, draws).unsqueeze(1)
         embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition)
-        return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, self.expert.rope())
+        rope = self.expert.rope(memory.kept.frames - self.spec.history)
+        return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, rope)
 
     def action_keys(self, qkv: tuple[Tensor, Tensor, Tensor], seen: list[Keys]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values (B n, M, E, d) and presence (B n, M) that actions look at: all actions, then what they see."""

@@ -11,6 +11,7 @@ from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, Wo
 from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import intrinsics_to_fov
+from worldmodel.joint import Memory
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
@@ -114,6 +115,56 @@ def world_loss(
     latents: Tensor | None,
     generator: torch.Generator,
     *,
+    chunks: int = 1,
+    truncate: bool = True,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """`clip_loss`, of rows that may be `chunks` consecutive clips of each episode; `settings` are its own.
+
+    The memory is carried from each clip to the next, and gradients with it unless `truncate` cuts them there. The loss
+    is the mean over clips, each by the share of its future that lies inside the episode. Raises `ConfigError` if frames
+    between two clips would be missed.
+    """
+    spec = model.spec
+    if chunks > 1 and spec.history < spec.future:
+        raise ConfigError(
+            f"chunks: data.spec.history is {spec.history} and data.spec.future {spec.future}; a memory that is carried "
+            "on needs every frame between two clips, so the history must be at least as long as the future"
+        )
+    past, found, shares = None, [], []
+    for number, part in enumerate(consecutive(batch, chunks)):
+        own = None if latents is None else latents[number::chunks]
+        losses, memory = clip_loss(model, part, own, generator, past=past, **settings)
+        found.append(losses)
+        shares.append(part.future.valid.float().mean())
+        past = memory._replace(kept=memory.kept.detached()) if truncate else memory
+    if chunks == 1:
+        return found[0]
+    share = torch.stack(shares)
+    share = share / share.sum().clamp(min=1e-6)
+    return {name: (torch.stack([losses[name] for losses in found]) * share).sum() for name in found[0]}
+
+
+def consecutive(batch: Batch, chunks: int) -> list[Batch]:
+    """Splits rows that are `chunks` consecutive clips of each episode: a batch of first clips, one of second clips..."""
+    return [
+        Batch(
+            Observation(*(x[number::chunks] for x in batch.observation)),
+            Future(*(x[number::chunks] for x in batch.future)),
+            batch.frame[number::chunks],
+            batch.key[number::chunks],
+        )
+        for number in range(chunks)
+    ]
+
+
+def clip_loss(
+    model: WorldModel,
+    batch: Batch,
+    latents: Tensor | None,
+    generator: torch.Generator,
+    *,
+    past: Memory | None = None,
     mode: str,
     drop: tuple[str, ...],
     dropout: Mapping[str, float],
@@ -121,18 +172,20 @@ def world_loss(
     weights: Mapping[str, float],
     insulate: bool,
     huber: float | None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Memory]:
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
     `draws` noise draws of the action chunk share one pass over the history (policy mode only). `weights` names the
     streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` is the knee of the
     streams' `distance`. Actions take the squared error: where their correction starts from nothing, any other is flat.
+    After `past`, the memory of the clip before, only the frames that it foretold are read. Also returns the memory.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
     s = model.normaliser(observation, model.grid)
     policy = mode == "policy"
-    memory = model.remember(s, latents, read_only=insulate and policy)
+    fresh = None if past is None else model.spec.future
+    memory = model.remember(s, latents, read_only=insulate and policy, past=past, fresh=fresh)
     do_streams, do_actions = DENOISED[mode]
     b = s.text.shape[0]
     draws = draws if policy else 1
@@ -178,4 +231,4 @@ def world_loss(
     if policy and memory.proposal is not None:
         losses["proposal"] = proposal_error(model, memory.proposal, batch)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
-    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}
+    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}, memory

@@ -75,9 +75,11 @@ class WorldModel(JointTransformer):
         generator: torch.Generator,
         steps: int | None = None,
         coupling: str | None = None,
+        memory: Memory | None = None,
     ) -> Prediction:
         """Runs one of the five modes. `future` gives what the dynamics modes condition on; other modes ignore it.
 
+        `memory` is what was read up to and with this observation; without it the observation's own history is read.
         Raises `ConfigError` for an unknown mode, for a dynamics mode without `future`, and for a dynamics mode under
         `history_only`, where streams and actions cannot see each other.
         """
@@ -91,7 +93,7 @@ class WorldModel(JointTransformer):
         s = self.normaliser(observation, self.grid)
         b, spec = s.text.shape[0], self.spec
         latents = self.history_latents(observation)
-        memory = self.remember(s, latents)
+        memory = self.remember(s, latents) if memory is None else memory
         shapes = {
             "video": (b, spec.future, *latents.shape[2:]),
             "camera": (b, spec.future, *s.camera.shape[2:]),

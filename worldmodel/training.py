@@ -26,6 +26,8 @@ INGREDIENTS = (*MODES, "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "denoiser", "expert")
 DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
+GRADIENTS = ("truncated", "full")
+"""Whether gradients stop where the memory is carried from one clip to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,12 @@ class Ingredient:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of the curriculum: what it trains, on what, for how long."""
+    """One phase of the curriculum: what it trains, on what, for how long.
+
+    With `chunks` above 1 every row of a world batch is that many consecutive clips of one episode, and stage 2 carries
+    its memory from each to the next: a history of many frames at the cost of few. `gradients` says whether they flow
+    back through it.
+    """
 
     name: str
     objective: str
@@ -82,9 +89,18 @@ class Phase:
     insulate: bool = True
     huber: float | None = None
     lens: float = 1.0
+    chunks: int = 1
+    gradients: str = "truncated"
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.chunks < 1 or (self.chunks > 1 and self.objective != "world"):
+            raise ConfigError(
+                f"phase {self.name!r}: chunks is {self.chunks}; it is the number of consecutive clips whose memory is "
+                "carried on, 1 or more, and more than 1 for objective `world` alone"
+            )
+        if self.gradients not in GRADIENTS:
+            raise ConfigError(f"phase {self.name!r}: gradients {self.gradients!r} is none of {', '.join(GRADIENTS)}")
         if self.lens < 1:
             raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:
@@ -111,7 +127,11 @@ class Phase:
             return Needs(future=self.objective == "tokeniser")
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")
-        return Needs(rows=pick.rows, images=pick.images, future=future)
+        return Needs(rows=pick.rows, images=pick.images, future=future, chunks=self.clips(pick))
+
+    def clips(self, pick: Ingredient) -> int:
+        """Consecutive clips in each row of a batch of `pick`; what has no use for a memory takes one."""
+        return self.chunks if pick.mode in MODES else 1
 
 
 class PhaseModule(L.LightningModule):
@@ -167,6 +187,8 @@ class PhaseModule(L.LightningModule):
             weights=phase.weights,
             insulate=phase.insulate,
             huber=phase.huber,
+            chunks=phase.clips(pick),
+            truncate=phase.gradients == "truncated",
         )
 
     def history_latents(self, batch: Batch) -> Tensor:

@@ -28,20 +28,22 @@ class Needs(NamedTuple):
     rows: int | None = None  # the first so many clips of the batch; None is all
     images: bool = True
     future: bool = True  # pictures of the future
+    chunks: int = 1  # clips of one episode, each beginning where the future of the last one ends, in consecutive rows
 
 
 class Request(NamedTuple):
-    """A clip of which only some pictures are wanted."""
+    """A clip of which only some pictures are wanted, or one that comes a number of whole futures later."""
 
     clip: int
-    images: bool
-    future: bool
+    images: bool = True
+    future: bool = True
+    ahead: int = 0
 
 
 class ClipDataset(Dataset[Clip]):
     """Every time step of the chosen episodes as one clip.
 
-    History before the start of an episode repeats its first frame. The future past its end repeats the last frame and
+    History before the start of an episode repeats its first frame. What lies past its end repeats the last frame and
     is marked in `valid` (False unless all R steps of the latent frame are inside) and `action_valid`.
 
     Args:
@@ -130,7 +132,7 @@ class ClipDataset(Dataset[Clip]):
         return self.episodes[episode], index - (int(self._ends[episode - 1]) if episode else 0)
 
     def __getitem__(self, index: int | Request) -> Clip:
-        request = index if isinstance(index, Request) else Request(index, True, True)
+        request = index if isinstance(index, Request) else Request(index)
         i, step = self.locate(request.clip)
         try:
             return self._clip(i, step, request)
@@ -174,7 +176,8 @@ class ClipDataset(Dataset[Clip]):
 
     def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
-        history = np.maximum(layout.history + step, 0)
+        step += request.ahead * self.spec.window
+        history = np.clip(layout.history + step, 0, entry.length - 1)
         future = np.minimum(layout.future + step, entry.length - 1)
         return Clip(
             layout=layout,

@@ -119,7 +119,7 @@ class Mixture(Dataset[Clip]):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int | Request) -> Clip:
-        request = index if isinstance(index, Request) else Request(index, True, True)
+        request = index if isinstance(index, Request) else Request(index)
         part = self.part(request.clip)
         clip = self.parts[part][request._replace(clip=request.clip - int(self._ends[part] - self.sizes[part]))]
         if clip.skip is not None:

@@ -151,13 +151,20 @@ class ActionExpert(nn.Module):
         weight = context.mask.unsqueeze(-1).to(context.tokens.dtype)
         return (context.tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
-    def rope(self) -> tuple[Tensor, Tensor]:
+    def rope(self, later: int = 0) -> tuple[Tensor, Tensor]:
         """Rotary table (A, d / 2): an action stands at its time, in latent frames, between the video's frames, or at
-        its number in the chunk."""
+        its number in the chunk. Where more frames came before than the history has, all positions are `later`."""
         steps = self.get_buffer("steps")
         if self.rope_kind == "step":
-            return rope_table(torch.arange(len(steps), device=steps.device).unsqueeze(-1), self.head_dim)
-        return rope_table(torch.stack([steps, torch.zeros_like(steps), torch.zeros_like(steps)], -1), self.head_dim)
+            table = rope_table(torch.arange(len(steps), device=steps.device).unsqueeze(-1), self.head_dim)
+        else:
+            zero = torch.zeros_like(steps)
+            table = rope_table(torch.stack([steps, zero, zero], -1), self.head_dim)
+        if later == 0:
+            return table
+        cos, sin = table
+        shift_cos, shift_sin = rope_table(torch.tensor([[later, 0, 0]], device=steps.device), self.head_dim)
+        return cos * shift_cos - sin * shift_sin, sin * shift_cos + cos * shift_sin
 
     def embed(self, actions: Tensor, embodiment: Tensor) -> Tensor:
         """Normalised actions (B, A, D) -> tokens (B, A, W)."""

@@ -1,8 +1,9 @@
 """The video transformer: all predicted streams as tokens of a latent frame, AdaLN blocks with hybrid temporal mixing.
 
 Two passes share every weight. `remember` reads the clean history once and returns what the layers keep of it; the
-blocks then read noisy future frames after that memory, beside the actions (the loop over both is in `model.py`).
-History never looks at the future, so the memory is exact for any number of denoising steps and for actions alone.
+blocks then read noisy future frames after that memory, beside the actions (the loop over both is in `joint.py`).
+History never looks at the future, so the memory is exact for any number of denoising steps and for actions alone; and
+it goes on from an earlier memory, so that a stream of any length is read piece by piece.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from worldmodel.contracts import STREAMS, Fused, WorldState
 from worldmodel.errors import ConfigError
 from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, modulation_table, rope_table
 from worldmodel.synthesis.delta import DeltaState, GatedDelta
-from worldmodel.synthesis.temporal import Keys, WindowAttention
+from worldmodel.synthesis.state import StreamState, carry
+from worldmodel.synthesis.temporal import Keys, WindowAttention, block_ends, block_sizes
 
 LAYERS = ("swa", "dswa", "gated")
 
@@ -49,16 +51,12 @@ class SynthesisBlock(nn.Module):
         if kind not in LAYERS:
             raise ConfigError(f"unknown layer kind {kind!r} in the pattern; one of {', '.join(LAYERS)}")
         self.kind = kind
+        step = dilation if kind == "dswa" else 1
+        self.reach = 0 if kind == "gated" else (window - 1) * step
         if kind == "gated":
             self.mix = GatedDelta(width=width, heads=heads, **delta)
         else:
-            self.mix = WindowAttention(
-                width=width,
-                heads=heads,
-                window=window,
-                dilation=dilation if kind == "dswa" else 1,
-                attention=attention,
-            )
+            self.mix = WindowAttention(width=width, heads=heads, window=window, dilation=step, attention=attention)
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross = CrossAttention(width=width, context=context, heads=heads)
@@ -74,6 +72,7 @@ class SynthesisBlock(nn.Module):
         context: Fused,
         past: Keys | DeltaState | None,
         extra: tuple[Tensor, Tensor] | None,
+        blocks: Sequence[int] | None = None,
     ) -> tuple[Tensor, Keys | DeltaState]:
         """x (B, T, N, W), vectors (B, 1, N, 6, W) -> x and what this layer keeps of these frames."""
         scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = (vectors + self.table).unbind(-2)
@@ -81,7 +80,7 @@ class SynthesisBlock(nn.Module):
         if isinstance(self.mix, GatedDelta):
             mixed, kept = self.mix(normed, mask, past if isinstance(past, DeltaState) else None)
         else:
-            mixed, kept = self.mix(normed, mask, rope, past if isinstance(past, Keys) else None, extra)
+            mixed, kept = self.mix(normed, mask, rope, past if isinstance(past, Keys) else None, extra, blocks)
         x = x + gate_a * mixed
         t, n = x.shape[1:3]
         x = x + self.cross(self.cross_norm(x).flatten(1, 2), context.tokens, context.mask).unflatten(1, (t, n))
@@ -94,8 +93,10 @@ class Denoiser(nn.Module):
     `streams` are those it reads and predicts, `anchored` those whose tokens are given the newest observed frame too;
     `rays` adds the Pluecker rays of known cameras to video tokens. `embed_context` puts a two-layer perceptron between
     the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention` names
-    the form of windowed attention, `delta` has settings of `GatedDelta`. With the video stream alone, one view, no rays
-    and `embed_context` this is the network of Kairos 3 (arXiv 2606.16533).
+    the form of windowed attention, `delta` has settings of `GatedDelta`. `block` is how many frames of the history look
+    ahead at one another (null: all that are read at once): with it, a long history read at once is what the same
+    history is when it is read block by block. With the video stream alone, one view, no rays and `embed_context` this
+    is the network of Kairos 3 (arXiv 2606.16533).
     """
 
     def __init__(
@@ -122,9 +123,13 @@ class Denoiser(nn.Module):
         gate: float = 0.5,
         attention: str = "folded",
         delta: Mapping[str, Any] | None = None,
+        block: int | None = None,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
+        if block is not None and block < 1:
+            raise ConfigError(f"synthesis.denoiser.block is {block}; it is a number of frames, 1 or more, or null")
+        self.block = block
         for option, named in (("streams", streams), ("anchored", anchored)):
             if unknown := sorted(set(named) - set(STREAMS if option == "streams" else streams)):
                 raise ConfigError(f"{option}: unknown stream {unknown[0]!r}; one of {', '.join(STREAMS)}")
@@ -250,16 +255,29 @@ class Denoiser(nn.Module):
         position = torch.cat([frame[:, None, None].expand(-1, n, 1), grid.expand(frames, -1, -1)], dim=-1)
         return rope_table(position, self.head_dim)
 
-    def remember(self, tokens: Tokens, context: Fused) -> list[Keys | DeltaState]:
-        """One pass over the clean history (noise level 0) -> what every layer keeps of it; `context` is `read`."""
+    def remember(
+        self, tokens: Tokens, context: Fused, past: StreamState | None = None, *, least: int = 0
+    ) -> StreamState:
+        """One pass over clean frames (noise level 0) after `past` -> what every layer keeps; `context` is `read`.
+
+        Layers of windows keep `least` frames or more, if there were that many: those that actions see.
+        """
         level = tokens.x.new_zeros(1, len(STREAMS))
         _, vectors = self.vectors(level, tokens.stream)
-        rope = self.rope(tokens, 0)
-        x, memory = tokens.x, []
-        for block in self.blocks:
-            x, kept = block(x, tokens.mask, vectors, rope, context, None, None)
-            memory.append(kept)
-        return memory
+        start = 0 if past is None else past.frames
+        rope, count = self.rope(tokens, start), int(tokens.x.shape[1])
+        sizes = block_sizes(count, self.block)
+        x, layers = tokens.x, []
+        for block, before in zip(self.blocks, past.layers if past else [None] * len(self.blocks), strict=True):
+            assert isinstance(block, SynthesisBlock)
+            x, own = block(x, tokens.mask, vectors, rope, context, before, None, sizes)
+            layers.append(carry(before, own, max(block.reach, least)))
+        return StreamState(layers, start + count)
+
+    def anchor_frames(self, count: int) -> list[int] | None:
+        """Of each of `count` frames read at once the newest of its block; None where that is the last for all."""
+        sizes = block_sizes(count, self.block)
+        return None if sizes is None else [end - 1 for end in block_ends(count, sizes)]
 
     def vectors(self, t: Tensor, stream: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Noise level of each stream t (B, 4) in [0, 1] -> per-token embedding and modulation (B, 1, N, ...)."""

@@ -1,10 +1,12 @@
 """Windows over frames, plain and dilated: attention that is linear in the number of frames.
 
-Shapes: T frames, N tokens a frame, E heads, d head size. One definition of a window (`frame_offsets`) serves the folded
-form that runs by default and the block-sparse one for GPUs; the dense reference states it a second time, to test by.
+Shapes: T frames, N tokens a frame, E heads, d head size. One definition of a window (`frame_offsets`, `block_ends`)
+serves the folded form that runs by default and the block-sparse one for GPUs; the dense reference states it a second
+time, to test by.
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,19 +31,62 @@ def frame_offsets(window: int, dilation: int) -> list[int]:
     return [step * dilation for step in range(1 - window, window)]
 
 
-def dense_window_mask(queries: int, keys: int, start: int, window: int, dilation: int) -> Tensor:
+def block_ends(queries: int, blocks: Sequence[int] | None) -> list[int]:
+    """For each query frame, the number of the first one that it may not see: frames of one block see each other and
+    what came before them. `blocks` are the sizes of consecutive blocks; None is one block of all.
+
+    Raises `ConfigError` if the blocks do not make up the frames.
+    """
+    sizes = [queries] if blocks is None else list(blocks)
+    if sum(sizes) != queries:
+        raise ConfigError(f"blocks of {sizes} frames do not make up {queries} frames")
+    return [sum(sizes[: i + 1]) for i, size in enumerate(sizes) for _ in range(size)]
+
+
+def block_sizes(frames: int, block: int | None) -> tuple[int, ...] | None:
+    """Blocks of `block` frames that end with the newest frame; the first takes the rest. None is one block of all."""
+    if block is None or block >= frames:
+        return None
+    rest = frames % block
+    return (*([rest] if rest else []), *([block] * (frames // block)))
+
+
+def joined(past: Keys | None, own: Keys) -> Keys:
+    """The frames of `past`, then those of `own`."""
+    return own if past is None else Keys(*(torch.cat(pair, dim=1) for pair in zip(past, own, strict=True)))
+
+
+def newest(keys: Keys, frames: int) -> Keys:
+    """The last `frames` frames, or all where there are no more."""
+    return keys if keys.k.shape[1] <= frames else Keys(*(x[:, -frames:] for x in keys))
+
+
+def dense_window_mask(
+    queries: int, keys: int, start: int, window: int, dilation: int, blocks: Sequence[int] | None = None
+) -> Tensor:
     """Reference: (queries, keys) boolean mask of frames, where query frame i stands at position start + i."""
-    difference = torch.arange(keys)[None] - (start + torch.arange(queries))[:, None]
-    return (difference % dilation == 0) & (difference.abs() < window * dilation)
+    position = start + torch.arange(queries)
+    difference = torch.arange(keys)[None] - position[:, None]
+    seen = (difference % dilation == 0) & (difference.abs() < window * dilation)
+    if blocks is None:
+        return seen
+    number = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks))
+    return seen & (F.pad(number, (start, 0), value=-1)[None] <= number[:, None])
 
 
 def windowed_attention_dense(
-    q: Tensor, keys: Keys, *, window: int, dilation: int, extra: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    keys: Keys,
+    *,
+    window: int,
+    dilation: int,
+    extra: tuple[Tensor, Tensor] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:
     """Reference form of `windowed_attention`: every pair of tokens under one dense mask."""
     b, tq, n, e, d = q.shape
     tk, m = keys.k.shape[1], keys.k.shape[2]
-    frames = dense_window_mask(tq, tk, tk - tq, window, dilation).to(q.device)
+    frames = dense_window_mask(tq, tk, tk - tq, window, dilation, blocks).to(q.device)
     mask = frames[None, :, None, :, None] & keys.mask[:, None, None]
     mask = mask.expand(b, tq, n, tk, m).reshape(b, 1, tq * n, tk * m)
     k, v = keys.k.flatten(1, 2), keys.v.flatten(1, 2)
@@ -52,12 +97,19 @@ def windowed_attention_dense(
 
 
 def windowed_attention(
-    q: Tensor, keys: Keys, *, window: int, dilation: int, extra: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    keys: Keys,
+    *,
+    window: int,
+    dilation: int,
+    extra: tuple[Tensor, Tensor] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention of the last frames over a (dilated) window of frames, with the frames folded into the batch.
 
     q is (B, Tq, N, E, d) and stands for the last Tq of the Tk frames of `keys`. `extra` holds keys and values
-    (B, A, E, d) that every query sees. -> (B, Tq, N, E, d). Cost grows with Tq, not with Tq Tk.
+    (B, A, E, d) that every query sees; `blocks` bounds how far queries look ahead (see `block_ends`).
+    -> (B, Tq, N, E, d). Cost grows with Tq, not with Tq Tk.
     """
     b, tq, n, e, d = q.shape
     tk = keys.k.shape[1]
@@ -70,6 +122,9 @@ def windowed_attention(
         return torch.cat([padded[:, first + o : first + o + tq] for o in offsets], dim=2).flatten(0, 1)
 
     k, v, mask = gather(keys.k), gather(keys.v), gather(keys.mask)
+    if blocks is not None:
+        seen = torch.tensor([[i + o < end for o in offsets] for i, end in enumerate(block_ends(tq, blocks))])
+        mask = mask & seen.to(mask.device).repeat_interleave(keys.k.shape[2], dim=1).repeat(b, 1)
     if extra is not None:
         more_k, more_v = (x[:, None].expand(-1, tq, -1, -1, -1).flatten(0, 1) for x in extra)
         k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
@@ -79,13 +134,23 @@ def windowed_attention(
 
 @lru_cache(maxsize=64)
 def window_blocks(
-    queries: int, keys: int, start: int, tokens: tuple[int, int], extra: int, window: int, dilation: int, device: str
+    queries: int,
+    keys: int,
+    start: int,
+    tokens: tuple[int, int],
+    extra: int,
+    window: int,
+    dilation: int,
+    blocks: tuple[int, ...] | None,
+    device: str,
 ) -> Any:
     """Block mask of `flex_attention` for frames of `tokens` (queries, keys) tokens, before `extra` keys for all."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    difference = torch.arange(keys, device=device) - (start + torch.arange(queries, device=device))[:, None]
+    place = torch.arange(keys, device=device)
+    difference = place - (start + torch.arange(queries, device=device))[:, None]
     sees = torch.isin(difference, torch.tensor(frame_offsets(window, dilation), device=device))
+    sees &= place < start + torch.tensor(block_ends(queries, blocks), device=device)[:, None]
     sees = F.pad(sees, (0, 1), value=True)  # the frame after the last stands for the extra keys
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -104,7 +169,13 @@ def compiled_flex() -> Any:
 
 
 def windowed_attention_flex(
-    q: Tensor, keys: Keys, *, window: int, dilation: int, extra: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    keys: Keys,
+    *,
+    window: int,
+    dilation: int,
+    extra: tuple[Tensor, Tensor] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:
     """The same as `windowed_attention` by block-sparse kernels, which copy no keys: for GPUs.
 
@@ -124,16 +195,17 @@ def windowed_attention_flex(
     def absent(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[batch, key]
 
-    blocks = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, str(q.device))
+    sizes = None if blocks is None else tuple(blocks)
+    pattern = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ConfigError("attention: flex has no gradient on a CPU; folded and dense have")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*flex_attention.*")  # it says that it is slow here
-            out = flex_attention(q, k, v, score_mod=absent, block_mask=blocks)
+            out = flex_attention(q, k, v, score_mod=absent, block_mask=pattern)
     else:
-        out = compiled_flex()(q, k, v, score_mod=absent, block_mask=blocks)
+        out = compiled_flex()(q, k, v, score_mod=absent, block_mask=pattern)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (tq, n))
 
@@ -164,11 +236,13 @@ class WindowAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Keys | None,
         extra: tuple[Tensor, Tensor] | None,
+        blocks: Sequence[int] | None = None,
     ) -> tuple[Tensor, Keys]:
         """x (B, T, N, W) under mask (B, T, N), after the frames of `past` -> output and the keys of x's own frames."""
         q = apply_rope(self.q_norm(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
         k = apply_rope(self.k_norm(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
         own = Keys(k, self.v(x).unflatten(-1, (self.heads, -1)), mask)
-        seen = own if past is None else Keys(*(torch.cat(pair, dim=1) for pair in zip(past, own, strict=True)))
-        out = FORMS[self.attention](q, seen, window=self.window, dilation=self.dilation, extra=extra)
+        seen = joined(past, own)
+        form = FORMS[self.attention]
+        out = form(q, seen, window=self.window, dilation=self.dilation, extra=extra, blocks=blocks)
         return self.out(out.flatten(-2)), own

@@ -1,0 +1,190 @@
+"""Time and memory of a streamed rollout against full attention with a growing cache, over the length of the rollout.
+
+  python benchmarks/rollout.py [--frames 64 128 256 512 1024] [--width 128] [--layers 4] [--latent 8] [--threads 2]
+
+Both are the video transformer with random weights on the same sizes, and generate the same way: a chunk of latent
+frames is denoised in a few passes after the memory, then read into the memory in one pass at noise level 0. The hybrid
+has the layers [swa, swa, dswa, gated] and keeps a bounded memory; full attention keeps keys and values of every frame in
+every layer. Every length runs in a process of its own, which ends with its peak. Prints a Markdown table:
+
+  ms/frame   median over all chunks, and over the last quarter of them
+  memory     what the model keeps from chunk to chunk
+  peak       highest resident memory of the process, above what it was before the first chunk
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+KINDS = {"hybrid": "streamed hybrid", "full": "full attention"}
+CHANNELS = 16
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="lengths, in frames")
+    parser.add_argument("--width", type=int, default=128, help="width of the transformer (default: 128, kairos_tiny)")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="a multiple of 4")
+    parser.add_argument("--latent", type=int, default=8, help="height and width of a latent frame; patches are 2 x 2")
+    parser.add_argument("--chunk", type=int, default=2, help="latent frames generated at once")
+    parser.add_argument("--steps", type=int, default=2, help="denoising passes per chunk")
+    parser.add_argument("--dilation", type=int, default=4, help="of the dswa layers; the window is 3")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda the peak is that of its allocator")
+    parser.add_argument("--one", choices=sorted(KINDS), help="run one kind and length in this process, print JSON")
+    return parser
+
+
+def main() -> None:
+    """Measures each kind and length in its own process and prints the table."""
+    given = arguments().parse_args()
+    if given.one:
+        print(json.dumps(measure(given)))
+        return
+    rows: dict[int, dict[str, dict[str, float]]] = {}
+    for frames in given.frames:
+        for kind in KINDS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--frames", str(frames), "--one", kind]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{kind}, {frames} frames: {done.stderr.strip()}")
+            rows.setdefault(frames, {})[kind] = json.loads(done.stdout)
+            print(f"{kind}, {frames} frames: {rows[frames][kind]}", file=sys.stderr)
+    print(table(rows, given))
+
+
+def build(given: argparse.Namespace, kind: str, frames: int) -> Any:
+    """The video transformer, random but for its zero-initialised output."""
+    import torch
+
+    from worldmodel.synthesis.denoiser import Denoiser
+
+    torch.manual_seed(0)
+    full = kind == "full"
+    model = Denoiser(
+        width=given.width,
+        heads=given.heads,
+        hidden=4 * given.width,
+        context=given.width,
+        pattern=["swa"] if full else ["swa", "swa", "dswa", "gated"],
+        repeats=given.layers if full else given.layers // 4,
+        window=frames + given.chunk if full else 3,
+        dilation=given.dilation,
+        latent_channels=CHANNELS,
+        latent_size=(given.latent, given.latent),
+        patch=2,
+        views=1,
+        points=1,
+        sensors=1,
+        anchored=[],
+        streams=["video"],
+        rays=False,
+        attention="dense" if full else "folded",
+    )
+    return model.eval().to(given.device)
+
+
+def measure(given: argparse.Namespace) -> dict[str, float]:
+    """One rollout: seconds per frame, bytes of the memory, and the peak in bytes."""
+    import time
+
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(given.threads)
+    frames = given.frames[0]
+    model = build(given, given.one, frames)
+    with torch.inference_mode():
+        state = None
+        for _ in range(8):
+            state = generate(model, given, state)
+        state, seconds, before = None, [], resident(given.device)
+        for _ in range(frames // given.chunk):
+            started = time.perf_counter()
+            state = generate(model, given, state)
+            if given.device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - started) / given.chunk)
+    assert state is not None and state.frames == frames
+    late = seconds[-max(len(seconds) // 4, 1) :]
+    peak = resident(given.device, peak=True) - before
+    return {
+        "seconds": float(np.median(seconds)),
+        "late_seconds": float(np.median(late)),
+        "memory": state.nbytes,
+        "peak": max(peak, 0),
+    }
+
+
+def generate(model: Any, given: argparse.Namespace, state: Any) -> Any:
+    """Denoises one chunk after the memory and reads it into the memory."""
+    import torch
+
+    from worldmodel.contracts import Fused, WorldState
+
+    text = torch.zeros(1, 4, given.width, device=given.device)
+    mask = torch.ones(1, 4, dtype=torch.bool, device=given.device)
+    context = Fused(text, mask, text.mean(1), text, mask)
+    present = {"video": torch.ones(1, 1, dtype=torch.bool, device=given.device)}
+    none = torch.zeros((), device=given.device)
+    video = torch.randn(1, given.chunk, 1, CHANNELS, given.latent, given.latent, device=given.device)
+    for step in range(given.steps, 0, -1):
+        tokens = model.embed(WorldState(video, none, none, none), {}, none, present, ["video"])
+        level = torch.full((1, 4), step / given.steps, device=given.device)
+        embedding, vectors = model.vectors(level, tokens.stream)
+        x, rope = tokens.x, model.rope(tokens, 0 if state is None else state.frames)
+        past = [None] * len(model.blocks) if state is None else state.layers
+        for block, before in zip(model.blocks, past, strict=True):
+            x, _ = block(x, tokens.mask, vectors, rope, context, before, None)
+        video = video - model.decode(x, embedding, ["video"])["video"] / given.steps
+    tokens = model.embed(WorldState(video, none, none, none), {}, none, present, ["video"])
+    return model.remember(tokens, context, state)
+
+
+def resident(device: str, *, peak: bool = False) -> int:
+    """Resident bytes of this process now or at their highest; on a GPU the bytes of its allocator."""
+    import resource
+
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def table(rows: dict[int, dict[str, dict[str, float]]], given: argparse.Namespace) -> str:
+    """A Markdown table, and how flat the streamed columns are."""
+    tokens = (given.latent // 2) ** 2
+    heads = " | ".join(f"{name}: ms/frame | at the end | memory MB | peak MB" for name in KINDS.values())
+    lines = [
+        f"width {given.width}, {given.layers} layers, {tokens} tokens a frame, chunks of {given.chunk}, {given.steps} "
+        f"denoising passes and one that remembers, {given.device}, {given.threads} threads",
+        "",
+        f"| frames | {heads} |",
+        "| ---: |" + " ---: |" * (4 * len(KINDS)),
+    ]
+    for frames, kinds in rows.items():
+        cells = [
+            f"{1e3 * r['seconds']:.2f} | {1e3 * r['late_seconds']:.2f} | {r['memory'] / 1e6:.2f} | {r['peak'] / 1e6:.1f}"
+            for r in (kinds[kind] for kind in KINDS)
+        ]
+        lines.append(f"| {frames} | {' | '.join(cells)} |")
+    flat = {name: [kinds["hybrid"][name] for kinds in rows.values()] for name in ("seconds", "memory")}
+    lines += ["", "Streamed, largest over smallest of all lengths: " + ", ".join(
+        f"{'time per frame' if name == 'seconds' else name} {max(values) / min(values):.3f}"
+        for name, values in flat.items()
+    )]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
