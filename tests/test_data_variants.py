@@ -17,6 +17,7 @@ from test_data_validate import array, rewrite
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.__main__ import main
+from worldmodel.data.checks.finding import Fault
 from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.generate import generate, make_plan
@@ -215,7 +216,7 @@ def test_clips_have_masks_only_when_asked(family: Path, tiny_dataset: Path) -> N
     np.testing.assert_array_equal(masks.future[0, :, 0], episode.masks["front"][10:18])
     bare = collate([ClipDataset(reader, spec, split="train", masks=True, future=False)[9]]).masks
     assert bare is not None and bare.future.shape == (1, 8, 2, 0, 0)
-    with pytest.raises(DataError, match="no masks; .*--masks"):
+    with pytest.raises(DataError, match=r"no masks; .*--masks"):
         ClipDataset(ShardReader(tiny_dataset), spec, split="train", masks=True)
 
 
@@ -272,12 +273,18 @@ def relink(root: Path, change: Callable[[str, Episode], object]) -> list[tuple[s
         shards.append(write_shard(root / shard["name"], samples))
     write_index(root, shards, [], {})
     main(["stats", str(root)])
-    return [(fault.key, fault.field, fault.severity) for fault in validate(root)]
+    return [(fault.key, fault.field, fault.severity) for fault in of_episodes(validate(root))]
+
+
+def of_episodes(faults: list[Fault]) -> list[Fault]:
+    """Without those of channels: two short motions leave some sensors silent."""
+    return [fault for fault in faults if fault.key]
 
 
 def test_a_fresh_family_is_clean(family: Path) -> None:
     report = examine(family)
-    assert (report.faults, report.notes) == ([], [])
+    assert (of_episodes(report.faults), report.notes) == ([], [])
+    assert report.count("error") == 0
 
 
 def test_variants_in_another_split_with_another_motion_or_no_original_are_faults(copy: Path) -> None:
@@ -328,7 +335,7 @@ def test_a_missing_mask_and_a_wrong_link_are_named_by_the_reader(copy: Path, mon
         ShardReader(copy).read(1, images=False)
     index["shards"][0]["entries"][1]["variant"] = 0
     (copy / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match="variant 0 of .* must be a number from 1"):
+    with pytest.raises(DataError, match=r"variant 0 of .* must be a number from 1"):
         ShardReader(copy)
 
 

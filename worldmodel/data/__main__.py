@@ -37,10 +37,10 @@ wrist force/torque, finger taxels, proprioception, actions and a written instruc
 
 Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
 to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. Variants lie beside their
-original and are linked to it; where the instruction names a colour, theirs names the new one. The bytes are a function of the
-seed and the counts, not of the number of workers. An interrupted run continues when it is started again with the same
-arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen by trying
-(MUJOCO_GL overrides).
+original and are linked to it; where the instruction names a colour, theirs names the new one. The bytes are a
+function of the seed and the counts, not of the number of workers. An interrupted run continues when it is started again
+with the same arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen
+by trying (MUJOCO_GL overrides).
 """.format(robots=", ".join(SOURCES["robosuite"].robots), heldout=", ".join(SOURCES["robosuite"].heldout_tasks))
 VALIDATE = """\
 Read every shard and every member and list all faults, each with file, key, field, message and fix: schema, checksums,

@@ -118,8 +118,8 @@ def _masks(episode: "Episode", arrays: dict[str, np.ndarray]) -> Iterator[str]:
         picture = arrays.get(f"rgb.{camera}")
         if picture is not None and picture.shape[1:3] != mask.shape[1:3]:
             yield (
-                f"masks.{camera}: {mask.shape[1:3]} pixels, the pictures have {picture.shape[1:3]}; both must be of one "
-                "size"
+                f"masks.{camera}: {mask.shape[1:3]} pixels, the pictures have {picture.shape[1:3]}; both must be of "
+                "one size"
             )
 
 

@@ -206,7 +206,7 @@ class _Writer:
         _write(self.out / INFO, info)
 
     def _kept(self, meta: dict[str, Any], key: str) -> dict[str, Any]:
-        """What an import takes up again: not the names of masks, and ids are the keys, also of originals of variants."""
+        """What an import takes up again: no names of masks, and keys as ids, also of a variant's original."""
         kept = {name: value for name, value in meta.items() if name != "elements"} | {"episode_id": key}
         if "variant_of" in kept:
             kept["variant_of"] = self.keys.get(kept["variant_of"], kept["variant_of"])

@@ -31,6 +31,8 @@ _CHANGED = (
 )
 _DEFAULT = (0.5, 0.5, 0.5, 1.0)
 """MuJoCo's colour of a geom that leaves it to its material."""
+_SIDE = 256
+"""Pixels of a pattern; larger textures repeat each."""
 _DARKEST = 0.35
 """Share of the brightest part's colour that a thing's darkest part gets at least."""
 
@@ -169,7 +171,9 @@ class Appearance:
         """A pattern where there are textures, its first colour elsewhere."""
         for number in self._textures[element]:
             pixels = self._pixels(number)
-            image = texture(pattern, pixels.shape[1])
+            side = pixels.shape[1]
+            factor = side // _SIDE if side % _SIDE == 0 else 1
+            image = texture(pattern, side // factor).repeat(factor, 0).repeat(factor, 1)
             for first in range(0, len(pixels), len(image)):
                 pixels[first : first + len(image), :, :3] = image[: len(pixels) - first]
         for geom in self._members(element)[0]:

@@ -18,9 +18,9 @@ def collect_family(
 ) -> Iterator[Episode]:
     """Record a demonstration with masks, then show it in one more look for each generator of `looks`.
 
-    The first episode is that of `collect_episode` for the same `rng`. A variant has all its streams but pictures, masks,
-    cameras and visibility; its instruction calls things by their new colours. `meta`, with at least `episode_id` and
-    `split`, is added to the metadata of all; the id of variant v ends in `-v<v>`.
+    The first episode is that of `collect_episode` for the same `rng`. A variant has all its streams but pictures,
+    masks, cameras and visibility; its instruction calls things by their new colours. `meta`, with at least `episode_id`
+    and `split`, is added to the metadata of all; the id of variant v ends in `-v<v>`.
     """
     moments: list[Any] = []
     original = collect_episode(scene, rng, moments=moments)
