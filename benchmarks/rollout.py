@@ -4,16 +4,18 @@
 
 Both are the video transformer with random weights on the same sizes, and generate the same way: a chunk of latent
 frames is denoised in a few passes after the memory, then read into the memory in one pass at noise level 0. The hybrid
-has the layers [swa, swa, dswa, gated] and keeps a bounded memory; full attention keeps keys and values of every frame in
-every layer. Every length runs in a process of its own, which ends with its peak. Prints a Markdown table:
+has the layers [swa, swa, dswa, gated] and keeps a bounded memory; full attention keeps keys and values of every frame
+in every layer. Every length runs in a process of its own. Prints a Markdown table:
 
-  ms/frame   median over all chunks, and over the last quarter of them
+  ms/frame   median over all chunks, and over the last quarter of them; on a CPU the time that processors spent on this
+             process, all threads together, which other work on the machine hardly changes; on a GPU that of the clock
   memory     what the model keeps from chunk to chunk
   peak       highest resident memory of the process, above what it was before the first chunk
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, default=2, help="latent frames generated at once")
     parser.add_argument("--steps", type=int, default=2, help="denoising passes per chunk")
     parser.add_argument("--dilation", type=int, default=4, help="of the dswa layers; the window is 3")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda the peak is that of its allocator")
     parser.add_argument("--one", choices=sorted(KINDS), help="run one kind and length in this process, print JSON")
     return parser
@@ -45,6 +47,8 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     """Measures each kind and length in its own process and prints the table."""
     given = arguments().parse_args()
+    if given.layers % 4 or min(given.frames) < given.chunk or any(n % given.chunk for n in given.frames):
+        sys.exit("--layers is a multiple of 4, and --frames are multiples of --chunk")
     if given.one:
         print(json.dumps(measure(given)))
         return
@@ -52,7 +56,8 @@ def main() -> None:
     for frames in given.frames:
         for kind in KINDS:
             command = [sys.executable, __file__, *sys.argv[1:], "--frames", str(frames), "--one", kind]
-            done = subprocess.run(command, capture_output=True, text=True)
+            # Threads that spin for long while they wait make a busy machine many times slower.
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"GOMP_SPINCOUNT": "20000"})
             if done.returncode:
                 sys.exit(f"{kind}, {frames} frames: {done.stderr.strip()}")
             rows.setdefault(frames, {})[kind] = json.loads(done.stdout)
@@ -99,27 +104,27 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(given.threads)
+    clock = time.process_time if given.device == "cpu" else time.perf_counter
     frames = given.frames[0]
     model = build(given, given.one, frames)
     with torch.inference_mode():
         state = None
         for _ in range(8):
             state = generate(model, given, state)
-        state, seconds, before = None, [], resident(given.device)
+        state, seconds, before = None, [], start_peak(given.device)
         for _ in range(frames // given.chunk):
-            started = time.perf_counter()
+            started = clock()
             state = generate(model, given, state)
             if given.device != "cpu":
                 torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - started) / given.chunk)
+            seconds.append((clock() - started) / given.chunk)
     assert state is not None and state.frames == frames
     late = seconds[-max(len(seconds) // 4, 1) :]
-    peak = resident(given.device, peak=True) - before
     return {
         "seconds": float(np.median(seconds)),
         "late_seconds": float(np.median(late)),
         "memory": state.nbytes,
-        "peak": max(peak, 0),
+        "peak": peak(given.device) - before,
     }
 
 
@@ -148,17 +153,25 @@ def generate(model: Any, given: argparse.Namespace, state: Any) -> Any:
     return model.remember(tokens, context, state)
 
 
-def resident(device: str, *, peak: bool = False) -> int:
-    """Resident bytes of this process now or at their highest; on a GPU the bytes of its allocator."""
-    import resource
-
+def start_peak(device: str) -> int:
+    """Starts measuring the peak anew; returns the bytes held now."""
     import torch
 
     if device != "cpu":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident size, see proc(5)
+    return peak(device)
+
+
+def peak(device: str) -> int:
+    """Highest resident bytes of this process; on a GPU those of its allocator."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def table(rows: dict[int, dict[str, dict[str, float]]], given: argparse.Namespace) -> str:
@@ -174,15 +187,14 @@ def table(rows: dict[int, dict[str, dict[str, float]]], given: argparse.Namespac
     ]
     for frames, kinds in rows.items():
         cells = [
-            f"{1e3 * r['seconds']:.2f} | {1e3 * r['late_seconds']:.2f} | {r['memory'] / 1e6:.2f} | {r['peak'] / 1e6:.1f}"
-            for r in (kinds[kind] for kind in KINDS)
+            f"{1e3 * row['seconds']:.2f} | {1e3 * row['late_seconds']:.2f} | "
+            f"{row['memory'] / 1e6:.2f} | {row['peak'] / 1e6:.1f}"
+            for row in (kinds[kind] for kind in KINDS)
         ]
         lines.append(f"| {frames} | {' | '.join(cells)} |")
     flat = {name: [kinds["hybrid"][name] for kinds in rows.values()] for name in ("seconds", "memory")}
-    lines += ["", "Streamed, largest over smallest of all lengths: " + ", ".join(
-        f"{'time per frame' if name == 'seconds' else name} {max(values) / min(values):.3f}"
-        for name, values in flat.items()
-    )]
+    time, memory = (max(values) / min(values) for values in flat.values())
+    lines += ["", f"Streamed, largest over smallest of all lengths: time per frame {time:.3f}, memory {memory:.3f}"]
     return "\n".join(lines)
 
 

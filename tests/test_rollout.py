@@ -71,7 +71,9 @@ def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
 
 
 def test_the_longest_episodes_come_first_and_tasks_take_turns(tiny_dataset):
-    dataset = ClipDataset(ShardReader(tiny_dataset), make_spec(compose("experiment=kairos_tiny")["data"]["spec"]), split="train")
+    dataset = ClipDataset(
+        ShardReader(tiny_dataset), make_spec(compose("experiment=kairos_tiny")["data"]["spec"]), split="train"
+    )
     clips = choose_episodes(dataset, 3, start=0)
     length = {entry.key: entry.length for entry in dataset.entries()}
     assert len({clip.task for clip in clips[:2]}) == 2

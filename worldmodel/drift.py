@@ -108,9 +108,7 @@ def measure_drift(
             begun = batch.observation
             for kind in kinds:
                 noise = torch.Generator().manual_seed(seed)
-                streams[kind] = roll_out(
-                    model, begun, chunks=count, generator=noise, actions=told[kind], steps=steps
-                )
+                streams[kind] = roll_out(model, begun, chunks=count, generator=noise, actions=told[kind], steps=steps)
         away = batch.future.camera_to_base[..., :3, 3] - begun.camera_to_base[:, -1:, :, :3, 3]
         moves |= (away.norm(dim=-1) > MOVED).any(1)
         answers = {}

@@ -110,7 +110,9 @@ def render(title: str, result: Mapping[str, Any], films: "Sequence[Film]", paths
         for name, kinds in figures.items()
         for kind, values in kinds.items()
     )
-    table = f'<div class="wide"><table><thead><tr><th>Measure</th><th>Actions</th>{heads}</tr></thead>{rows}</table></div>'
+    table = (
+        f'<div class="wide"><table><thead><tr><th>Measure</th><th>Actions</th>{heads}</tr></thead>{rows}</table></div>'
+    )
     shown = "".join(
         video_tag(
             "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode(),
