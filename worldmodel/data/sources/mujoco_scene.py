@@ -64,7 +64,7 @@ class MujocoScene:
     """Elements whose colours the instruction names, in the order of the words."""
     appearance: Appearance
     """What belongs to which element, and how to dress the model."""
-    elements = ELEMENTS
+    elements: tuple[str, ...] = ELEMENTS
 
     def __init__(
         self,
