@@ -146,7 +146,7 @@ def world_loss(
 
 
 def consecutive(batch: Batch, chunks: int) -> list[Batch]:
-    """Splits rows that are `chunks` consecutive clips of each episode into a batch of first clips, one of second ones."""
+    """Rows that are `chunks` consecutive clips of each episode as a batch of first clips, one of second clips, ..."""
     return [
         Batch(
             Observation(*(x[number::chunks] for x in batch.observation)),
