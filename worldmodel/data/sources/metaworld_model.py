@@ -67,7 +67,7 @@ def place_cameras(model: Any, rng: np.random.Generator) -> np.ndarray:
     position = _HAND_TO_WORLD.T @ (np.array(_WRIST_POSITION) + rng.uniform(-0.01, 0.01, 3))
     jitter = euler(np.radians(rng.uniform(-6.0, 6.0, 3)))
     rotation = _HAND_TO_WORLD.T @ mount @ jitter
-    place_camera(model, "wrist", position, rotation, _WRIST_FOVY + rng.uniform(-4.0, 4.0))
+    place_camera(model, "wrist", position, rotation, _WRIST_FOVY + rng.uniform(-8.0, 8.0))
     return target
 
 
