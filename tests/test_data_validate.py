@@ -226,8 +226,8 @@ def test_copies_within_a_split_warn_and_across_splits_are_errors(copy: Path) -> 
 
 
 def test_one_damaged_member_does_not_hide_another(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damage(episode: Episode) -> dict[str, bytes]:
-        members = encode(episode)
+    def damage(episode: Episode, *, pictures: str) -> dict[str, bytes]:
+        members = encode(episode, pictures=pictures)
         if episode.meta["episode_id"] == KEY:
             members["rgb.front.000003.jpg"] = b"no picture"
             members["tactile.npz"] = b"no archive"
