@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import compose
 from synthetic import made_up_dataset
 from test_model import future_of, generator, observation_of
 
+from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.contracts import STREAMS, Batch, ClipSpec, Fused, Future, Observation, WorldState
 from worldmodel.controllers import EagerPolicy
 from worldmodel.data.dataset import ClipDataset, Needs, Request
@@ -238,6 +240,15 @@ def test_a_rollout_goes_on_in_constant_memory(tiny_model):
         assert p.rgb.shape == alone.rgb.shape and bool(p.actions.std(1).max() > 1e-6) == (actions == "policy")
     with pytest.raises(ConfigError, match="actions of a rollout: 'random'"):
         next(roll_out(model, o, chunks=1, generator=generator(), actions="random"))
+
+
+def test_a_rollout_may_foretell_more_frames_than_its_history_has(statistics):
+    """As the large experiments do: every foretold frame is read, stage 1 reads as many as ever."""
+    config = compose("experiment=kairos_tiny", "data.spec.history=2", "data.spec.future=4")
+    model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics).eval()
+    stream = roll_out(model, observation_of(model.spec), chunks=3, generator=generator())
+    frames = [(memory.kept.frames, p.rgb.shape[1]) for p, memory in stream]
+    assert frames == [(2, 16), (6, 16), (10, 16)]
 
 
 def flat_observation(spec: ClipSpec, step: int) -> dict[str, np.ndarray]:
