@@ -319,7 +319,9 @@ def test_variants_in_another_split_with_another_motion_or_no_original_are_faults
 
 def test_a_missing_mask_and_a_wrong_link_are_named_by_the_reader(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lossy(episode: Episode, *, pictures: str) -> dict[str, bytes]:
-        return {name: data for name, data in encode(episode, pictures=pictures).items() if name != "mask.wrist.000002.png"}
+        return {
+            name: data for name, data in encode(episode, pictures=pictures).items() if name != "mask.wrist.000002.png"
+        }
 
     monkeypatch.setattr("worldmodel.data.shards.encode", lossy)
     rewrite(copy, lambda episode: None)

@@ -45,13 +45,14 @@ def _copies(survey: Survey) -> Iterator[tuple[Summary, Entry]]:
     for summary in survey.summaries:
         if summary.content is not None:
             other = first.setdefault(summary.content, summary.entry)
-            if other is not summary.entry and _motion(other) != _motion(summary.entry):
+            if other is not summary.entry and not _linked(other, summary.entry):
                 yield summary, other
 
 
-def _motion(entry: Entry) -> str:
-    """The id of the episode that was recorded first with the motion of this one."""
-    return entry.episode_id if entry.variant_of is None else entry.variant_of
+def _linked(a: Entry, b: Entry) -> bool:
+    """Whether one is a variant of the other, or both are of a third; an id that is used twice links nothing."""
+    motions = {entry.episode_id if entry.variant_of is None else entry.variant_of for entry in (a, b)}
+    return len(motions) == 1 and (a.variant_of, b.variant_of) != (None, None)
 
 
 def check_variants(survey: Survey) -> Iterator[Fault]:
@@ -94,7 +95,7 @@ def check_initial_states(survey: Survey) -> Iterator[Fault]:
     first: dict[str, Entry] = {}
     for entry in (summary.entry for summary in survey.summaries if summary.has_state):
         other = first.setdefault(entry.initial_state, entry)
-        if other.split != entry.split and entry.key not in copied and _motion(other) != _motion(entry):
+        if other.split != entry.split and entry.key not in copied and not _linked(other, entry):
             message = f"the same as {other.key} of split {other.split!r} in {other.shard}"
             yield Fault(entry.shard, entry.key, "initial_state", message, "draw held-out episodes with other seeds")
 
