@@ -1,4 +1,4 @@
-# make demo   everything on real physics: data, training, export, evaluation with a report   (about half an hour, 2 cores)
+# make demo   everything on real physics: data, training, export, evaluation with a report   (20 to 25 minutes, 2 cores)
 # make test   the tests; make lint   format, lint, types; both install what is missing
 PYTHON ?= python3
 VENV := .venv
