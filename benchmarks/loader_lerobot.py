@@ -30,14 +30,14 @@ def main() -> None:
     features = {
         f"observation.images.{camera}": {
             "dtype": "video",
-            "shape": list(episodes[0][camera].shape[1:]),
+            "shape": episodes[0][camera].shape[1:],
             "names": ["height", "width", "channels"],
         }
         for camera in cameras
     }
     for name, key in (("observation.state", "state"), ("action", "action")):
         size = episodes[0][key].shape[1]
-        features[name] = {"dtype": "float32", "shape": [size], "names": [f"{key}_{d}" for d in range(size)]}
+        features[name] = {"dtype": "float32", "shape": (size,), "names": [f"{key}_{d}" for d in range(size)]}
     root = folder / "lerobot"
     dataset = LeRobotDataset.create("local/benchmark", fps, features, root=root, use_videos=True)
     for values in episodes:
