@@ -171,7 +171,8 @@ def test_statistics_of_several_datasets_are_those_of_the_union(tmp_path: Path) -
 
 
 def test_a_phase_names_its_own_mixture() -> None:
-    from worldmodel.curriculum import data_settings, make_phases, other_roots
+    from worldmodel.curriculum import data_settings, other_roots
+    from worldmodel.phases import make_phases
 
     own = [{"root": "b", "weight": 1}, {"root": "a", "weight": 2}, {"root": "c", "weight": 0}]
     phase = {"objective": "tokeniser", "trains": [], "steps": 1, "batch_size": 1, "learning_rate": 0.1}

@@ -19,6 +19,7 @@ TIERS = [
     {"evaluation"},
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},
+    {"phases"},
     {"protocol", "training", "samples", "run_folder", "rollout", "drift"},
     {"curriculum"},
     {"export"},

@@ -50,7 +50,7 @@ def test_every_experiment_composes_and_builds(statistics):
     """Whatever its size: nothing is allocated. Every part is trained, but for an autoencoder that is loaded."""
     from pathlib import Path
 
-    from worldmodel.curriculum import make_phases
+    from worldmodel.phases import make_phases
 
     names = sorted(p.stem for p in (Path(__file__).parent.parent / "configs" / "experiment").glob("*.yaml"))
     assert {"kairos_tiny", "kairos_small", "kairos_base"} <= set(names)

@@ -13,10 +13,10 @@ import torch
 from conftest import compose
 from safetensors.torch import load_file
 
-from worldmodel.curriculum import make_phases, train
+from worldmodel.curriculum import train
 from worldmodel.errors import ConfigError
+from worldmodel.phases import Ingredient, Phase, make_phases
 from worldmodel.run_folder import claim, differences
-from worldmodel.training import Ingredient, Phase
 
 ROOT = Path(__file__).parent.parent
 

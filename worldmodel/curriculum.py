@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worldmodel.checkpoint import build_model, describe, initialise, load_model, make_spec, save_model
-from worldmodel.config import with_tuples
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
@@ -33,11 +32,11 @@ from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import load_statistics, merge_statistics, statistics_hash
-from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
+from worldmodel.phases import DATA, PARTS, Phase, make_phases
 from worldmodel.run_folder import claim, training_record
 from worldmodel.samples import log_samples, write_samples
-from worldmodel.training import DATA, PARTS, Ingredient, MovingAverage, Phase, PhaseModule, SaveProgress, Throughput
+from worldmodel.training import MovingAverage, PhaseModule, SaveProgress, Throughput
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +48,6 @@ EXPECTED_WARNINGS = (
     ".*Checkpoint directory.*exists and is not empty.*",
     ".*Experiment logs directory.*exists and is not empty.*",
 )
-
-
-def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
-    """Phases in the order of the YAML, whose keys are their names. Raises `ConfigError` for an unknown field."""
-    phases = []
-    for name, values in config.items():
-        try:
-            mixture = tuple(Ingredient(**with_tuples(item)) for item in values.get("mixture", []))
-            rest = with_tuples({k: v for k, v in values.items() if k != "mixture"})
-            phases.append(Phase(name=name, mixture=mixture, **rest))
-        except TypeError as error:
-            raise ConfigError(f"phase {name!r}: {error}") from error
-    return phases
 
 
 def train(config: Mapping[str, Any]) -> Path:

@@ -1,10 +1,7 @@
 """Lightning side of training: one module for every phase, moving averages, and the callbacks of a run."""
 
 import math
-import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,125 +10,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from worldmodel.contracts import MODES, Batch
+from worldmodel.contracts import Batch
 from worldmodel.data.datamodule import ClipDataModule
-from worldmodel.data.dataset import Needs
-from worldmodel.data.transforms import PRESENCE
-from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
-
-OBJECTIVES = ("tokeniser", "understanding", "world")
-INGREDIENTS = (*MODES, "understanding", "proposal")
-PARTS = ("autoencoder", "encoder", "denoiser", "expert")
-DATA = ("mixture", "on_error")
-"""What a phase may say about its data, instead of the `data` of the experiment."""
-GRADIENTS = ("truncated", "full")
-"""Whether gradients stop where the memory is carried from one clip to the next."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ingredient:
-    """One kind of batch of a world phase: a mode, how often it comes, what the robot does not sense in it.
-
-    Two modes beside the five: `understanding` trains the heads of stage 1, which would drift apart from an encoder that
-    later phases go on training, and `proposal` the state policy alone. `dropout` replaces the phase's own rates.
-    """
-
-    mode: str
-    weight: float
-    drop: tuple[str, ...] = ()
-    rows: int | None = None
-    draws: int = 1
-    dropout: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in INGREDIENTS:
-            raise ConfigError(f"unknown mode {self.mode!r} in a phase's mixture; one of {', '.join(INGREDIENTS)}")
-        if self.mode == "understanding" and not {"points", "touch"} <= set(self.dropout or ()):
-            raise ConfigError(
-                "mode 'understanding' needs a dropout of `points` and `touch`: heads answer for hidden senses"
-            )
-        if unknown := [sense for sense in self.drop if sense not in PRESENCE]:
-            raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
-        if "rgb" in self.drop and self.mode != "policy":
-            raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the policy mode alone")
-
-    @property
-    def images(self) -> bool:
-        """Whether its batches need pictures."""
-        return self.mode != "proposal" and "rgb" not in self.drop
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One phase of the curriculum: what it trains, on what, for how long.
-
-    With `chunks` above 1 every row of a world batch is that many consecutive clips of one episode, and stage 2 carries
-    its memory from each to the next: a history of many frames at the cost of few. `gradients` says whether they flow
-    back through it.
-    """
-
-    name: str
-    objective: str
-    trains: tuple[str, ...]
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int = 50
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
-    kl_weight: float = 1e-4
-    dropout: Mapping[str, float] = field(default_factory=dict)
-    mixture: tuple[Ingredient, ...] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
-    insulate: bool = True
-    huber: float | None = None
-    lens: float = 1.0
-    chunks: int = 1
-    gradients: str = "truncated"
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.chunks < 1 or (self.chunks > 1 and self.objective != "world"):
-            raise ConfigError(
-                f"phase {self.name!r}: chunks is {self.chunks}; it is the number of consecutive clips whose memory is "
-                "carried on, 1 or more, and more than 1 for objective `world` alone"
-            )
-        if self.gradients not in GRADIENTS:
-            raise ConfigError(f"phase {self.name!r}: gradients {self.gradients!r} is none of {', '.join(GRADIENTS)}")
-        if self.lens < 1:
-            raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
-        if unknown := [part for part in self.trains if part not in PARTS]:
-            raise ConfigError(f"phase {self.name!r}: trains {unknown[0]!r}, which is none of {', '.join(PARTS)}")
-        if unknown := sorted(set(self.data) - set(DATA)):
-            raise ConfigError(f"phase {self.name!r}: data.{unknown[0]} is none of {', '.join(DATA)}")
-        if (self.objective == "world") != bool(self.mixture):
-            raise ConfigError(f"phase {self.name!r}: a mixture of modes belongs to objective `world` and only there")
-
-    def generator(self, seed: int, step: int) -> torch.Generator:
-        """Source of everything random in a step, the same after a resume."""
-        return torch.Generator().manual_seed(random.Random(f"{seed} {self.name} {step}").getrandbits(63))
-
-    def pick(self, seed: int, step: int) -> Ingredient:
-        """The ingredient of a step of a world phase: a function of seed and step, known before its data is loaded."""
-        weights = torch.tensor([i.weight for i in self.mixture])
-        return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
-
-    def needs(self, seed: int, step: int) -> Needs:
-        """What the batch of a step will use."""
-        if self.objective != "world":
-            return Needs(future=self.objective == "tokeniser")
-        pick = self.pick(seed, step)
-        future = pick.mode not in ("policy", "understanding", "proposal")
-        return Needs(rows=pick.rows, images=pick.images, future=future, chunks=self.clips(pick))
-
-    def clips(self, pick: Ingredient) -> int:
-        """Consecutive clips in each row of a batch of `pick`; what has no use for a memory takes one."""
-        return self.chunks if pick.mode in MODES else 1
+from worldmodel.phases import PARTS, Phase
 
 
 class PhaseModule(L.LightningModule):
