@@ -12,7 +12,7 @@ TIERS = [
     {"encoders"},
     {"synthesis"},
     {"policy"},
-    {"joint"},
+    {"joint", "conditioning"},
     {"model"},
     {"checkpoint", "convert", "streaming"},
     {"losses", "metrics", "closed_loop", "controllers", "baselines", "holdout", "figures"},

@@ -21,7 +21,7 @@ from worldmodel.errors import ConfigError, ContractError
 from worldmodel.losses import clip_loss, consecutive, world_loss
 from worldmodel.nn import rope_table
 from worldmodel.streaming import read, roll_out
-from worldmodel.synthesis.denoiser import SynthesisBlock
+from worldmodel.synthesis.block import SynthesisBlock
 from worldmodel.synthesis.state import carry
 from worldmodel.synthesis.temporal import (
     Keys,

@@ -16,6 +16,7 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
+from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
 from worldmodel.synthesis.state import StreamState
@@ -147,13 +148,20 @@ class JointTransformer(nn.Module):
 
     def future_state(self, s: Senses, future: Future, latents: Tensor) -> WorldState:
         """Normalised future streams, the targets of stage 2."""
-        e = s.embodiment
         return WorldState(
             video=latents,
-            camera=self.relative(self.normaliser.encode_camera(future.camera_to_base, e), s.camera[:, -1:]),
-            points=self.relative(self.normaliser.standardise("points", future.points, e), s.points[:, -1:]),
-            force=self.normaliser.compress_wrench(future.wrench, e),
+            camera=self.future_camera(s, future.camera_to_base),
+            points=self.future_points(s, future.points),
+            force=self.normaliser.compress_wrench(future.wrench, s.embodiment),
         )
+
+    def future_camera(self, s: Senses, camera_to_base: Tensor) -> Tensor:
+        """Future poses (B, F, V, 4, 4) -> (B, F, V, 9), normalised."""
+        return self.relative(self.normaliser.encode_camera(camera_to_base, s.embodiment), s.camera[:, -1:])
+
+    def future_points(self, s: Senses, points: Tensor) -> Tensor:
+        """Future points (B, F, K, 3) in metres -> the same, normalised."""
+        return self.relative(self.normaliser.standardise("points", points, s.embodiment), s.points[:, -1:])
 
     def remember(
         self,
@@ -193,6 +201,7 @@ class JointTransformer(nn.Module):
         )
         anchors = {name: getattr(now, name)[:, -1:] for name in STREAMS if name != "video" or latents is not None}
         presence = {"video": s.has_rgb, "camera": s.has_camera, "points": s.has_points, "force": s.has_wrench}
+        presence["rays"] = s.has_camera
         # Frames are told the newest of their own block: what was now when that was all there was.
         last = self.denoiser.anchor_frames(unread.camera.shape[1])
         then = anchors if last is None else {name: getattr(now, name)[:, last] for name in anchors}
@@ -219,15 +228,17 @@ class JointTransformer(nn.Module):
         actions: Tensor | None = None,
         action_level: Tensor | None = None,
         coupling: str | None = None,
+        given: Given | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """One step of both transformers after the memory.
 
         state with noise levels (B, 4) and actions (B n, A, D) with noise level (B n,) may each be absent; n > 1 draws
         of actions share one memory when there is no state. Under `history_only` the streams never see the actions nor
-        the actions the streams; under `joint` they see each other. Returns the velocities.
+        the actions the streams; under `joint` they see each other. Slots of the future that are `given` are read
+        clean in place of those of the state. Returns the velocities.
         """
         joint = (coupling or self.coupling) == "joint"
-        stream = None if state is None or levels is None else self.open_streams(memory, state, levels)
+        stream = None if state is None or levels is None else self.open_streams(memory, state, levels, given)
         action = None if actions is None or action_level is None else self.open_actions(memory, actions, action_level)
         layers = memory.kept.layers
         for block, action_block, past in zip(self.denoiser.blocks, self.expert.blocks, layers, strict=True):
@@ -284,10 +295,15 @@ class JointTransformer(nn.Module):
         scale = self.get_buffer("stream_scale")[STREAMS.index(name)] if name in STREAMS else 1.0
         return expand_as(level, like) / scale
 
-    def open_streams(self, memory: Memory, state: WorldState, levels: Tensor) -> Track:
+    def open_streams(self, memory: Memory, state: WorldState, levels: Tensor, given: Given | None) -> Track:
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""
-        tokens = self.denoiser.embed(state, memory.anchors, memory.rays, memory.presence, memory.streams)
-        embedding, vectors = self.denoiser.vectors(levels, tokens.stream)
+        rays, presence = memory.rays, memory.presence
+        if given is not None:
+            state = WorldState(*(given.fill(name, getattr(state, name)) for name in STREAMS))
+            rays = torch.where(given.has_camera[:, None, :, None, None, None], given.rays, rays)
+            presence = given.presence(presence)
+        tokens = self.denoiser.embed(state, memory.anchors, rays, presence, memory.streams, given)
+        embedding, vectors = self.denoiser.vectors(levels, tokens.stream, given)
         return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, memory.kept.frames))
 
     def open_actions(self, memory: Memory, actions: Tensor, level: Tensor) -> Track:

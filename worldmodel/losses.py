@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldmodel.conditioning import draw_given, give
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
 from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.errors import ConfigError
@@ -14,6 +15,7 @@ from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.joint import Memory
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
+from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
 
 
@@ -172,13 +174,17 @@ def clip_loss(
     weights: Mapping[str, float],
     insulate: bool,
     huber: float | None,
+    given: Mapping[str, float],
+    absent: float,
 ) -> tuple[dict[str, Tensor], Memory]:
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
     `draws` noise draws of the action chunk share one pass over the history (policy mode only). `weights` names the
     streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` is the knee of the
     streams' `distance`. Actions take the squared error: where their correction starts from nothing, any other is flat.
-    After `past`, the memory of the clip before, only the frames that it foretold are read. Also returns the memory.
+    `given` has the rate at which each condition is given, `absent` that at which cameras and points that are not given
+    are left out (see `draw_given`); what is not predicted has no loss. After `past`, the memory of the clip before,
+    only the frames that it foretold are read. Also returns the memory.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
@@ -190,12 +196,22 @@ def clip_loss(
     b = s.text.shape[0]
     draws = draws if policy else 1
     arguments: dict[str, Any] = {}
+    known: Given | None = None
     noise_of: dict[str, Tensor] = {}
     level_of: dict[str, Tensor] = {}
     clean_of: dict[str, Tensor] = {}
     if not policy:
         with torch.no_grad():
             target = model.future_state(s, future, model.future_latents(observation, future))
+        if model.denoiser.conditions is not None:
+            flags, lacks = draw_given(
+                given if do_streams else {}, absent if do_streams else 0.0, model.spec, b, generator
+            )
+            if mode == "forward_dynamics":
+                flags["actions"] = torch.ones(b, dtype=torch.bool)
+            flags, lacks = ({n: f.to(s.text.device) for n, f in part.items()} for part in (flags, lacks))
+            known = give(model, observation, s, future, flags, lacks=lacks, latents=target.video)
+            arguments["given"] = known
         levels = torch.zeros(b, len(STREAMS))
         if do_streams:
             levels = torch.stack([sample_sigma(b, model.stream_shift, generator) for _ in STREAMS], 1)
@@ -222,7 +238,11 @@ def clip_loss(
         for name, velocity in streams.items():
             error = velocity - velocity_target(clean_of[name], noise_of[name])
             error = distance(model.loss_weight(name, level_of[name], error) * error, huber)
-            present = memory.presence[name][:, None] & future.valid[..., None]
+            asked = memory.presence[name]
+            if known is not None:
+                slots = known.clean(name)
+                asked = asked & known.presence(memory.presence)[name] & (True if slots is None else ~slots)
+            present = asked[:, None] & future.valid[..., None]
             losses[name] = masked_mean(error, present)
     if do_actions and action_velocity is not None:
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])

@@ -1,15 +1,18 @@
 """The world model: five modes of prediction, and the read-outs of stage 1, on the joined stages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from worldmodel.conditioning import Flags, check_guidance, give, guided
 from worldmodel.contracts import MODES, STREAMS, Future, Observation, Prediction, Senses, Understanding, WorldState
 from worldmodel.errors import ConfigError
 from worldmodel.joint import JointTransformer, Memory
 from worldmodel.normalise import DELTA_GAIN
 from worldmodel.synthesis.autoencoder import carry_residual
+from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 
 DENOISED = {
@@ -76,24 +79,49 @@ class WorldModel(JointTransformer):
         steps: int | None = None,
         coupling: str | None = None,
         memory: Memory | None = None,
+        given: Flags | None = None,
+        guidance: Mapping[str, float] | None = None,
     ) -> Prediction:
         """Runs one of the five modes. `future` gives what the dynamics modes condition on; other modes ignore it.
 
         `memory` is what was read up to and with this observation; without it the observation's own history is read.
-        Raises `ConfigError` for an unknown mode, for a dynamics mode without `future`, and for a dynamics mode under
-        `history_only`, where streams and actions cannot see each other.
+        `given` says what else of `future` is given where streams are predicted: views (`video`), the path of the
+        `camera`, tracks of `points`, for all rows, per row or per slot. `guidance` has a scale for any of these,
+        `actions`, `embodiment` or `text`: above 1 the answer follows it more than the data did. Each scale but 1 costs
+        another pass of the transformers. Raises `ConfigError` for an unknown mode, for a dynamics mode without
+        `future`, for a dynamics mode under `history_only`, where streams and actions cannot see each other, and for
+        conditions that do not fit.
         """
         if mode not in MODES:
             raise ConfigError(f"unknown mode {mode!r}; one of {', '.join(MODES)}")
         coupling = coupling or self.coupling
-        given = mode in ("forward_dynamics", "inverse_dynamics")
-        if given and (future is None or coupling != "joint"):
+        informed = mode in ("forward_dynamics", "inverse_dynamics")
+        if informed and (future is None or coupling != "joint"):
             raise ConfigError(f"mode {mode!r} needs a future to condition on and coupling=joint (it is {coupling!r})")
         do_streams, do_actions = DENOISED[mode]
         s = self.normaliser(observation, self.grid)
         b, spec = s.text.shape[0], self.spec
         latents = self.history_latents(observation)
-        memory = self.remember(s, latents) if memory is None else memory
+        flags = dict(given or {})
+        if flags and not do_streams:
+            raise ConfigError(f"given: mode {mode!r} predicts no streams that {next(iter(flags))!r} could lead")
+        if mode == "forward_dynamics":
+            flags["actions"] = True
+        scales = {name: scale for name, scale in (guidance or {}).items() if scale != 1}
+        check_guidance(scales, [*(n for n in flags if flags[n] is not False), "embodiment", "text"])
+        if "text" in scales and memory is not None:
+            raise ConfigError("guidance: the instruction of a memory that was carried on cannot be taken out of it")
+        memories = {None: self.remember(s, latents) if memory is None else memory}
+        if "text" in scales:
+            memories["text"] = self.remember(s._replace(has_text=torch.zeros_like(s.has_text)), latents)
+        clean = None if future is None else self.future_latents(observation, future)
+        if do_streams and "video" not in flags:
+            clean = None
+        conditions: dict[str | None, Given | None] = {
+            name: give(self, observation, s, future, flags | ({} if name in (None, "text") else {name: False}),
+                       lacks={} if name is None else {name: True}, latents=clean)
+            for name in (None, *scales)
+        }  # fmt: skip
         shapes = {
             "video": (b, spec.future, *latents.shape[2:]),
             "camera": (b, spec.future, *s.camera.shape[2:]),
@@ -110,28 +138,36 @@ class WorldModel(JointTransformer):
             free |= {n: drawn[n] for n in self.denoiser.streams}
         if mode == "forward_dynamics" and future is not None:
             fixed["actions"] = self.normaliser.standardise("action", future.actions, s.embodiment)
-        if mode == "inverse_dynamics" and future is not None:
-            clean = self.future_state(s, future, self.future_latents(observation, future))
-            fixed |= clean._asdict()
+        if mode == "inverse_dynamics" and future is not None and clean is not None:
+            fixed |= self.future_state(s, future, clean)._asdict()
 
-        def step(now: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
+        def velocities(now: dict[str, Tensor], sigma: float, without: str | None) -> dict[str, Tensor]:
             values = {**fixed, **now}
+            if without == "actions":
+                values.pop("actions")
             has_streams, has_actions = do_streams or "video" in fixed, "actions" in values
             level = s.points.new_full((b,), sigma)
             filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
             stream_level = level if do_streams else torch.zeros_like(level)
             streams, action = self.velocity(
-                memory,
+                memories.get(without, memories[None]),
                 state=WorldState(*(filled[n] for n in STREAMS)) if has_streams else None,
                 levels=stream_level[:, None].expand(-1, len(STREAMS)) if has_streams else None,
                 actions=values.get("actions"),
                 action_level=(level if do_actions else torch.zeros_like(level)) if has_actions else None,
                 coupling=coupling,
+                given=conditions[without] if has_streams else None,
             )
             return streams if action is None else {**streams, "actions": action}
 
+        def step(now: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
+            return guided(lambda without: velocities(now, sigma, without), scales)
+
         count = steps or (self.stream_steps if do_streams else self.action_steps)
         done = integrate(step, free, sampling_sigmas(count, self.stream_shift if do_streams else self.action_shift))
+        all_given = conditions[None]
+        if do_streams and all_given is not None:
+            done = {name: all_given.fill(name, value) if name in STREAMS else value for name, value in done.items()}
         return self.physical(observation, s, latents, {**fixed, **done})
 
     def decode_video(self, o: Observation, history: Tensor, future: Tensor) -> Tensor:

@@ -84,9 +84,9 @@ class Normaliser(nn.Module):
         translation = self.restore("camera_translation", camera[..., :3], embodiment)
         return make_se3(rotation_6d_to_matrix(camera[..., 3:]), translation)
 
-    def rays(self, o: Observation, grid: tuple[int, int]) -> Tensor:
-        """Pluecker rays (B, H, V, 6, rows, columns) through the cells of a grid over each image."""
-        return pluecker_rays(o.intrinsics, o.camera_to_base, *self.size, *grid).movedim(-1, -3)
+    def rays(self, intrinsics: Tensor, camera_to_base: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Pluecker rays (B, T, V, 6, rows, columns) through the cells of a grid over images of each camera."""
+        return pluecker_rays(intrinsics, camera_to_base, *self.size, *grid).movedim(-1, -3)
 
     def forward(self, o: Observation, grid: tuple[int, int]) -> Senses:
         """Observation in physical units -> what the stages read; `grid` is the size of a latent frame."""
@@ -95,7 +95,7 @@ class Normaliser(nn.Module):
         effector = self.standardise("points", o.proprio[..., self.effector], e)
         return Senses(
             rgb=o.rgb[:, -1].float() / 127.5 - 1.0,
-            rays=self.rays(o, grid),
+            rays=self.rays(o.intrinsics, o.camera_to_base, grid),
             camera=self.encode_camera(o.camera_to_base, e),
             points=self.standardise("points", o.points, e),
             visible=o.visible,

@@ -12,6 +12,7 @@ from worldmodel.contracts import MODES
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
+from worldmodel.synthesis.conditions import CONDITIONS
 
 OBJECTIVES = ("tokeniser", "understanding", "world")
 INGREDIENTS = (*MODES, "understanding", "proposal")
@@ -20,6 +21,8 @@ DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
 GRADIENTS = ("truncated", "full")
 """Whether gradients stop where the memory is carried from one clip to the next."""
+GIVABLE = tuple(name for name in CONDITIONS if name != "actions")
+"""Conditions with a rate in `given`; actions are given by their own modes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,9 @@ class Phase:
 
     With `chunks` above 1 every row of a world batch is that many consecutive clips of one episode, and stage 2 carries
     its memory from each to the next: a history of many frames at the cost of few. `gradients` says whether they flow
-    back through it.
+    back through it. `given` has the rate at which each condition of synthesis is given in a row - `video`, `camera`,
+    `points`, `embodiment` (1 unless said); `forward_dynamics` gives actions - and `absent` that at which cameras and
+    points that are not given are left out instead of predicted; guidance needs both.
     """
 
     name: str
@@ -83,6 +88,8 @@ class Phase:
     lens: float = 1.0
     chunks: int = 1
     gradients: str = "truncated"
+    given: Mapping[str, float] = field(default_factory=dict)
+    absent: float = 0.0
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +100,10 @@ class Phase:
             )
         if self.gradients not in GRADIENTS:
             raise ConfigError(f"phase {self.name!r}: gradients {self.gradients!r} is none of {', '.join(GRADIENTS)}")
+        if unknown := sorted(set(self.given) - set(GIVABLE)):
+            raise ConfigError(f"phase {self.name!r}: given.{unknown[0]} is none of {', '.join(GIVABLE)}")
+        if wrong := [rate for rate in (*self.given.values(), self.absent) if not 0 <= rate <= 1]:
+            raise ConfigError(f"phase {self.name!r}: rates of given and absent lie between 0 and 1, not {wrong[0]}")
         if self.lens < 1:
             raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:

@@ -72,6 +72,8 @@ class PhaseModule(L.LightningModule):
             huber=phase.huber,
             chunks=phase.clips(pick),
             truncate=phase.gradients == "truncated",
+            given=phase.given,
+            absent=phase.absent,
         )
 
     def history_latents(self, batch: Batch) -> Tensor:

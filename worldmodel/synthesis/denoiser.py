@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from worldmodel.contracts import STREAMS, Fused, WorldState
 from worldmodel.errors import ConfigError
-from worldmodel.nn import CrossAttention, FeedForward, TimeEmbedding, modulate, modulation_table, rope_table
-from worldmodel.synthesis.delta import DeltaState, GatedDelta
+from worldmodel.nn import FeedForward, TimeEmbedding, modulate, rope_table
+from worldmodel.synthesis.block import SynthesisBlock
+from worldmodel.synthesis.conditions import ConditionEncoder, Given
 from worldmodel.synthesis.state import StreamState, carry
-from worldmodel.synthesis.temporal import Keys, WindowAttention, block_ends, block_sizes
-
-LAYERS = ("swa", "dswa", "gated")
+from worldmodel.synthesis.temporal import block_ends, block_sizes
 
 
 class Tokens(NamedTuple):
@@ -30,63 +29,6 @@ class Tokens(NamedTuple):
     stream: tuple[int, ...]
 
 
-class SynthesisBlock(nn.Module):
-    """AdaLN -> temporal mixing -> cross-attention to the context -> feed-forward, with six modulation vectors."""
-
-    def __init__(
-        self,
-        *,
-        kind: str,
-        width: int,
-        heads: int,
-        hidden: int,
-        context: int,
-        window: int,
-        dilation: int,
-        gate: float,
-        attention: str,
-        delta: Mapping[str, Any],
-    ) -> None:
-        super().__init__()
-        if kind not in LAYERS:
-            raise ConfigError(f"unknown layer kind {kind!r} in the pattern; one of {', '.join(LAYERS)}")
-        self.kind = kind
-        step = dilation if kind == "dswa" else 1
-        self.reach = 0 if kind == "gated" else (window - 1) * step
-        if kind == "gated":
-            self.mix = GatedDelta(width=width, heads=heads, **delta)
-        else:
-            self.mix = WindowAttention(width=width, heads=heads, window=window, dilation=step, attention=attention)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.cross_norm = nn.LayerNorm(width, eps=1e-6)
-        self.cross = CrossAttention(width=width, context=context, heads=heads)
-        self.feed_forward = FeedForward(width=width, hidden=hidden)
-        self.table = modulation_table(width, gate)
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        vectors: Tensor,
-        rope: tuple[Tensor, Tensor],
-        context: Fused,
-        past: Keys | DeltaState | None,
-        extra: tuple[Tensor, Tensor] | None,
-        blocks: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Keys | DeltaState]:
-        """x (B, T, N, W), vectors (B, 1, N, 6, W) -> x and what this layer keeps of these frames."""
-        scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = (vectors + self.table).unbind(-2)
-        normed = modulate(self.norm(x), scale_a, shift_a)
-        if isinstance(self.mix, GatedDelta):
-            mixed, kept = self.mix(normed, mask, past if isinstance(past, DeltaState) else None)
-        else:
-            mixed, kept = self.mix(normed, mask, rope, past if isinstance(past, Keys) else None, extra, blocks)
-        x = x + gate_a * mixed
-        t, n = x.shape[1:3]
-        x = x + self.cross(self.cross_norm(x).flatten(1, 2), context.tokens, context.mask).unflatten(1, (t, n))
-        return x + gate_f * self.feed_forward(modulate(self.norm(x), scale_f, shift_f)), kept
-
-
 class Denoiser(nn.Module):
     """Velocity of every future stream given noisy futures, clean history, context and, if coupled, actions.
 
@@ -95,8 +37,9 @@ class Denoiser(nn.Module):
     the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention` names
     the form of windowed attention, `delta` has settings of `GatedDelta`. `block` is how many frames of the history look
     ahead at one another (null: all that are read at once): with it, a long history read at once is what the same
-    history is when it is read block by block. With the video stream alone, one view, no rays and `embed_context` this
-    is the network of Kairos 3 (arXiv 2606.16533).
+    history is when it is read block by block. `conditions` reads what is given of the future (null: nothing can be).
+    With the video stream alone, one view, no rays, no conditions and `embed_context` this is the network of Kairos 3
+    (arXiv 2606.16533).
     """
 
     def __init__(
@@ -124,6 +67,7 @@ class Denoiser(nn.Module):
         attention: str = "folded",
         delta: Mapping[str, Any] | None = None,
         block: int | None = None,
+        conditions: ConditionEncoder | None = None,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
@@ -154,6 +98,7 @@ class Denoiser(nn.Module):
             }
         )
         self.embed_context = FeedForward(width=context, hidden=width, out=width) if embed_context else None
+        self.conditions = conditions
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
             SynthesisBlock(
@@ -184,13 +129,14 @@ class Denoiser(nn.Module):
         rays: Tensor,
         presence: dict[str, Tensor],
         streams: Sequence[str],
+        given: Given | None = None,
     ) -> Tokens:
         """Streams of T frames -> tokens.
 
         anchors holds the newest observed frame of each stream (B, 1, ...), a second input of every token of an anchored
         stream: what hardly changes need not be found by attention. rays (B, T or 1, V, 6, h', w') belong to the
-        poses that are known; presence holds `video`, `camera` (B, V), `points` (B, K) and `force` (B, S). Streams not
-        named in `streams` cost nothing.
+        poses that are known; presence holds `video`, `camera`, `rays` (B, V), `points` (B, K) and `force` (B, S).
+        Streams not named in `streams` cost nothing. `given` is what is given of a future.
         """
         parts, masks, index = [], [], []
         for name in self.chosen(streams):
@@ -198,8 +144,10 @@ class Denoiser(nn.Module):
             if name == "video":
                 x = self.embed_in[name](self.patchify(value))
                 if self.embed_rays is not None and self.no_rays is not None:
-                    known = presence["camera"][:, None, :, None, None]
+                    known = presence["rays"][:, None, :, None, None]
                     x = x + torch.where(known, self.embed_rays(self.patchify(rays)), self.no_rays)
+                if given is not None and self.conditions is not None:
+                    x = x + self.conditions.heat(self.patchify(given.heat))
                 if name in self.embed_anchor:
                     x = x + self.embed_anchor[name](self.patchify(anchors[name]))
                 if name in self.slot:
@@ -279,11 +227,21 @@ class Denoiser(nn.Module):
         sizes = block_sizes(count, self.block)
         return None if sizes is None else [end - 1 for end in block_ends(count, sizes)]
 
-    def vectors(self, t: Tensor, stream: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Noise level of each stream t (B, 4) in [0, 1] -> per-token embedding and modulation (B, 1, N, ...)."""
-        embedding, vectors = self.time(1000.0 * t)
+    def vectors(self, t: Tensor, stream: Sequence[int], given: Given | None = None) -> tuple[Tensor, Tensor]:
+        """Noise level of each stream t (B, 4) in [0, 1] -> per-token embedding and modulation (B, 1 or F, N, ...).
+
+        Tokens of what is `given` are at level 0 instead.
+        """
         index = torch.tensor(stream, device=t.device)
-        return embedding[:, index].unsqueeze(1), vectors[:, index].unsqueeze(1)
+        if given is None or self.conditions is None:
+            embedding, vectors = self.time(1000.0 * t)
+            return embedding[:, index].unsqueeze(1), vectors[:, index].unsqueeze(1)
+        levels = torch.cat([t, torch.zeros_like(t)], 1).unsqueeze(1)
+        embedding, vectors = self.time(1000.0 * levels, self.conditions(given).unsqueeze(2))
+        clean = given.tokens(stream)[:, None, :, None]
+        at_zero = index + len(STREAMS)
+        embedding = torch.where(clean, embedding[:, :, at_zero], embedding[:, :, index])
+        return embedding, torch.where(clean.unsqueeze(-1), vectors[:, :, at_zero], vectors[:, :, index])
 
     def decode(self, x: Tensor, embedding: Tensor, streams: Sequence[str]) -> dict[str, Tensor]:
         """Tokens (B, T, N, W) -> velocity of each stream in the shape of `WorldState`."""

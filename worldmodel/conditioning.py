@@ -1,0 +1,134 @@
+"""Given futures as the video transformer reads them, and guidance by what they change."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from worldmodel.contracts import ClipSpec, Future, Observation, Senses
+from worldmodel.errors import ConfigError
+from worldmodel.joint import JointTransformer
+from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
+
+Flags = Mapping[str, Tensor | bool]
+"""Condition -> whether it is given: for all rows, per row (B,), or per slot (B, V) or (B, K)."""
+GUIDABLE = ("text", "camera", "points", "actions", "embodiment")
+
+
+def give(
+    model: JointTransformer,
+    observation: Observation,
+    s: Senses,
+    future: Future | None,
+    flags: Flags,
+    *,
+    lacks: Flags | None = None,
+    latents: Tensor | None = None,
+) -> Given | None:
+    """What of `future` is given, by `flags`; cameras and points that are not are absent where `lacks` says so.
+
+    The embodiment is given unless a flag denies it. A camera or a point is only given where it was observed too, since
+    it is told as a difference. `latents` (B, F, V, C, h', w') of the future are needed where views are given. None for
+    a model without a `ConditionEncoder`, which can be given actions alone; raises `ConfigError` for anything else then,
+    for an unknown condition, and where there is no future to give.
+    """
+    if unknown := [name for name in flags if name not in CONDITIONS]:
+        raise ConfigError(f"given: unknown condition {unknown[0]!r}; one of {', '.join(CONDITIONS)}")
+    wanted = [name for name, flag in flags.items() if flag is not False and name != "embodiment"]
+    if model.denoiser.conditions is None:
+        if other := [name for name in wanted if name != "actions"]:
+            raise ConfigError(
+                f"given: {other[0]!r} cannot be given to a model without synthesis.denoiser.conditions; actions can"
+            )
+        return None
+    if wanted and future is None:
+        raise ConfigError(f"given: {', '.join(wanted)} of no future; pass the future that has them")
+    spec, b = model.spec, s.text.shape[0]
+    frames = spec.future
+    has = {name: spread(flags.get(name, name == "embodiment"), name, s, spec) for name in CONDITIONS}
+    has |= {"camera": has["camera"] & s.has_camera, "points": has["points"] & s.has_points}
+    lack = {name: spread((lacks or {}).get(name, False), "", s, spec) for name in ("camera", "points")}
+    newest = observation.camera_to_base[:, -1:]
+    known = (s.has_camera | has["camera"])[:, None, :, None, None, None]
+    lens = observation.intrinsics[:, -1:]
+    poses, points, steps = newest.expand(-1, frames, -1, -1, -1), observation.points[:, -1:], frames * spec.stride
+    tracks, actions = points.expand(-1, frames, -1, -1), s.points.new_zeros(b, steps, spec.action)
+    if future is not None:
+        poses = torch.where(has["camera"][:, None, :, None, None], future.camera_to_base, poses)
+        tracks = torch.where(has["points"][:, None, :, None], future.points, tracks)
+        moves = model.normaliser.standardise("action", future.actions, s.embodiment)[:, :steps]
+        actions = functional.pad(moves, (0, 0, 0, steps - moves.shape[1]))
+    size = (spec.height, spec.width)
+    now = heat_maps(points[:, :, None], lens, newest, size, model.grid).expand(-1, frames, -1, -1, -1, -1)
+    then = heat_maps(tracks[:, :, None], lens, poses, size, model.grid)
+    shown = has["points"][:, None, None, :, None, None]
+    if latents is None and flags.get("video", False) is not False:
+        raise ConfigError("given: views of the future are given as latents, which are missing")
+    return Given(
+        video=latents,
+        camera=model.future_camera(s, poses),
+        points=model.future_points(s, tracks),
+        actions=actions.unflatten(1, (frames, spec.stride)).flatten(2),
+        rays=model.normaliser.rays(lens.expand(-1, frames, -1, -1, -1), poses, model.grid),
+        heat=torch.cat([now, then], 3) * (shown.repeat(1, 1, 1, 2, 1, 1) & known),
+        embodiment=s.embodiment,
+        **{f"has_{name}": flag for name, flag in has.items()},
+        **{f"lacks_{name}": flag for name, flag in lack.items()},
+    )
+
+
+def spread(flag: Tensor | bool, name: str, s: Senses, spec: ClipSpec) -> Tensor:
+    """A flag as a mask: (B, V) of views, (B, K) of points, (B,) of anything else."""
+    width = {"video": len(spec.cameras), "camera": len(spec.cameras), "points": spec.points}.get(name)
+    mask = torch.as_tensor(flag, device=s.text.device).expand(s.text.shape[:1]) if isinstance(flag, bool) else flag
+    if width is None:
+        return mask
+    return mask[:, None].expand(-1, width) if mask.dim() == 1 else mask
+
+
+def draw_given(
+    rates: Mapping[str, float], absent: float, spec: ClipSpec, batch: int, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Random flags of a training batch and what its rows lack: the dropout of conditions that guidance needs.
+
+    Each condition is given in a row with its own rate. Points are then all given in half of the rows and one by one in
+    the others; of the views one is given, and the others are to be found. Cameras and points that are not given are
+    absent with probability `absent`.
+    """
+    flags: dict[str, Tensor] = {}
+    for name, rate in rates.items():
+        flags[name] = rows = torch.rand(batch, generator=generator) < rate
+        if name == "points":
+            some = torch.rand(batch, spec.points, generator=generator) < 0.5
+            flags[name] = rows[:, None] & (some | (torch.rand(batch, 1, generator=generator) < 0.5))
+        if name == "video":
+            view = torch.randint(len(spec.cameras), (batch, 1), generator=generator)
+            flags[name] = rows[:, None] & (torch.arange(len(spec.cameras)) == view)
+    lacks = {name: torch.rand(batch, generator=generator) < absent for name in ("camera", "points")} if absent else {}
+    return flags, lacks
+
+
+def guided(velocity: Callable[[str | None], dict[str, Tensor]], scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """Classifier-free guidance by several conditions, each with its own scale (after Ho & Salimans 2022, eq. 6).
+
+    `velocity(c)` answers without condition c, `velocity(None)` with all: v + sum over c of (w_c - 1)(v - v_c). A scale
+    of 1 changes and costs nothing, 0 is as if the condition were absent.
+    """
+    full = velocity(None)
+    out = dict(full)
+    for name, scale in scales.items():
+        if scale != 1:
+            lacking = velocity(name)
+            out = {key: value + (scale - 1) * (full[key] - lacking[key]) if key in lacking else value
+                   for key, value in out.items()}  # fmt: skip
+    return out
+
+
+def check_guidance(scales: Mapping[str, float], given: Sequence[str]) -> None:
+    """Raises `ConfigError` for a condition that cannot guide, or that is not given and so would change nothing."""
+    for name in scales:
+        if name not in GUIDABLE:
+            raise ConfigError(f"guidance: unknown condition {name!r}; one of {', '.join(GUIDABLE)}")
+        if name not in given:
+            raise ConfigError(f"guidance: {name!r} is not given here; given are {', '.join(given) or 'none'}")
