@@ -9,13 +9,16 @@ from synthetic import one
 from torch import Tensor
 
 from worldmodel import metrics
+from worldmodel.conditioning import Flags
 from worldmodel.contracts import ClipSpec, Future, Observation, Prediction, Understanding
+from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import DataError
 from worldmodel.evaluation import evaluate_offline
+from worldmodel.evaluation_given import another_motion
 from worldmodel.figures import FIGURES, text_table
-from worldmodel.geometry import intrinsics_to_fov
+from worldmodel.geometry import compose_se3, intrinsics_to_fov, invert_se3
 from worldmodel.holdout import check_unseen, choose_clips, training_means
 
 torch.set_num_threads(1)
@@ -32,6 +35,10 @@ class Copycat:
         self.asked: list[tuple[str, bool, int | None, str | None]] = []
         self.senses: list[dict[str, bool]] = []
 
+    @property
+    def givable(self) -> tuple[str, ...]:
+        return ("camera", "points")
+
     def predict(
         self,
         observation: Observation,
@@ -41,8 +48,10 @@ class Copycat:
         generator: torch.Generator,
         steps: int | None = None,
         coupling: str | None = None,
+        given: Flags | None = None,
     ) -> Prediction:
-        self.asked.append((mode, future is not None, steps, coupling))
+        if given is None:
+            self.asked.append((mode, future is not None, steps, coupling))
         spec, rows = self.spec, observation.text.shape[0]
         actions = torch.zeros(rows, spec.chunk, spec.action)
         rgb = metrics.copy_last_frame(observation, spec.window)
@@ -51,6 +60,7 @@ class Copycat:
             # Pictures that follow the actions: right for those that were executed, grey for any others.
             level = future.actions.mean((1, 2)).view(-1, 1, 1, 1, 1, 1)
             rgb = rgb * 0 + level if mode == "forward_dynamics" else rgb
+            rgb = future.rgb.float() / 255 if given is not None else rgb
         return Prediction(
             rgb=rgb,
             camera_to_base=metrics.constant(observation.camera_to_base[:, -1], spec.future),
@@ -157,9 +167,21 @@ def test_dynamics_that_follow_the_actions_show(reader: ShardReader) -> None:
     result = evaluate_offline(oracle, reader, "heldout_episodes", clips_per_episode=2, batch_size=4)
     assert figure(result, "action_inverse")["ours"]["value"] == 0
     names = [b["name"] for b in figure(result, "video_given_actions")["baselines"]]
-    assert names == ["copy last frame", "shuffled actions"]
-    shuffled = figure(result, "video_given_actions")["baselines"][1]
+    assert names == ["copy last frame", "not given", "shuffled actions"]
+    shuffled = figure(result, "video_given_actions")["baselines"][2]
     assert not shuffled["trivial"] and shuffled["difference"]["value"] != 0
+
+
+def test_another_motion_is_asked_for_from_where_things_are(reader: ShardReader) -> None:
+    dataset = ClipDataset(reader, ClipSpec(), split="heldout_episodes")
+    batch = collate([dataset[i] for i in (0, 5, 10)])
+    asked = another_motion(batch.observation, batch.future)
+    now, then = batch.observation.camera_to_base[:, -1:], batch.future.camera_to_base
+    moves = compose_se3(invert_se3(now), then)
+    torch.testing.assert_close(compose_se3(invert_se3(now), asked.camera_to_base), moves.roll(1, 0))
+    start = batch.observation.points[:, -1:]
+    torch.testing.assert_close(asked.points - start, (batch.future.points - start).roll(1, 0))
+    assert torch.equal(asked.rgb, batch.future.rgb)
 
 
 def test_trained_episodes_and_tasks_are_refused(model: Copycat, reader: ShardReader) -> None:

@@ -15,7 +15,7 @@ TIERS = [
     {"joint", "conditioning"},
     {"model"},
     {"checkpoint", "convert", "streaming"},
-    {"losses", "metrics", "closed_loop", "controllers", "baselines", "holdout", "figures"},
+    {"losses", "metrics", "closed_loop", "controllers", "baselines", "holdout", "figures", "evaluation_given"},
     {"evaluation"},
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},

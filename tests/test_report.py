@@ -39,6 +39,7 @@ def sample(task: str, psnr: float, rng: np.random.Generator) -> SampleClip:
         clip, "", psnr, rgb[0], rgb[1], np.array([0.8, 1.2]), poses[0], poses + 0.01, poses,
         rng.normal(size=(3, 4, 3)), rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 4, 3)), np.ones(4, bool),
         rng.normal(size=(3, 3, 6)), rng.normal(size=(2, 3, 6)), rng.normal(size=(2, 3, 6)), np.ones(3, bool),
+        {"another's <path>": rgb[0]},
     )  # fmt: skip
 
 
@@ -139,6 +140,11 @@ def test_json_is_strict_and_free_of_pictures(results: dict, tmp_path: Path) -> N
     assert "data:video" not in text and "data:video" in page.read_text()
 
 
+def test_led_pictures_stand_beside_the_unled_and_the_true(page: str, results: dict) -> None:
+    count = sum(len(result["samples"]) for result in results["offline"])
+    assert page.count("nothing given | another&#x27;s &lt;path&gt; | true") == count * len(SPEC.cameras)
+
+
 def test_page_without_closed_loop_or_samples(results: dict) -> None:
     bare = [{**result, "samples": []} for result in results["offline"]]
     page = render({**results, "closed_loop": [], "offline": bare})
@@ -148,7 +154,7 @@ def test_page_without_closed_loop_or_samples(results: dict) -> None:
 
 def test_videos_of_the_page_decode(page: str) -> None:
     uris = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)
-    assert len(uris) == 3 * 2 * len(SPEC.cameras) + 2
+    assert len(uris) == 3 * 2 * 2 * len(SPEC.cameras) + 2  # each clip without and with given futures
     frames = decode(base64.b64decode(uris[-1]))
     assert len(frames) == SPEC.window
 
@@ -176,7 +182,7 @@ def test_enlarged_sides_are_even(height: int, width: int) -> None:
 
 
 def test_frames_of_a_wrong_shape_are_refused() -> None:
-    with pytest.raises(ContractError, match="twice"):
+    with pytest.raises(ContractError, match="each"):
         side_by_side(np.zeros((1, 3, 8, 8)), np.zeros((2, 3, 8, 8)))
     with pytest.raises(ContractError, match="even sides"):
         encode_mp4(np.zeros((1, 7, 8, 3), np.uint8))

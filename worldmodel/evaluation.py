@@ -1,6 +1,8 @@
 """Offline evaluation: all five modes and the heads of stage 1 on clips nobody trained on, beside trivial baselines."""
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -9,11 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from worldmodel import metrics
+from worldmodel.conditioning import Flags
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation, Prediction, Understanding
 from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.transforms import hide
+from worldmodel.evaluation_given import score_given
 from worldmodel.figures import sample_clip, summarise, worst_and_median
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.holdout import Clip, TrainingMeans, check_unseen, choose_clips, training_means
@@ -28,6 +32,11 @@ class Evaluated(Protocol):
     spec: ClipSpec
     metadata: dict
 
+    @property
+    def givable(self) -> Sequence[str]:
+        """Which conditions its synthesis can be given."""
+        ...
+
     def predict(
         self,
         observation: Observation,
@@ -37,6 +46,7 @@ class Evaluated(Protocol):
         generator: torch.Generator,
         steps: int | None = None,
         coupling: str | None = None,
+        given: Flags | None = None,
     ) -> Prediction:
         """Answer one of the five modes in physical units."""
         ...
@@ -80,11 +90,18 @@ def evaluate_offline(
     for number, group in enumerate(tqdm(groups, desc=f"evaluate {split}", unit="batch")):
         chosen = [clips[i] for i in group]
         batch = collate([dataset[clip.item] for clip in chosen])
+        led: dict[str, Tensor] = {}
         with torch.inference_mode():
             prediction = _predicted_streams(model, batch, chosen, means, rows, seed + number, sampler_steps)
-            _dynamics(model, batch, means, rows, seed + number, sampler_steps)
+            _dynamics(model, batch, means, rows, seed + number, sampler_steps, prediction)
             _understanding(model, batch, chosen, means, rows)
-        samples.extend(sample_clip(batch, prediction, clip, i) for i, clip in enumerate(chosen))
+            if {"camera", "points"} <= set(model.givable):
+                movable = torch.stack([clip.movable for clip in chosen])
+                told = partial(
+                    model.predict, mode="video_prediction", generator=_noise(seed + number), steps=sampler_steps
+                )
+                led = score_given(told, model.understand, batch, movable, prediction, partial(_put, rows))
+        samples.extend(sample_clip(batch, prediction, led, clip, i) for i, clip in enumerate(chosen))
     settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
     return {
         "split": split,
@@ -167,7 +184,13 @@ def _predicted_streams(
 
 
 def _dynamics(
-    model: Evaluated, batch: Batch, means: TrainingMeans, rows: dict[str, Rows], seed: int, steps: int | None
+    model: Evaluated,
+    batch: Batch,
+    means: TrainingMeans,
+    rows: dict[str, Rows],
+    seed: int,
+    steps: int | None,
+    plain: Prediction,
 ) -> None:
     """Score forward dynamics under the executed actions and under another clip's, mode joint, and the tokeniser."""
     observation, future, mask = batch.observation, batch.future, _frame_mask(batch, model.spec)
@@ -184,7 +207,8 @@ def _dynamics(
         for given in (future, rolled)
     )
     still = metrics.squared_error(metrics.copy_last_frame(observation, model.spec.window), target, mask)
-    _put(rows, "video_given_actions", true, copy_last_frame=still, shuffled_actions=other)
+    free = metrics.squared_error(plain.rgb, target, mask)
+    _put(rows, "video_given_actions", true, copy_last_frame=still, not_given=free, shuffled_actions=other)
     both = model.predict(observation, None, "joint", generator=_noise(seed), steps=steps, coupling="joint")
     _put(rows, "video_joint", metrics.squared_error(both.rgb, target, mask), copy_last_frame=still)
     average = metrics.constant(means.actions[observation.embodiment], model.spec.chunk)

@@ -1,5 +1,6 @@
 """The figures of an offline evaluation: their names and units, their summary, and the clips worth looking at."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,10 @@ FIGURES = {
     "action": Figure("action", "Action chunk (policy), MAE", "action units", "action of the chunk"),
     "action_inverse": Figure("action", "Action chunk (inverse dynamics), MAE", "action units", "action of the chunk"),
     "video_given_actions": Figure("video", "Video under given actions, PSNR", "dB", STEPS, decibel=True, higher=True),
+    "video_given_camera": Figure("video", "Video under given camera paths, PSNR", "dB", STEPS, True, True),
+    "video_given_points": Figure("video", "Video under given object tracks, PSNR", "dB", STEPS, True, True),
+    "camera_followed": Figure("camera", "Asked camera position, read from the picture", "m"),
+    "points_followed": Figure("points", "Asked object position, read from the picture", "m"),
     "video_joint": Figure("video", "Predicted video, mode joint, PSNR", "dB", STEPS, True, True, headline=False),
     "action_joint": Figure(
         "action", "Action chunk, mode joint, MAE", "action units", "action of the chunk", headline=False
@@ -54,7 +59,7 @@ FIGURES = {
     "tokeniser": Figure("video", "Tokeniser reconstruction, PSNR", "dB", decibel=True, higher=True, headline=False),
 }
 """Every figure of the offline report. A name may carry a part after a slash (a view): `camera_rotation/wrist`."""
-INFORMATIVE = ("shuffled actions", "policy mode")
+INFORMATIVE = ("shuffled actions", "policy mode", "not given", "another clip")
 """Comparisons that are no trivial baseline: they show whether the model uses what it is given."""
 
 
@@ -78,6 +83,7 @@ class SampleClip(NamedTuple):
     predicted_wrench: np.ndarray  # (F, S, 6)
     true_wrench: np.ndarray
     wrench_shown: np.ndarray  # (S,) bool
+    led_rgb: Mapping[str, np.ndarray]  # what was given -> (F*R, V, 3, h, w) uint8
 
 
 def summarise(rows: dict[str, Rows], clips: list[Clip], seed: int) -> dict:
@@ -144,10 +150,10 @@ def _of_task(sums: Sums, chosen: np.ndarray, decibel: bool) -> float:
     return (metrics.psnr(value) if decibel else value).item()
 
 
-def sample_clip(batch: Batch, prediction: Prediction, clip: Clip, i: int) -> SampleClip:
-    """Take clip i of a batch and its prediction out as arrays."""
+def sample_clip(batch: Batch, prediction: Prediction, led: Mapping[str, Tensor], clip: Clip, i: int) -> SampleClip:
+    """Take clip i of a batch, its prediction and the pictures that were led by something given out as arrays."""
     observation, future = batch.observation, batch.future
-    predicted = (prediction.rgb[i].clamp(0, 1) * 255).round().byte()
+    predicted = _bytes(prediction.rgb[i])
     error = (predicted.float() - future.rgb[i].float()).div(255).square().mean((-3, -2, -1))[:, observation.has_rgb[i]]
     arrays = (
         predicted,
@@ -165,7 +171,12 @@ def sample_clip(batch: Batch, prediction: Prediction, clip: Clip, i: int) -> Sam
         future.wrench[i],
         observation.has_wrench[i],
     )
-    return SampleClip(clip, "", metrics.psnr(error.mean()).item(), *(a.cpu().numpy() for a in arrays))
+    led_rgb = {name: _bytes(rgb[i]).cpu().numpy() for name, rgb in led.items()}
+    return SampleClip(clip, "", metrics.psnr(error.mean()).item(), *(a.cpu().numpy() for a in arrays), led_rgb)
+
+
+def _bytes(rgb: Tensor) -> Tensor:
+    return (rgb.clamp(0, 1) * 255).round().byte()
 
 
 def worst_and_median(samples: list[SampleClip]) -> list[SampleClip]:

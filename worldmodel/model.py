@@ -12,7 +12,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.joint import JointTransformer, Memory
 from worldmodel.normalise import DELTA_GAIN
 from worldmodel.synthesis.autoencoder import carry_residual
-from worldmodel.synthesis.conditions import Given
+from worldmodel.synthesis.conditions import CONDITIONS, Given
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 
 DENOISED = {
@@ -37,6 +37,11 @@ class WorldModel(JointTransformer):
     def statistics_hash(self) -> str:
         """sha256 of the statistics."""
         return self.metadata["statistics_hash"]
+
+    @property
+    def givable(self) -> tuple[str, ...]:
+        """Which conditions synthesis can be given."""
+        return CONDITIONS if self.denoiser.conditions is not None else ("actions",)
 
     def denoise_actions(self, memory: Memory, noise: Tensor) -> Tensor:
         """Normalised actions (B, A, D) from noise and the memory alone, flow steps unrolled."""

@@ -42,10 +42,26 @@ def _sample(sample: SampleClip, spec: ClipSpec) -> str:
         f'<span class="interval">{escape(clip.episode)}, step {clip.step}, PSNR {number(sample.psnr)} dB</span></p>'
     )
     curves = "".join([*_force(sample, spec), *_space(sample, spec)])
+    led = "".join(_led(sample, spec))
     return (
         f'<div class="sample">{heading}<div class="clips">{videos}</div>'
-        f'<details><summary>Force, cameras and tracks</summary><div class="grid">{curves}</div></details></div>'
+        f'<details><summary>Force, cameras and tracks</summary><div class="grid">{curves}</div></details>{led}</div>'
     )
+
+
+def _led(sample: SampleClip, spec: ClipSpec) -> list[str]:
+    """Videos of each view under given futures, folded away; nothing for a model that can be given none."""
+    if not sample.led_rgb:
+        return []
+    shown = {"nothing given": sample.predicted_rgb, **sample.led_rgb, "true": sample.true_rgb}
+    videos = "".join(
+        video_tag(
+            video_data_uri(*(film[:, v] for film in shown.values()), fps=max(1, round(spec.fps / 4))),
+            f"{escape(view)}: {escape(' | '.join(shown))}",
+        )
+        for v, view in enumerate(spec.cameras)
+    )
+    return [f"<details><summary>Under given camera paths and object tracks</summary>{videos}</details>"]
 
 
 def _force(sample: SampleClip, spec: ClipSpec) -> list[str]:

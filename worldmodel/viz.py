@@ -14,7 +14,7 @@ _FIRST = "23262b8d99aec9a2274361ee4cc9f0f72585ff8c4270e000b5179ee5e5e59d02082a9d
 PALETTE = np.resize(np.frombuffer(bytes.fromhex(_FIRST), np.uint8), (256, 3))
 """Colours of the values of masks, (256, 3) uint8; they repeat after the first fourteen."""
 GAP = 8
-"""Pixels of neutral grey between the predicted and the true picture."""
+"""Pixels of neutral grey between two pictures."""
 
 
 def enlarged(frames: np.ndarray, least: int = 192) -> np.ndarray:
@@ -29,12 +29,15 @@ def enlarged(frames: np.ndarray, least: int = 192) -> np.ndarray:
     return shown.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
 
 
-def side_by_side(predicted: np.ndarray, target: np.ndarray, least: int = 192) -> np.ndarray:
-    """Join enlarged predicted and true frames (T, 3, h, w) into (T, h', 2w' + gap, 3) uint8."""
-    if predicted.shape != target.shape or predicted.ndim != 4 or predicted.shape[1] != 3:
-        raise ContractError(f"frames must be (T, 3, h, w) twice, got {predicted.shape} and {target.shape}")
-    left, right = enlarged(predicted, least), enlarged(target, least)
-    return np.concatenate((left, np.full((*left.shape[:2], GAP, 3), 128, np.uint8), right), axis=2)
+def side_by_side(*films: np.ndarray, least: int = 192) -> np.ndarray:
+    """Join n enlarged films, predicted and true (T, 3, h, w), into (T, h', n (w' + gap) - gap, 3) uint8."""
+    if len({film.shape for film in films}) != 1 or films[0].ndim != 4 or films[0].shape[1] != 3:
+        raise ContractError(f"frames must be (T, 3, h, w) each, got {' and '.join(str(f.shape) for f in films)}")
+    parts = []
+    for film in films:
+        shown = enlarged(film, least)
+        parts += [np.full((*shown.shape[:2], GAP, 3), 128, np.uint8), shown]
+    return np.concatenate(parts[1:], axis=2)
 
 
 def encode_mp4(frames: np.ndarray, fps: int = 5) -> bytes:
@@ -58,9 +61,9 @@ def encode_mp4(frames: np.ndarray, fps: int = 5) -> bytes:
         return path.read_bytes()
 
 
-def video_data_uri(predicted: np.ndarray, target: np.ndarray, fps: int = 5) -> str:
-    """Encode predicted | true frames of one view, (T, 3, h, w) each, as a `data:video/mp4` URI."""
-    return "data:video/mp4;base64," + base64.b64encode(encode_mp4(side_by_side(predicted, target), fps)).decode()
+def video_data_uri(*films: np.ndarray, fps: int = 5) -> str:
+    """Encode films of one view side by side, (T, 3, h, w) each, as a `data:video/mp4` URI."""
+    return "data:video/mp4;base64," + base64.b64encode(encode_mp4(side_by_side(*films), fps)).decode()
 
 
 def video_tag(uri: str, caption: str) -> str:
