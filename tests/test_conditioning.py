@@ -148,7 +148,7 @@ def test_training_learns_conditions_and_asks_only_for_what_is_not_given(aware):
     assert open_ended["video_prediction/camera"] > 0
     assert told["video_prediction/camera"] == 0
     assert losses("video_prediction", {}, absent=1.0)["video_prediction/points"] == 0
-    losses("forward_dynamics", {"points": 1.0})["loss"].backward()
+    losses("forward_dynamics", {"points": 1.0, "camera": 1.0})["loss"].backward()
     for name, parameter in aware.denoiser.conditions.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 

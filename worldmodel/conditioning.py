@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from worldmodel.contracts import ClipSpec, Future, Observation, Senses
 from worldmodel.errors import ConfigError
+from worldmodel.geometry import seen_from
 from worldmodel.joint import JointTransformer
 from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
 
@@ -60,9 +61,10 @@ def give(
         moves = model.normaliser.standardise("action", future.actions, s.embodiment)[:, :steps]
         actions = functional.pad(moves, (0, 0, 0, steps - moves.shape[1]))
     size = (spec.height, spec.width)
-    now = heat_maps(points[:, :, None], lens, newest, size, model.grid).expand(-1, frames, -1, -1, -1, -1)
-    then = heat_maps(tracks[:, :, None], lens, poses, size, model.grid)
-    shown = has["points"][:, None, None, :, None, None]
+    marks = [torch.cat([p, c[..., :3, 3]], 2)[:, :, None] for p, c in ((points, newest), (tracks, poses))]
+    now = heat_maps(marks[0], lens, newest, size, model.grid).expand(-1, frames, -1, -1, -1, -1)
+    then = heat_maps(marks[1], lens, poses, size, model.grid)
+    shown = torch.cat([has["points"], has["camera"]], 1)[:, None, None, :, None, None]
     if latents is None and flags.get("video", False) is not False:
         raise ConfigError("given: views of the future are given as latents, which are missing")
     return Given(
@@ -71,11 +73,36 @@ def give(
         points=model.future_points(s, tracks),
         actions=actions.unflatten(1, (frames, spec.stride)).flatten(2),
         rays=model.normaliser.rays(lens.expand(-1, frames, -1, -1, -1), poses, model.grid),
+        moved=moved_pictures(model, observation, poses, has["camera"]),
         heat=torch.cat([now, then], 3) * (shown.repeat(1, 1, 1, 2, 1, 1) & known),
         embodiment=s.embodiment,
         **{f"has_{name}": flag for name, flag in has.items()},
         **{f"lacks_{name}": flag for name, flag in lack.items()},
     )
+
+
+@torch.no_grad()
+def moved_pictures(model: JointTransformer, o: Observation, poses: Tensor, given: Tensor) -> Tensor:
+    """Latents of the newest pictures as seen along paths (B, F, V, 4, 4), less those of the pictures themselves.
+
+    What the camera sees is taken to lie on the horizontal plane through the lowest known point, or through the base.
+    Returns (B, F, V, C, h', w'), zero where the path is not `given` (B, V) or the picture is not known.
+    """
+    b, frames, v = poses.shape[:3]
+    rows = given & o.has_rgb
+    out = poses.new_zeros(b, v, frames, model.autoencoder.channels, *model.grid)
+    if rows.any():
+        lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
+        height = torch.where(lowest.isfinite(), lowest, 0.0)[:, None].expand(-1, v)[rows]
+        pictures = o.rgb[:, -1][rows].float() / 127.5 - 1.0
+        per_frame = [x.repeat_interleave(frames, 0) for x in
+                     (pictures, o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows])]  # fmt: skip
+        path = poses.transpose(1, 2)[rows].flatten(0, 1)
+        moved = seen_from(*per_frame, path, height.repeat_interleave(frames, 0))
+        codes = model.autoencoder.encode_frames(torch.cat([moved, pictures])).split([len(moved), len(pictures)])
+        still, here = (model.still_latents(c[None, None])[0, 0] for c in codes)
+        out[rows] = still.unflatten(0, (-1, frames)) - here[:, None]
+    return out.transpose(1, 2)
 
 
 def spread(flag: Tensor | bool, name: str, s: Senses, spec: ClipSpec) -> Tensor:

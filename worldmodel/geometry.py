@@ -7,8 +7,11 @@ values, no operators that ONNX lacks.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _EPS = 1e-8
+FAR = 100.0
+"""Metres beyond which a distance counts as infinite."""
 
 
 def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
@@ -150,6 +153,32 @@ def pluecker_rays(
     direction = _unit(in_camera @ rotation.transpose(-1, -2))
     origin = camera_to_base[..., None, None, :3, 3].expand_as(direction)
     return torch.cat([direction, _cross(origin, direction)], dim=-1)
+
+
+def seen_from(images: Tensor, intrinsics: Tensor, camera_to_base: Tensor, elsewhere: Tensor, height: Tensor) -> Tensor:
+    """What a camera would see from elsewhere if all it sees lay on one horizontal plane of the base frame.
+
+    Args:
+        images: (N, C, h, w).
+        intrinsics: (N, 3, 3) pixels, the same at both places.
+        camera_to_base: (N, 4, 4) where the images were taken.
+        elsewhere: (N, 4, 4) poses of the same cameras.
+        height: (N,) of the plane in metres. What is seen above its horizon counts as infinitely far away.
+
+    Returns:
+        (N, C, h, w); where the images do not reach, their edge repeats.
+    """
+    rows, columns = images.shape[-2:]
+    rays = pluecker_rays(intrinsics, elsewhere, rows, columns)[..., :3].flatten(1, 2)
+    origin = elsewhere[:, None, :3, 3]
+    down = rays[..., 2] * torch.sign(height[:, None] - origin[..., 2])
+    distance = (height[:, None] - origin[..., 2]).abs() / down.clamp(min=1e-6)
+    near = ((down > 0) & (distance < FAR)).unsqueeze(-1)
+    there = torch.where(near, origin + rays * distance.clamp(max=FAR).unsqueeze(-1), origin + rays * FAR)
+    pixels, depth = project_points(there, intrinsics, camera_to_base)
+    place = pixels / torch.tensor([columns, rows]).to(pixels) * 2 - 1
+    place = torch.where((depth > 0).unsqueeze(-1), place, 2.0).unflatten(1, (rows, columns))
+    return functional.grid_sample(images, place, padding_mode="border", align_corners=False)
 
 
 def _unit(vector: Tensor) -> Tensor:

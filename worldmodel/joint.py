@@ -260,8 +260,16 @@ class JointTransformer(nn.Module):
         velocities, action_velocity = {}, None
         if stream is not None and state is not None and levels is not None:
             answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
+            lead = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
             velocities = {
-                name: self.to_velocity(name, answer, memory, getattr(state, name), levels[:, STREAMS.index(name)])
+                name: self.to_velocity(
+                    name,
+                    answer,
+                    memory,
+                    getattr(state, name),
+                    levels[:, STREAMS.index(name)],
+                    lead if name == "video" else None,
+                )
                 for name, answer in answers.items()
             }
         if action is not None and actions is not None and action_level is not None:
@@ -269,15 +277,17 @@ class JointTransformer(nn.Module):
             action_velocity = self.to_velocity("actions", answer, memory, actions, action_level)
         return velocities, action_velocity
 
-    def to_velocity(self, name: str, answer: Tensor, memory: Memory, noisy: Tensor, level: Tensor) -> Tensor:
+    def to_velocity(
+        self, name: str, answer: Tensor, memory: Memory, noisy: Tensor, level: Tensor, lead: Tensor | None = None
+    ) -> Tensor:
         """Network output -> velocity of a stream or `actions`.
 
         They are the same where the model predicts `velocity`. Where it predicts `clean`, the output is how far the
         clean value lies from a guess: for video that the picture stands still, for actions the state policy's proposal,
-        for the other streams the newest value or the mean, which are zero in their units.
+        for the other streams the newest value or the mean, which are zero in their units. `lead` adds to the guess.
         """
         if self.predicts == "velocity":
-            return answer
+            return answer if lead is None else answer - lead
         if name == "actions":
             clean = answer
             if memory.proposal is not None:
@@ -285,7 +295,7 @@ class JointTransformer(nn.Module):
         else:
             clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
             if name == "video":
-                clean = clean + self.still_latents(memory.anchors[name])
+                clean = clean + self.still_latents(memory.anchors[name]) + (0.0 if lead is None else lead)
         return clean_to_velocity(clean, noisy, level)
 
     def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:

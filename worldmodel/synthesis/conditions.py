@@ -3,8 +3,8 @@
 A slot of the future - the picture or the camera of a view, a point - is in one of three states: predicted (a noisy
 token), given (a clean one, at noise level 0) or absent (no token at all). Beside its token, what is given reaches the
 video by a short way that a few training steps suffice to find: actions and the embodiment modulate every block beside
-the noise level, a camera's path turns the Pluecker rays of its video tokens, and objects appear as heat maps where the
-camera sees them.
+the noise level, a camera's path turns the Pluecker rays of its video tokens and brings what the newest picture would
+look like from there if all lay on one plane, and objects and cameras appear as heat maps where a camera sees them.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ class Given(NamedTuple):
     points: Tensor  # (B, F, K, 3) as in `WorldState`
     actions: Tensor  # (B, F, R D) standardised, the R control steps of each latent frame
     rays: Tensor  # (B, F, V, 6, h', w') of the given path
-    heat: Tensor  # (B, F, V, 2 K, h', w') where the camera sees each given point: now, then
+    moved: Tensor  # (B, F, V, C, h', w') newest picture as seen along the given path, as a difference to it; latents
+    heat: Tensor  # (B, F, V, 2 (K + V), h', w') where a view sees given points and cameras: now, then
     embodiment: Tensor  # (B,)
     has_video: Tensor  # (B, V) bool
     has_camera: Tensor  # (B, V) bool
@@ -98,18 +99,32 @@ def heat_maps(
 class ConditionEncoder(nn.Module):
     """The short ways of given futures into the video transformer; all start at zero, so that they disturb nothing.
 
-    Actions and the embodiment enter as the class does in DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2).
+    Actions and the embodiment enter as the class does in DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2). That
+    a picture moved by geometry guides better than poses alone is known from GEN3C (Ren et al. 2025, arXiv 2503.03751).
     """
 
-    def __init__(self, *, width: int, patch: int, points: int, action: int, stride: int, embodiments: int) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        patch: int,
+        latent_channels: int,
+        views: int,
+        points: int,
+        action: int,
+        stride: int,
+        embodiments: int,
+    ) -> None:
         super().__init__()
         self.stride = stride
         self.actions = FeedForward(width=stride * action, hidden=width, out=width)
         self.embodiment = nn.Embedding(embodiments, width)
-        self.heat = nn.Linear(2 * points * patch**2, width, bias=False)
+        self.heat = nn.Linear(2 * (points + views) * patch**2, width, bias=False)
+        self.moved = nn.Linear(latent_channels * patch**2, width, bias=False)
+        self.gate = nn.Linear(width, patch**2)
         last = self.actions[-1]
-        assert isinstance(last, nn.Linear) and last.bias is not None
-        for parameter in (last.weight, last.bias, self.embodiment.weight, self.heat.weight):
+        ways = (last, self.gate, self.embodiment, self.heat, self.moved)
+        for parameter in (p for way in ways for p in way.parameters()):
             nn.init.zeros_(parameter)
 
     def forward(self, given: Given) -> Tensor:

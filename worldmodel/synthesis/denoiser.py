@@ -148,6 +148,7 @@ class Denoiser(nn.Module):
                     x = x + torch.where(known, self.embed_rays(self.patchify(rays)), self.no_rays)
                 if given is not None and self.conditions is not None:
                     x = x + self.conditions.heat(self.patchify(given.heat))
+                    x = x + self.conditions.moved(self.patchify(given.moved))
                 if name in self.embed_anchor:
                     x = x + self.embed_anchor[name](self.patchify(anchors[name]))
                 if name in self.slot:
@@ -242,6 +243,14 @@ class Denoiser(nn.Module):
         at_zero = index + len(STREAMS)
         embedding = torch.where(clean, embedding[:, :, at_zero], embedding[:, :, index])
         return embedding, torch.where(clean.unsqueeze(-1), vectors[:, :, at_zero], vectors[:, :, index])
+
+    def lead(self, x: Tensor, given: Given) -> Tensor | None:
+        """How much of the moved pictures the video takes over, cell by cell: (B, T, V, C, h', w') from all tokens."""
+        if self.conditions is None or "video" not in self.streams:
+            return None
+        gate = self.conditions.gate(self.norm(x[:, :, : self.counts["video"]]))
+        channels = given.moved.shape[3]
+        return self.unpatchify(gate.unsqueeze(-2).expand(*gate.shape[:-1], channels, -1).flatten(-2)) * given.moved
 
     def decode(self, x: Tensor, embedding: Tensor, streams: Sequence[str]) -> dict[str, Tensor]:
         """Tokens (B, T, N, W) -> velocity of each stream in the shape of `WorldState`."""
