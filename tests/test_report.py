@@ -27,7 +27,14 @@ from worldmodel.viz import encode_mp4, side_by_side, video_data_uri
 
 torch.set_num_threads(1)
 SPEC = ClipSpec()
-VIEWED = ("camera_path_translation", "camera_path_rotation", "camera_translation", "camera_rotation", "camera_fov")
+VIEWED = (
+    "camera_path_translation",
+    "camera_path_rotation",
+    "camera_translation",
+    "camera_rotation",
+    "camera_fov",
+    "camera_given_actions",
+)
 NASTY = 'push <b>"it"</b> & stop'
 
 

@@ -17,7 +17,7 @@ from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.transforms import hide
-from worldmodel.evaluation_given import score_given
+from worldmodel.evaluation_given import frame_mask, score_actions, score_given
 from worldmodel.figures import sample_clip, summarise, worst_and_median
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.holdout import Clip, TrainingMeans, check_unseen, choose_clips, training_means
@@ -93,14 +93,12 @@ def evaluate_offline(
         led: dict[str, Tensor] = {}
         with torch.inference_mode():
             prediction = _predicted_streams(model, batch, chosen, means, rows, seed + number, sampler_steps)
-            _dynamics(model, batch, means, rows, seed + number, sampler_steps, prediction)
+            movable = torch.stack([clip.movable for clip in chosen])
+            _dynamics(model, batch, movable, means, rows, seed + number, sampler_steps, prediction)
             _understanding(model, batch, chosen, means, rows)
             if {"camera", "points"} <= set(model.givable):
-                movable = torch.stack([clip.movable for clip in chosen])
-                told = partial(
-                    model.predict, mode="video_prediction", generator=_noise(seed + number), steps=sampler_steps
-                )
-                led = score_given(told, model.understand, batch, movable, prediction, partial(_put, rows))
+                led = score_given(partial(_told, model, seed + number, sampler_steps), model.understand, batch, movable,
+                                  prediction, partial(_put, rows))  # fmt: skip
         samples.extend(sample_clip(batch, prediction, led, clip, i) for i, clip in enumerate(chosen))
     settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
     return {
@@ -128,7 +126,7 @@ def _predicted_streams(
     """Score mode video_prediction on all its streams and mode policy on the actions."""
     spec, observation, future = model.spec, batch.observation, batch.future
     prediction = model.predict(observation, None, "video_prediction", generator=_noise(seed), steps=steps)
-    target, mask = future.rgb.float() / 255, _frame_mask(batch, spec)
+    target, mask = future.rgb.float() / 255, frame_mask(batch)
     still = metrics.copy_last_frame(observation, spec.window)
     for v, view in enumerate(("", *(f"/{c}" for c in spec.cameras))):
         seen = mask if v == 0 else mask & (torch.arange(len(spec.cameras)) == v - 1)
@@ -183,9 +181,16 @@ def _predicted_streams(
     return prediction
 
 
+def _told(
+    model: Evaluated, seed: int, steps: int | None, observation: Observation, future: Future, given: Flags
+) -> Prediction:
+    return model.predict(observation, future, "video_prediction", generator=_noise(seed), steps=steps, given=given)
+
+
 def _dynamics(
     model: Evaluated,
     batch: Batch,
+    movable: Tensor,
     means: TrainingMeans,
     rows: dict[str, Rows],
     seed: int,
@@ -193,22 +198,15 @@ def _dynamics(
     plain: Prediction,
 ) -> None:
     """Score forward dynamics under the executed actions and under another clip's, mode joint, and the tokeniser."""
-    observation, future, mask = batch.observation, batch.future, _frame_mask(batch, model.spec)
+    observation, future, mask = batch.observation, batch.future, frame_mask(batch)
     target = future.rgb.float() / 255
     rolled = future._replace(actions=future.actions.roll(1, 0), action_valid=future.action_valid.roll(1, 0))
-    true, other = (
-        metrics.squared_error(
-            model.predict(
-                observation, given, "forward_dynamics", generator=_noise(seed), steps=steps, coupling="joint"
-            ).rgb,
-            target,
-            mask,
-        )
-        for given in (future, rolled)
+    told, misled = (
+        model.predict(observation, f, "forward_dynamics", generator=_noise(seed), steps=steps, coupling="joint")
+        for f in (future, rolled)
     )
+    score_actions(told, misled, plain, batch, movable, model.spec.cameras, partial(_put, rows))
     still = metrics.squared_error(metrics.copy_last_frame(observation, model.spec.window), target, mask)
-    free = metrics.squared_error(plain.rgb, target, mask)
-    _put(rows, "video_given_actions", true, copy_last_frame=still, not_given=free, shuffled_actions=other)
     both = model.predict(observation, None, "joint", generator=_noise(seed), steps=steps, coupling="joint")
     _put(rows, "video_joint", metrics.squared_error(both.rgb, target, mask), copy_last_frame=still)
     average = metrics.constant(means.actions[observation.embodiment], model.spec.chunk)
@@ -261,11 +259,6 @@ def _understanding(
 
 def _noise(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _frame_mask(batch: Batch, spec: ClipSpec) -> Tensor:
-    """Which future pictures count, (B, F*R, V)."""
-    return batch.future.valid.repeat_interleave(spec.stride, 1)[:, :, None] & batch.observation.has_rgb[:, None]
 
 
 def _put(rows: dict[str, Rows], name: str, ours: Sums, **baselines: Sums) -> None:

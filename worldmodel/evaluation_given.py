@@ -1,6 +1,6 @@
 """Offline evaluation of given futures: whether synthesis follows the camera paths and object tracks it is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,8 @@ def score_given(
     led: dict[str, Tensor] = {}
     observation, future = batch.observation, batch.future
     target = future.rgb.float() / 255
-    steps, stride = target.shape[1], target.shape[1] // future.valid.shape[1]
-    mask = future.valid.repeat_interleave(stride, 1)[:, :, None] & observation.has_rgb[:, None]
-    still = metrics.copy_last_frame(observation, steps)
+    mask = frame_mask(batch)
+    still = metrics.copy_last_frame(observation, target.shape[1])
     asked = another_motion(observation, future)
     for name in ("camera", "points"):
         told, misled = (predict(observation, f, given={name: True}).rgb for f in (future, asked))
@@ -45,6 +44,49 @@ def score_given(
         read = camera_error if name == "camera" else points_error
         put(f"{name}_followed", **{k: read(understand, observation, asked, rgb, movable) for k, rgb in shown.items()})
     return led
+
+
+def score_actions(
+    told: Prediction,
+    misled: Prediction,
+    plain: Prediction,
+    batch: Batch,
+    movable: Tensor,
+    cameras: Sequence[str],
+    put: Callable[..., None],
+) -> None:
+    """Scores the streams under the executed actions, beside those of another clip and those without any."""
+    observation, future = batch.observation, batch.future
+    target, mask = future.rgb.float() / 255, frame_mask(batch)
+    still = metrics.copy_last_frame(observation, target.shape[1])
+    true, other, free, base = (
+        metrics.squared_error(rgb, target, mask) for rgb in (told.rgb, misled.rgb, plain.rgb, still)
+    )
+    put("video_given_actions", true, copy_last_frame=base, not_given=free, shuffled_actions=other)
+    frames = future.valid.shape[1]
+    rest = metrics.constant(observation.points[:, -1], frames)
+    shown = future.valid[:, :, None] & (movable & observation.has_points)[:, None]
+    true, other, free, base = (
+        metrics.trajectory_error(points, future.points, shown)
+        for points in (told.points, misled.points, plain.points, rest)
+    )
+    put("trajectory_given_actions", true, constant_position=base, not_given=free, shuffled_actions=other)
+    now = metrics.constant(observation.camera_to_base[:, -1], frames)
+    present = future.valid[:, :, None] & observation.has_camera[:, None]
+    for v, view in enumerate(cameras):
+        true, other, free, base = (
+            metrics.masked_sums(
+                metrics.translation_error(pose[:, :, v], future.camera_to_base[:, :, v]), present[..., v]
+            )
+            for pose in (told.camera_to_base, misled.camera_to_base, plain.camera_to_base, now)
+        )
+        put(f"camera_given_actions/{view}", true, constant_pose=base, not_given=free, shuffled_actions=other)
+
+
+def frame_mask(batch: Batch) -> Tensor:
+    """Which future pictures count, (B, F*R, V)."""
+    stride = batch.future.rgb.shape[1] // batch.future.valid.shape[1]
+    return batch.future.valid.repeat_interleave(stride, 1)[:, :, None] & batch.observation.has_rgb[:, None]
 
 
 def another_motion(observation: Observation, future: Future) -> Future:

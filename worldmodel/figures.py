@@ -42,6 +42,8 @@ FIGURES = {
     "action": Figure("action", "Action chunk (policy), MAE", "action units", "action of the chunk"),
     "action_inverse": Figure("action", "Action chunk (inverse dynamics), MAE", "action units", "action of the chunk"),
     "video_given_actions": Figure("video", "Video under given actions, PSNR", "dB", STEPS, decibel=True, higher=True),
+    "trajectory_given_actions": Figure("points", "Object trajectory under given actions, ADE", "m", FRAMES),
+    "camera_given_actions": Figure("camera", "Future camera position under given actions", "m", FRAMES),
     "video_given_camera": Figure("video", "Video under given camera paths, PSNR", "dB", STEPS, True, True),
     "video_given_points": Figure("video", "Video under given object tracks, PSNR", "dB", STEPS, True, True),
     "camera_followed": Figure("camera", "Asked camera position, read from the picture", "m"),
