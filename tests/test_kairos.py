@@ -267,6 +267,7 @@ def test_the_reduced_small_learns_in_every_direction(statistics, mode):
     with torch.no_grad():
         latents = model.history_latents(o)
     settings: dict[str, Any] = {"drop": (), "dropout": {}, "draws": 2, "weights": {}, "insulate": False, "huber": 0.1}
+    settings |= {"given": {"camera": 0.5, "points": 0.5}, "absent": 0.1}
     batch = Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"])
     losses = world_loss(model, batch, latents, generator(), mode=mode, **settings)
     losses["loss"].backward()

@@ -33,8 +33,8 @@ def checkpoint(tiny_dataset, tmp_path_factory) -> Path:
 def settings(checkpoint: Path, out: Path, **changes):
     defaults = {
         "checkpoint": str(checkpoint), "data": None, "out": str(out), "split": "heldout_episodes", "tasks": None,
-        "episodes": 2, "start": 0, "chunks": None, "actions": ["given", "other", "policy"], "sampler_steps": 1,
-        "films": 1, "seed": 0, "threads": 1,
+        "episodes": 2, "start": 0, "chunks": None, "actions": ["given", "other", "policy", "camera"],
+        "sampler_steps": 1, "guidance": {"actions": 1.5}, "films": 1, "seed": 0, "threads": 1,
     }  # fmt: skip
     return defaults | changes
 
@@ -46,20 +46,22 @@ def test_the_command_writes_figures_films_and_a_page(checkpoint, tmp_path, capsy
     assert chunks >= 2 and result["episodes"][0] == 2 and result["memory_bytes_per_episode"] > 0
     assert set(result["figures"]) == set(MEASURES)
     for kinds in result["figures"].values():
-        assert list(kinds) == ["given", "other", "policy", ANEW, HELD]
+        assert list(kinds) == ["given", "other", "policy", "camera", ANEW, HELD]
         assert all(len(values) == chunks for values in kinds.values())
     psnr = result["figures"]["psnr"]
     # Untrained output layers answer nothing, so the first chunk stands still like the reference.
     assert psnr["given"][0] == pytest.approx(psnr[ANEW][0], abs=1e-3)
-    assert len(list((tmp_path / "films").glob("*.mp4"))) == 3
+    assert len(list((tmp_path / "films").glob("*.mp4"))) == 4
     html = page.read_text()
-    assert html.count("<video") == 3 and "last frame held" in html
+    assert html.count("<video") == 4 and "last frame held" in html
     assert "| Video, PSNR [dB] | given |" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="actions: unknown 'random'; some of given"):
         rollout(settings(checkpoint, tmp_path, actions=["random"]))
+    with pytest.raises(ConfigError, match="'text' cannot lead a rollout; actions, camera"):
+        rollout(settings(checkpoint, tmp_path, guidance={"text": 2.0}))
     with pytest.raises(ConfigError, match="there is only one"):
         rollout(settings(checkpoint, tmp_path, episodes=1))
     with pytest.raises(ConfigError, match="chunks is 0; expected 1 or more"):

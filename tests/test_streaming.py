@@ -161,6 +161,7 @@ def test_where_actions_stand_moves_with_the_frames(tiny_model, kind):
 
 
 SETTINGS = {"drop": (), "dropout": {}, "draws": 1, "weights": {}, "insulate": False, "huber": None}
+SETTINGS |= {"given": {"camera": 0.5, "points": 0.5}, "absent": 0.3}
 
 
 def consecutive_clips(spec: ClipSpec, chunks: int) -> tuple[Observation, Batch]:

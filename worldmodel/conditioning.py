@@ -55,9 +55,12 @@ def give(
     lens = observation.intrinsics[:, -1:]
     poses, points, steps = newest.expand(-1, frames, -1, -1, -1), observation.points[:, -1:], frames * spec.stride
     tracks, actions = points.expand(-1, frames, -1, -1), s.points.new_zeros(b, steps, spec.action)
-    if future is not None:
+    # A future of which only some things are known has no frames of the others.
+    if future is not None and "camera" in wanted:
         poses = torch.where(has["camera"][:, None, :, None, None], future.camera_to_base, poses)
+    if future is not None and "points" in wanted:
         tracks = torch.where(has["points"][:, None, :, None], future.points, tracks)
+    if future is not None and "actions" in wanted:
         moves = model.normaliser.standardise("action", future.actions, s.embodiment)[:, :steps]
         actions = functional.pad(moves, (0, 0, 0, steps - moves.shape[1]))
     size = (spec.height, spec.width)

@@ -1,6 +1,6 @@
 """How far a streamed rollout drifts from the episode it began in: errors per chunk, under several kinds of actions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,9 @@ from worldmodel.metrics import Sums
 from worldmodel.model import WorldModel
 from worldmodel.streaming import Actions, roll_out
 
-KINDS = ("given", "shuffled", "other", "policy", "none")
+KINDS = ("given", "shuffled", "other", "policy", "none", "camera", "points")
+LED = ("camera", "points")
+"""Kinds that are told something else than actions: the episode's camera paths, or its object tracks."""
 HELD, ANEW = "last frame held", "given, true history"
 """The two references beside every rollout."""
 MEASURES = {
@@ -72,19 +74,24 @@ def measure_drift(
     chunks: int | None,
     kinds: Sequence[str],
     seed: int,
+    guidance: Mapping[str, float] | None = None,
     steps: int | None = None,
     films: int = 0,
 ) -> tuple[dict[str, Any], list[Film]]:
     """Rolls out all `clips` at once under each kind of actions.
 
     Returns plain values - `figures` {measure: {kind: value per chunk}}, the number of `episodes` per chunk, `chunk`
-    seconds, bytes of the memory - and films of the first `films` episodes. Raises `ConfigError` for an unknown kind, or
-    for other episodes' actions where there is but one.
+    seconds, bytes of the memory - and films of the first `films` episodes. `guidance` has a scale for `actions`,
+    `camera`, `points` or `embodiment`, which leads the kinds that are given it. Raises `ConfigError` for an unknown
+    kind or guide, or for other episodes' actions where there is but one.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ConfigError(f"actions: unknown {unknown[0]!r}; some of {', '.join(KINDS)}")
     if "other" in kinds and len(clips) < 2:
         raise ConfigError("actions: `other` takes those of another episode, but there is only one; raise episodes")
+    guidance = guidance or {}
+    if unknown := sorted(set(guidance) - {"actions", "embodiment", *LED}):
+        raise ConfigError(f"guidance: {unknown[0]!r} cannot lead a rollout; actions, camera, points, embodiment can")
     spec = model.spec
     lengths = [dataset.reader.entries[dataset.locate(clip.item)[0]].length - 1 - clip.step for clip in clips]
     count = max(lengths) // spec.window if chunks is None else chunks
@@ -96,7 +103,7 @@ def measure_drift(
         "shuffled": lambda _: shuffled(now["batch"].future.actions, order),
         "other": lambda _: now["batch"].future.actions.roll(1, 0),
         "policy": "policy",
-        "none": None,
+        **dict.fromkeys(("none", *LED)),
     }
     streams, begun = {}, None
     sums: dict[str, dict[str, list[Sums]]] = {}
@@ -108,7 +115,12 @@ def measure_drift(
             begun = batch.observation
             for kind in kinds:
                 noise = torch.Generator().manual_seed(seed)
-                streams[kind] = roll_out(model, begun, chunks=count, generator=noise, actions=told[kind], steps=steps)
+                led = {"futures": lambda _: now["batch"].future, "given": {kind: True}} if kind in LED else {}
+                has = ("embodiment", kind if led else "actions" if told[kind] is not None else "")
+                lead = {name: scale for name, scale in guidance.items() if name in has}
+                streams[kind] = roll_out(
+                    model, begun, chunks=count, generator=noise, actions=told[kind], guidance=lead, steps=steps, **led
+                )
         away = batch.future.camera_to_base[..., :3, 3] - begun.camera_to_base[:, -1:, :, :3, 3]
         moves |= (away.norm(dim=-1) > MOVED).any(1)
         answers = {}

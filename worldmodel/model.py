@@ -119,9 +119,9 @@ class WorldModel(JointTransformer):
         memories = {None: self.remember(s, latents) if memory is None else memory}
         if "text" in scales:
             memories["text"] = self.remember(s._replace(has_text=torch.zeros_like(s.has_text)), latents)
-        clean = None if future is None else self.future_latents(observation, future)
-        if do_streams and "video" not in flags:
-            clean = None
+        clean = None
+        if future is not None and (mode == "inverse_dynamics" or "video" in flags):
+            clean = self.future_latents(observation, future)
         conditions: dict[str | None, Given | None] = {
             name: give(self, observation, s, future, flags | ({} if name in (None, "text") else {name: False}),
                        lacks={} if name is None else {name: True}, latents=clean)

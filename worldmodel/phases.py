@@ -66,7 +66,8 @@ class Phase:
     its memory from each to the next: a history of many frames at the cost of few. `gradients` says whether they flow
     back through it. `given` has the rate at which each condition of synthesis is given in a row - `video`, `camera`,
     `points`, `embodiment` (1 unless said); `forward_dynamics` gives actions - and `absent` that at which cameras and
-    points that are not given are left out instead of predicted; guidance needs both.
+    points that are not given are left out instead of predicted; guidance needs both. A network without conditions
+    learns without.
     """
 
     name: str

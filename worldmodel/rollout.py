@@ -50,6 +50,7 @@ def rollout(config: Mapping[str, Any]) -> Path:
         chunks=config["chunks"],
         kinds=config["actions"],
         seed=config["seed"],
+        guidance=config["guidance"],
         steps=config["sampler_steps"],
         films=config["films"],
     )

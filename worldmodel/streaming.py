@@ -5,11 +5,12 @@ pictures through the tokeniser, poses, points and forces, at noise level 0 - and
 model does not predict (proprioception, taxels) are absent from then on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from worldmodel.conditioning import Flags
 from worldmodel.contracts import Future, Observation, Prediction
 from worldmodel.errors import ConfigError
 from worldmodel.joint import Memory
@@ -32,13 +33,17 @@ def roll_out(
     chunks: int,
     generator: torch.Generator,
     actions: Actions | str | None = None,
+    futures: Callable[[int], Future] | None = None,
+    given: Flags | None = None,
+    guidance: Mapping[str, float] | None = None,
     steps: int | None = None,
 ) -> Iterator[tuple[Prediction, Memory]]:
     """Predicts `chunks` chunks, each with the memory that it was predicted from.
 
     `actions` is a function that gives each chunk's (the true ones, or others: a counterfactual), `policy` for those
-    that the model proposes, or None for a future that is not told any. `steps` are flow steps of the streams; None is
-    the model's own number. Only the last few frames and the memory are kept, whatever the number of chunks. Raises
+    that the model proposes, or None for a future that is not told any. `given` says what else of each chunk's `futures`
+    is given, and `guidance` how much that leads (see `WorldModel.predict`). `steps` are flow steps of the streams; None
+    is the model's own number. Only the last few frames and the memory are kept, whatever the number of chunks. Raises
     `ConfigError` for any other `actions`; and see `WorldModel.predict`.
     """
     if not (actions is None or actions == "policy" or callable(actions)):
@@ -53,9 +58,13 @@ def roll_out(
             elif callable(chosen):
                 chosen = chosen(number)
             mode = "video_prediction" if chosen is None else "forward_dynamics"
-            given = None if not isinstance(chosen, Tensor) else future_of_actions(observation, chosen)
+            future = None if futures is None else futures(number)
+            if isinstance(chosen, Tensor):
+                future = future_of_actions(observation, chosen) if future is None else future._replace(actions=chosen)
             now = observation.newest(1)  # older frames are in the memory
-            prediction = model.predict(now, given, mode, generator=generator, steps=steps, memory=memory)
+            prediction = model.predict(
+                now, future, mode, generator=generator, steps=steps, memory=memory, given=given, guidance=guidance
+            )
             observation = after(observation, prediction, model)
         fresh = model.spec.future
         yield prediction, memory
