@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import compose
 from test_model import future_of, generator, observation_of
 
+from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.conditioning import draw_given, give, guided
 from worldmodel.contracts import Batch, Future, Observation, Prediction
 from worldmodel.data.transforms import hide
@@ -183,3 +185,12 @@ def test_a_point_that_was_never_seen_cannot_be_given(aware):
     given = give(aware, o, aware.normaliser(o, aware.grid), f, {"points": True})
     assert given is not None and given.has_points.tolist() == [[False] * 4, [True] * 4]
     assert not given.heat[0].any() and given.heat[1].any()
+
+
+def test_streams_that_a_model_lacks_are_no_obstacle(statistics):
+    config = compose("experiment=kairos_tiny", "+synthesis.denoiser.streams=[video,points]",
+                     "synthesis.denoiser.anchored=[video,points]")  # fmt: skip
+    model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics).eval()
+    o, f = clip_of(model)
+    answer = synthesise(model, o, f, given={"camera": True, "points": True})
+    torch.testing.assert_close(answer.points, f.points, atol=1e-4, rtol=1e-4)

@@ -309,7 +309,7 @@ class JointTransformer(nn.Module):
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""
         rays, presence = memory.rays, memory.presence
         if given is not None:
-            state = WorldState(*(given.fill(name, getattr(state, name)) for name in STREAMS))
+            state = state._replace(**{name: given.fill(name, getattr(state, name)) for name in memory.streams})
             rays = torch.where(given.has_camera[:, None, :, None, None, None], given.rays, rays)
             presence = given.presence(presence)
         tokens = self.denoiser.embed(state, memory.anchors, rays, presence, memory.streams, given)
