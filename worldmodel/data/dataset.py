@@ -13,7 +13,8 @@ from worldmodel.data.align import Aligned, align, check_cameras
 from worldmodel.data.cache import ByteCache
 from worldmodel.data.clip import Clip, Layout, Skip
 from worldmodel.data.embodiments import check_embodiments
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError, SampleError
 
 ON_ERROR = ("raise", "skip")
