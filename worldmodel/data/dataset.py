@@ -1,6 +1,7 @@
 """Clips cut from recorded episodes: history, future and actions around every time step, as items of a dataset."""
 
 import bisect
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class ClipDataset(Dataset[Clip]):
             is one of its own. Pictures are in the reader's cache.
         on_error: `raise`, or `skip`: a clip of a damaged episode is replaced by the clip at the same step (modulo the
             length) of the next good episode, always the same one, and says so in `Clip.skip`.
+        first_frame: number of the first frame of `reader`, where frames are counted over several datasets.
 
     Raises:
         DataError: no episode left, or cameras, rate or sizes that do not fit `spec`.
@@ -84,10 +86,12 @@ class ClipDataset(Dataset[Clip]):
         camera_map: Mapping[str, str | None] | None = None,
         cache: ByteCache | None = None,
         on_error: str = "raise",
+        first_frame: int = 0,
     ) -> None:
         if on_error not in ON_ERROR:
             raise ConfigError(f"on_error {on_error!r} is none of {', '.join(ON_ERROR)}")
         self.reader, self.spec, self.split, self.on_error = reader, spec, split, on_error
+        self.first_frame = first_frame
         self.images, self.future_images, self.masks = images, images and future, masks
         self.elements: tuple[str, ...] = ()
         """What the values of masks mean: places in this list, if masks were asked for."""
@@ -110,8 +114,7 @@ class ClipDataset(Dataset[Clip]):
             )
         if not self.episodes:
             raise DataError(f"{reader.root}: no episode left in split {split!r} ({self.left_out} failed ones left out)")
-        lengths = [reader.entries[i].length for i in self.episodes]
-        self._ends = np.cumsum(lengths)
+        self._ends = list(itertools.accumulate(reader.entries[i].length for i in self.episodes))
         self._cache = ByteCache(1 << 28) if cache is None else cache
         found = dict.fromkeys(reader.entries[i].embodiment for i in self.episodes)
         check_embodiments(spec, found, f"{reader.root}, split {split!r}", complete=False)
@@ -119,7 +122,7 @@ class ClipDataset(Dataset[Clip]):
             self._check_first(embodiment)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def entries(self) -> list[Entry]:
         """The index entries of the chosen episodes."""
@@ -129,8 +132,8 @@ class ClipDataset(Dataset[Clip]):
         """Episode number in the reader and time step of clip `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        episode = int(np.searchsorted(self._ends, index, side="right"))
-        return self.episodes[episode], index - (int(self._ends[episode - 1]) if episode else 0)
+        episode = bisect.bisect_right(self._ends, index)
+        return self.episodes[episode], index - (self._ends[episode - 1] if episode else 0)
 
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index)
@@ -178,20 +181,15 @@ class ClipDataset(Dataset[Clip]):
     def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
         step += request.ahead * self.spec.window
-        history = np.clip(layout.history + step, 0, entry.length - 1)
-        future = np.minimum(layout.future + step, entry.length - 1)
         return Clip(
             layout=layout,
             data=data,
             step=step,
-            # Before the start the first row repeats, past the end the last.
-            steps=data.steps.take(layout.steps + step, axis=0, mode="clip"),
-            series=data.series.take(layout.series + step, axis=0, mode="clip"),
-            rgb=self._pictures(i, data, history, self.images and request.images),
-            future_rgb=self._pictures(i, data, future, self.future_images and request.future),
-            frame=entry.start + history,
-            key=f"{entry.key}@{step}",
-            masks=self._masks(i, data, history, future, request) if self.masks else None,
+            first=entry.start + self.first_frame,
+            episode=entry.key,
+            rgb=self._pictures(i, data, layout.history, step) if self.images and request.images else None,
+            future_rgb=self._pictures(i, data, layout.future, step) if self.future_images and request.future else None,
+            masks=self._masks(i, data, step, request) if self.masks else None,
         )
 
     def _check_elements(self, i: int) -> None:
@@ -204,14 +202,13 @@ class ClipDataset(Dataset[Clip]):
                 "episode: generate with --masks, or leave masks out"
             )
 
-    def _masks(
-        self, i: int, data: Aligned, history: np.ndarray, future: np.ndarray, request: Request
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _masks(self, i: int, data: Aligned, step: int, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """(H, V, h, w) and (F*R, V, h, w) uint8; h and w are 0 where no pictures are wanted."""
         self._check_elements(i)
         spec, parts = self.spec, []
         wanted = (self.images and request.images, self.future_images and request.future)
-        for steps, want in zip((history, future), wanted, strict=True):
+        for offsets, want in zip((self._layout.history, self._layout.future), wanted, strict=True):
+            steps = np.clip(offsets + step, 0, len(data.steps) - 1)
             size = (spec.height, spec.width) if want else (0, 0)
             part = np.zeros((len(steps), len(spec.cameras), *size), np.uint8)
             for v in np.flatnonzero(data.constant["has_rgb"]) if want else ():
@@ -224,11 +221,10 @@ class ClipDataset(Dataset[Clip]):
             parts.append(part)
         return parts[0], parts[1]
 
-    def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
-        """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
+    def _pictures(self, i: int, data: Aligned, offsets: np.ndarray, step: int) -> np.ndarray:
+        """(n, V, 3, h, w) uint8: the pictures at `offsets` from a step."""
         spec = self.spec
-        if not wanted:
-            return np.zeros((len(steps), len(spec.cameras), 3, 0, 0), np.uint8)
+        steps = np.clip(offsets + step, 0, len(data.steps) - 1)
         out = np.zeros((len(steps), len(spec.cameras), 3, spec.height, spec.width), np.uint8)
         for v in np.flatnonzero(data.constant["has_rgb"]):
             camera = spec.cameras[v]

@@ -31,7 +31,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Episode]], *, pictures:
     temporary = _temporary(path)
     entries: list[dict[str, Any]] = []
     keys: set[str] = set()
-    options: dict[str, Any] = {"encoder": False, "mtime": 0.0, "user": "worldmodel", "group": "worldmodel"}
+    # A time that is no whole number takes a header of its own, a kilobyte for every member.
+    options: dict[str, Any] = {"encoder": False, "mtime": 0, "user": "worldmodel", "group": "worldmodel"}
     with open(temporary, "wb") as file, TarWriter(file, **options) as writer:
         for key, episode in samples:
             if "." in key or "/" in key or key in keys:
