@@ -42,10 +42,10 @@ class Clip(NamedTuple):
     step: int
     first: int  # number of the episode's first frame in the dataset
     episode: str  # its key
-    rgb: np.ndarray | None  # (H, V, 3, h, w) uint8; None where no pictures are wanted
+    rgb: np.ndarray | None  # (H or fewer, V, 3, h, w) uint8, the newest frames; None where no pictures are wanted
     future_rgb: np.ndarray | None  # (F*R, V, 3, h, w) uint8
     skip: Skip | None = None  # what this clip stands in for
-    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H, V, h, w) and (F*R, V, h, w) uint8
+    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H or fewer, V, h, w) and (F*R, V, h, w) uint8
 
     @property
     def key(self) -> str:

@@ -28,7 +28,7 @@ class Needs(NamedTuple):
     """What one training batch will really use; the rest is not loaded."""
 
     rows: int | None = None  # the first so many clips of the batch; None is all
-    images: bool = True
+    history: int | None = None  # pictures of the newest so many history frames; None is all
     future: bool = True  # pictures of the future
     chunks: int = 1  # clips of one episode, each beginning where the future of the last one ends, in consecutive rows
 
@@ -37,7 +37,7 @@ class Request(NamedTuple):
     """A clip of which only some pictures are wanted, or one that comes a number of whole futures later."""
 
     clip: int
-    images: bool = True
+    history: int | None = None
     future: bool = True
     ahead: int = 0
 
@@ -181,15 +181,18 @@ class ClipDataset(Dataset[Clip]):
     def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
         step += request.ahead * self.spec.window
+        frames = self.spec.history if request.history is None else request.history
+        past = layout.history[-frames:] if self.images and frames else None
+        future = layout.future if self.future_images and request.future else None
         return Clip(
             layout=layout,
             data=data,
             step=step,
             first=entry.start + self.first_frame,
             episode=entry.key,
-            rgb=self._pictures(i, data, layout.history, step) if self.images and request.images else None,
-            future_rgb=self._pictures(i, data, layout.future, step) if self.future_images and request.future else None,
-            masks=self._masks(i, data, step, request) if self.masks else None,
+            rgb=None if past is None else self._pictures(i, data, past, step),
+            future_rgb=None if future is None else self._pictures(i, data, future, step),
+            masks=self._masks(i, data, past, future, step) if self.masks else None,
         )
 
     def _check_elements(self, i: int) -> None:
@@ -202,16 +205,17 @@ class ClipDataset(Dataset[Clip]):
                 "episode: generate with --masks, or leave masks out"
             )
 
-    def _masks(self, i: int, data: Aligned, step: int, request: Request) -> tuple[np.ndarray, np.ndarray]:
-        """(H, V, h, w) and (F*R, V, h, w) uint8; h and w are 0 where no pictures are wanted."""
+    def _masks(
+        self, i: int, data: Aligned, past: np.ndarray | None, future: np.ndarray | None, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(n, V, h, w) uint8 each, as the pictures; h and w are 0 where there are none."""
         self._check_elements(i)
         spec, parts = self.spec, []
-        wanted = (self.images and request.images, self.future_images and request.future)
-        for offsets, want in zip((self._layout.history, self._layout.future), wanted, strict=True):
-            steps = np.clip(offsets + step, 0, len(data.steps) - 1)
-            size = (spec.height, spec.width) if want else (0, 0)
+        for offsets, every in ((past, self._layout.history), (future, self._layout.future)):
+            steps = np.clip((every if offsets is None else offsets) + step, 0, len(data.steps) - 1)
+            size = (0, 0) if offsets is None else (spec.height, spec.width)
             part = np.zeros((len(steps), len(spec.cameras), *size), np.uint8)
-            for v in np.flatnonzero(data.constant["has_rgb"]) if want else ():
+            for v in () if offsets is None else np.flatnonzero(data.constant["has_rgb"]):
                 camera = self.camera_map.get(spec.cameras[v]) or spec.cameras[v]
                 found = self.reader.masks(i, camera, steps.tolist())
                 if found.shape[1:] != size:
