@@ -127,7 +127,8 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
     from worldmodel.data.clip import collate
     from worldmodel.data.dataset import ClipDataset
     from worldmodel.data.schema import Episode
-    from worldmodel.data.shards import ShardReader, write_index, write_shard
+    from worldmodel.data.shard_writer import write_index, write_shard
+    from worldmodel.data.shards import ShardReader
 
     samples = []
     for i, values in enumerate(episodes):

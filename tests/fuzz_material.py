@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from synthetic import made_up_episode
 
 from worldmodel.data.schema import encode
-from worldmodel.data.shards import write_index
+from worldmodel.data.shard_writer import write_index
 
 KEY, LENGTH, PIXELS = "toy-000", 4, 16
 NAMES = (

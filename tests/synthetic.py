@@ -9,7 +9,7 @@ from worldmodel.contracts import SCHEMA_VERSION, Batch, Future, Observation
 from worldmodel.data.clip import Clip, collate
 from worldmodel.data.embodiments import load_embodiments
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
 from worldmodel.data.statistics import write_statistics
 
 

@@ -10,7 +10,8 @@ import torch
 from worldmodel.baselines import BCMLPFactory, BCMLPPolicy, gather_samples, load_bc_mlp, train_bc_mlp
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ContractError, DataError
 
 torch.set_num_threads(1)

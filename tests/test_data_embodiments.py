@@ -14,7 +14,8 @@ from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.embodiments import beyond_limits, load_embodiments, metadata_faults
-from worldmodel.data.shards import ShardReader, write_shard
+from worldmodel.data.shard_writer import write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.sources import metaworld
 from worldmodel.data.statistics import load_statistics
 from worldmodel.errors import ConfigError, DataError

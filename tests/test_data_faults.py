@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from worldmodel.data import schema
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import (
     STATISTICS,
     field_statistics,

@@ -23,7 +23,8 @@ from worldmodel.data.formats.mapping import Camera, Columns
 from worldmodel.data.formats.resolve import resolve
 from worldmodel.data.importing import import_dataset
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import write_statistics
 from worldmodel.data.validate import validate
 from worldmodel.errors import ConfigError, DataError

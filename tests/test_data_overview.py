@@ -12,7 +12,8 @@ from worldmodel.data.__main__ import USAGE, main
 from worldmodel.data.overview import rows, tracks
 from worldmodel.data.overview_page import render
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.plots import histogram, orbit
 
 NASTY = 'push <b>"it"</b> & stop'

@@ -9,7 +9,8 @@ from synthetic import made_up_dataset, made_up_episode, one
 from worldmodel.contracts import ClipSpec
 from worldmodel.data import frames, media, schema
 from worldmodel.data.dataset import ClipDataset
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import SampleError
 
 SPEC = ClipSpec(
@@ -82,7 +83,7 @@ def test_a_missing_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         members = plain(episode, pictures=pictures)
         return {name: data for name, data in members.items() if name != "rgb.front.000004.jpg"}
 
-    monkeypatch.setattr("worldmodel.data.shards.encode", without)
+    monkeypatch.setattr("worldmodel.data.shard_writer.encode", without)
     reader = ShardReader(written(tmp_path / "data"))
     with pytest.raises(SampleError, match=r"key e0: rgb.front.000004.jpg: member is missing; stored .*{'front': 19}"):
         reader.pictures(0, "front", [3, 4])
@@ -110,7 +111,7 @@ def test_raw_pictures_of_another_kind_are_refused(tmp_path: Path, monkeypatch: p
         def encode(episode: schema.Episode, *, pictures: str) -> dict[str, bytes]:
             return {**plain(episode, pictures=pictures), "rgb.front.npy": schema._encode_npy(array)}
 
-        monkeypatch.setattr("worldmodel.data.shards.encode", encode)
+        monkeypatch.setattr("worldmodel.data.shard_writer.encode", encode)
         folder = tmp_path / f"{array.dtype}-{array.ndim}-{len(array)}"
         return ShardReader(written(folder))
 

@@ -18,7 +18,8 @@ from worldmodel.data.__main__ import USAGE, main
 from worldmodel.data.checks import gripper, structure, timing
 from worldmodel.data.checks.finding import Sample
 from worldmodel.data.schema import Episode, encode
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import write_statistics
 from worldmodel.data.validate import ShardResult, examine, examine_shard, validate
 
@@ -234,7 +235,7 @@ def test_one_damaged_member_does_not_hide_another(copy: Path, monkeypatch: pytes
             members["smell.npy"] = b""
         return members
 
-    monkeypatch.setattr("worldmodel.data.shards.encode", damage)
+    monkeypatch.setattr("worldmodel.data.shard_writer.encode", damage)
     rewrite(copy, no_number)
     found = {(fault.field, fault.severity) for fault in validate(copy) if fault.key == KEY}
     assert found == {

@@ -23,7 +23,8 @@ from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.generate import generate, make_plan
 from worldmodel.data.overview_page import render
 from worldmodel.data.schema import Episode, encode
-from worldmodel.data.shards import ShardReader, write_index, write_shard
+from worldmodel.data.shard_writer import write_index, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.sources import metaworld_tasks, robosuite_tasks
 from worldmodel.data.sources.appearance import _CHANGED, ELEMENTS
 from worldmodel.data.sources.looks import (
@@ -323,7 +324,7 @@ def test_a_missing_mask_and_a_wrong_link_are_named_by_the_reader(copy: Path, mon
             name: data for name, data in encode(episode, pictures=pictures).items() if name != "mask.wrist.000002.png"
         }
 
-    monkeypatch.setattr("worldmodel.data.shards.encode", lossy)
+    monkeypatch.setattr("worldmodel.data.shard_writer.encode", lossy)
     rewrite(copy, lambda episode: None)
     reader = ShardReader(copy)
     with pytest.raises(SampleError, match=rf"{KEY}: mask.wrist.000002.png: member is missing"):

@@ -13,7 +13,9 @@ import numpy as np
 from worldmodel.baselines import train_bc_mlp
 from worldmodel.closed_loop import PolicyFactory, SceneFactory, run_closed_loop
 from worldmodel.contracts import ClipSpec
-from worldmodel.data.shards import INDEX, ShardReader, write_json
+from worldmodel.data.index import INDEX
+from worldmodel.data.shard_writer import write_json
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
 from worldmodel.stamp import package_versions
 from worldmodel.viz import encode_mp4, enlarged

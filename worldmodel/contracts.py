@@ -58,7 +58,7 @@ class ClipSpec:
 class Observation(NamedTuple):
     """Everything sensed up to now; the input of every mode."""
 
-    rgb: Tensor  # (B, H, V, 3, h, w) uint8
+    rgb: Tensor  # (B, H, V, 3, h, w) uint8; in training only the newest frames if no others are used
     intrinsics: Tensor  # (B, H, V, 3, 3) float32, pixels of this image
     camera_to_base: Tensor  # (B, H, V, 4, 4) float32
     points: Tensor  # (B, H, K, 3) float32, metres, base frame

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from einops import rearrange
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -164,7 +165,7 @@ def run_phase(
         seed=config["seed"],
         num_workers=settings["workers"],
         reader=reader,
-        needs=partial(phase.needs, config["seed"]),
+        needs=partial(phase.needs, config["seed"], cached=latents is not None),
         whole=all(ingredient.rows is None for ingredient in phase.mixture),
         complete=False,
         **chosen,
@@ -237,9 +238,8 @@ def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Pa
     model.autoencoder.eval()
     with torch.no_grad():
         for i, entry in tqdm(entries, desc="latents", unit="episode"):
-            episode = reader.read(i)
-            rgb = torch.stack([torch.from_numpy(episode.rgb[c]) for c in spec.cameras], 1)
-            flat = rgb.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            rgb = np.stack([reader.pictures(i, camera, range(entry.length)) for camera in spec.cameras], 1)
+            flat = torch.from_numpy(rgb).flatten(0, 1).float() / 127.5 - 1.0
             encoded = model.autoencoder.encode_frames(flat)
             cache[entry.start : entry.start + entry.length] = encoded.unflatten(0, rgb.shape[:2])
     save_file({key: cache}, path.with_suffix(".part"))

@@ -138,7 +138,7 @@ def _means(episodes: list[Aligned], spec: ClipSpec) -> TrainingMeans:
         fov,
         _slot_means([(e.points, e.constant["has_points"]) for e in episodes]),
         _slot_means([(e.wrench, e.constant["has_wrench"]) for e in episodes]),
-        _slot_means([(e.action, e.action_dims) for e in episodes]),
+        _slot_means([(e.action, e.constant["action_dims"]) for e in episodes]),
     )
 
 

@@ -125,13 +125,15 @@ class Phase:
         weights = torch.tensor([i.weight for i in self.mixture])
         return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
 
-    def needs(self, seed: int, step: int) -> Needs:
-        """What the batch of a step will use."""
+    def needs(self, seed: int, step: int, *, cached: bool = False) -> Needs:
+        """What the batch of a step will use; `cached` says that latents of the history are at hand."""
         if self.objective != "world":
-            return Needs(future=self.objective == "tokeniser")
+            return Needs(history=1, future=self.objective == "tokeniser")
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")
-        return Needs(rows=pick.rows, images=pick.images, future=future, chunks=self.clips(pick))
+        newest = cached or pick.mode == "understanding"
+        history = 0 if not pick.images else 1 if newest else None
+        return Needs(rows=pick.rows, history=history, future=future, chunks=self.clips(pick))
 
     def clips(self, pick: Ingredient) -> int:
         """Consecutive clips in each row of a batch of `pick`; what has no use for a memory takes one."""

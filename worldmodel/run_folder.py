@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from worldmodel.data.shards import INDEX, ShardReader
+from worldmodel.data.index import INDEX
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
 
 

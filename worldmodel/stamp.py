@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import worldmodel
-from worldmodel.data.shards import INDEX, ShardReader
+from worldmodel.data.index import INDEX
+from worldmodel.data.shards import ShardReader
 
 PACKAGES = ("torch", "numpy", "onnxruntime", "metaworld", "robosuite", "mujoco")
 

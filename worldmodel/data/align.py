@@ -15,12 +15,12 @@ from worldmodel.errors import ConfigError, DataError
 class Aligned(NamedTuple):
     """Streams of one episode over T steps, padded; absent ones are zero and masked in `constant`.
 
-    All but the wrench are views into `steps`, and that into `series`: one row of each holds all that a time step has,
-    so that a clip is cut with two gathers.
+    All but wrench and action are views into `steps`, and those into `series`, which clips have of every step: one row
+    of each holds all that a time step has, so that a clip is cut with two gathers.
     """
 
     steps: np.ndarray  # (T, sum of `columns`) float32
-    series: np.ndarray  # (T, S * 6) float32
+    series: np.ndarray  # (T, S * 6 + D) float32
     intrinsics: np.ndarray  # (T, V, 3, 3)
     camera_to_base: np.ndarray  # (T, V, 4, 4)
     points: np.ndarray  # (T, K, 3)
@@ -29,8 +29,8 @@ class Aligned(NamedTuple):
     taxels: np.ndarray  # (T, S, C, rows, columns)
     proprio: np.ndarray  # (T, P)
     action: np.ndarray  # (T, D)
-    action_dims: np.ndarray  # (D,)
-    constant: dict[str, np.ndarray]  # text, embodiment and the presence masks of `Observation`
+    constant: np.ndarray  # record of what holds for all steps: text, embodiment, the presence masks of `Observation`,
+    # and `action_dims`
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +48,6 @@ def columns(spec: ClipSpec) -> dict[str, tuple[slice, tuple[int, ...]]]:
         "visible": (spec.points,),
         "taxels": (len(spec.sensors), *spec.taxels),
         "proprio": (spec.proprio,),
-        "action": (spec.action,),
     }
     for name, shape in shapes.items():
         places[name] = (slice(start, start + math.prod(shape)), shape)
@@ -70,9 +69,10 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
     masks: dict[str, np.ndarray] = {}
     places = columns(spec)
     steps = np.zeros((t, max(place.stop for place, _ in places.values())), np.float32)
-    series = np.zeros((t, len(spec.sensors) * 6), np.float32)
+    sensors = len(spec.sensors)
+    series = np.zeros((t, sensors * 6 + spec.action), np.float32)
     view = {name: steps[:, place].reshape(t, *shape) for name, (place, shape) in places.items()}
-    view["wrench"] = series.reshape(t, len(spec.sensors), 6)
+    view["wrench"], view["action"] = series[:, : sensors * 6].reshape(t, sensors, 6), series[:, sensors * 6 :]
 
     view["intrinsics"][:], view["camera_to_base"][:] = np.eye(3), np.eye(4)
     names = [camera_map.get(camera, camera) for camera in spec.cameras]
@@ -91,34 +91,35 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
         view["points"][:, :count], view["visible"][:, :count] = episode.points, episode.visible
         masks["has_points"][:count] = True
 
-    masks["has_wrench"] = np.zeros(len(spec.sensors), bool)
-    masks["has_taxels"] = np.zeros(len(spec.sensors), bool)
-    sensors, with_taxels = meta.get("sensor_names", []), meta.get("taxel_sensors", [])
+    masks["has_wrench"], masks["has_taxels"] = np.zeros(sensors, bool), np.zeros(sensors, bool)
+    with_wrench, with_taxels = meta.get("sensor_names", []), meta.get("taxel_sensors", [])
     for s, name in enumerate(spec.sensors):
-        if episode.wrench is not None and name in sensors:
-            view["wrench"][:, s], masks["has_wrench"][s] = episode.wrench[:, sensors.index(name)], True
+        if episode.wrench is not None and name in with_wrench:
+            view["wrench"][:, s], masks["has_wrench"][s] = episode.wrench[:, with_wrench.index(name)], True
         if episode.taxels is not None and name in with_taxels:
             if episode.taxels.shape[2:] != spec.taxels:
                 raise DataError(f"{where}: taxels: grid {episode.taxels.shape[2:]}, the clips ask for {spec.taxels}")
             view["taxels"][:, s], masks["has_taxels"][s] = episode.taxels[:, with_taxels.index(name)], True
 
-    action_dims = np.zeros(spec.action, bool)
+    masks["action_dims"] = np.zeros(spec.action, bool)
     masks["has_proprio"] = np.array(episode.proprio is not None)
     if episode.proprio is not None:
         count = _fits(episode.proprio.shape[1], spec.proprio, "proprio", where)
         view["proprio"][:, :count] = episode.proprio
     if episode.action is not None:
         count = _fits(episode.action.shape[1], spec.action, "action", where)
-        view["action"][:, :count], action_dims[:count] = episode.action, True
+        view["action"][:, :count], masks["action_dims"][:count] = episode.action, True
 
     instruction = meta["instruction"]
     masks["has_text"] = np.array(bool(instruction))
-    constant = {
+    fields = {
         "text": text_ids(instruction, spec.text),
-        **masks,
         "embodiment": np.array(spec.embodiments.index(meta["embodiment"]), np.int64),
+        **masks,
     }
-    return Aligned(steps=steps, series=series, **view, action_dims=action_dims, constant=constant)
+    # One record, so that a batch copies no field by itself; aligned, or torch refuses the fields of a batch of one.
+    record = np.dtype([(name, value.dtype, value.shape) for name, value in fields.items()], align=True)
+    return Aligned(steps=steps, series=series, **view, constant=np.array(tuple(fields.values()), record))
 
 
 def check_cameras(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None], where: str) -> None:

@@ -28,26 +28,29 @@ class Layout:
         self.history = spec.stride * np.arange(1 - spec.history, 1)
         self.ends = spec.stride * np.arange(1, spec.future + 1)
         self.chunk = np.arange(spec.chunk)
-        self.steps = np.concatenate([self.history, self.ends, self.chunk])
+        self.steps = np.concatenate([self.history, self.ends])
         self.touch = (self.history[:, None] + np.arange(1 - spec.stride, 1)).ravel()
         self.future = np.arange(1, spec.window + 1)
-        self.series = np.concatenate([self.touch, self.future])
+        self.series = np.concatenate([self.touch, self.future, self.chunk])
 
 
 class Clip(NamedTuple):
-    """One item: the pictures and the rows of one episode that its fields are cut from when a batch is made."""
+    """One item: its place in an episode whose rows are at hand, and its pictures. `collate` cuts out the rest."""
 
     layout: Layout
     data: Aligned
     step: int
-    steps: np.ndarray  # rows of `Aligned.steps` at `Layout.steps`
-    series: np.ndarray  # rows of `Aligned.series` at `Layout.series`
-    rgb: np.ndarray  # (H, V, 3, h, w) uint8
-    future_rgb: np.ndarray  # (F*R, V, 3, h, w) uint8
-    frame: np.ndarray  # (H,) int64
-    key: str
+    first: int  # number of the episode's first frame in the dataset
+    episode: str  # its key
+    rgb: np.ndarray | None  # (H or fewer, V, 3, h, w) uint8, the newest frames; None where no pictures are wanted
+    future_rgb: np.ndarray | None  # (F*R, V, 3, h, w) uint8
     skip: Skip | None = None  # what this clip stands in for
-    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H, V, h, w) and (F*R, V, h, w) uint8
+    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H or fewer, V, h, w) and (F*R, V, h, w) uint8
+
+    @property
+    def key(self) -> str:
+        """Sample key and step."""
+        return f"{self.episode}@{self.step}"
 
 
 class Delivery(NamedTuple):
@@ -65,30 +68,41 @@ def deliver(clips: Sequence[Clip]) -> Delivery:
 def collate(clips: Sequence[Clip]) -> Batch:
     """One batch of tensors from clips of one dataset."""
     layout, spec, b = clips[0].layout, clips[0].layout.spec, len(clips)
-    h, f, sensors = spec.history, spec.future, len(spec.sensors)
-    steps, series = np.stack([clip.steps for clip in clips]), np.stack([clip.series for clip in clips])
+    h, f, stride, sensors = spec.history, spec.future, spec.stride, len(spec.sensors)
     step = np.array([[clip.step] for clip in clips])
     last = np.array([[len(clip.data.steps) - 1] for clip in clips])
-    dims = np.stack([clip.data.action_dims for clip in clips])
+    steps = np.empty((b, len(layout.steps), clips[0].data.steps.shape[1]), np.float32)
+    series = np.empty((b, len(layout.series), clips[0].data.series.shape[1]), np.float32)
+    for i, (clip, rows, dense) in enumerate(zip(clips, layout.steps + step, layout.series + step, strict=True)):
+        # Before the start the first row repeats, past the end the last.
+        clip.data.steps.take(rows, axis=0, out=steps[i], mode="clip")
+        clip.data.series.take(dense, axis=0, out=series[i], mode="clip")
+    constant = np.frombuffer(bytearray().join([clip.data.constant for clip in clips]), clips[0].data.constant.dtype)
 
     def cut(name: str, rows: slice) -> np.ndarray:
         place, shape = layout.columns[name]
         return steps[:, rows, place].reshape(b, -1, *shape)
 
+    def pictures(rgb: Sequence[np.ndarray | None], frames: int) -> np.ndarray:
+        shown = [images for images in rgb if images is not None]
+        return np.stack(shown) if shown else np.zeros((b, frames, len(spec.cameras), 3, 0, 0), np.uint8)
+
     past, coming = slice(h), slice(h, h + f)
+    wrench, actions = series[:, : -spec.chunk, : sensors * 6], series[:, -spec.chunk :, sensors * 6 :]
     observation = {
-        "rgb": np.stack([clip.rgb for clip in clips]),
+        "rgb": pictures([clip.rgb for clip in clips], h),
         **{name: cut(name, past) for name in ("intrinsics", "camera_to_base", "points", "taxels", "proprio")},
         "visible": cut("visible", past) > 0,
-        "wrench": series[:, : h * spec.stride].reshape(b, h, spec.stride, sensors, 6),
-        **{name: np.stack([clip.data.constant[name] for clip in clips]) for name in clips[0].data.constant},
+        "wrench": wrench[:, : h * stride].reshape(b, h, stride, sensors, 6),
+        **{name: constant[name] for name in clips[0].data.constant.dtype.names if name in Observation._fields},
     }
+    dims = constant["action_dims"]
     future = {
-        "rgb": np.stack([clip.future_rgb for clip in clips]),
+        "rgb": pictures([clip.future_rgb for clip in clips], spec.window),
         **{name: cut(name, coming) for name in ("camera_to_base", "points")},
         "visible": cut("visible", coming) > 0,
-        "wrench": series[:, h * spec.stride :].reshape(b, f, spec.stride, sensors, 6).mean(2),
-        "actions": cut("action", slice(h + f, None)),
+        "wrench": wrench[:, h * stride :].reshape(b, f, stride, sensors, 6).mean(2),
+        "actions": actions,
         "valid": step + layout.ends <= last,
         "action_valid": (step + layout.chunk <= last) & dims.any(1, keepdims=True),
         "action_dims": dims,
@@ -97,11 +111,11 @@ def collate(clips: Sequence[Clip]) -> Batch:
     def tensors(fields: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
 
-    masks = [clip.masks for clip in clips if clip.masks is not None]
+    first, masks = np.array([[clip.first] for clip in clips]), [clip.masks for clip in clips if clip.masks is not None]
     return Batch(
         observation=Observation(**tensors(observation)),
         future=Future(**tensors(future)),
-        frame=torch.from_numpy(np.stack([clip.frame for clip in clips])),
+        frame=torch.from_numpy(first + np.clip(step + layout.history, 0, last)),
         key=[clip.key for clip in clips],
         masks=Masks(*(torch.from_numpy(np.stack(part)) for part in zip(*masks, strict=True))) if masks else None,
     )

@@ -1,6 +1,7 @@
 """Clips cut from recorded episodes: history, future and actions around every time step, as items of a dataset."""
 
 import bisect
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from worldmodel.data.align import Aligned, align, check_cameras
 from worldmodel.data.cache import ByteCache
 from worldmodel.data.clip import Clip, Layout, Skip
 from worldmodel.data.embodiments import check_embodiments
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError, SampleError
 
 ON_ERROR = ("raise", "skip")
@@ -26,7 +28,7 @@ class Needs(NamedTuple):
     """What one training batch will really use; the rest is not loaded."""
 
     rows: int | None = None  # the first so many clips of the batch; None is all
-    images: bool = True
+    history: int | None = None  # pictures of the newest so many history frames; None is all
     future: bool = True  # pictures of the future
     chunks: int = 1  # clips of one episode, each beginning where the future of the last one ends, in consecutive rows
 
@@ -35,7 +37,7 @@ class Request(NamedTuple):
     """A clip of which only some pictures are wanted, or one that comes a number of whole futures later."""
 
     clip: int
-    images: bool = True
+    history: int | None = None
     future: bool = True
     ahead: int = 0
 
@@ -61,6 +63,7 @@ class ClipDataset(Dataset[Clip]):
             is one of its own. Pictures are in the reader's cache.
         on_error: `raise`, or `skip`: a clip of a damaged episode is replaced by the clip at the same step (modulo the
             length) of the next good episode, always the same one, and says so in `Clip.skip`.
+        first_frame: number of the first frame of `reader`, where frames are counted over several datasets.
 
     Raises:
         DataError: no episode left, or cameras, rate or sizes that do not fit `spec`.
@@ -83,10 +86,12 @@ class ClipDataset(Dataset[Clip]):
         camera_map: Mapping[str, str | None] | None = None,
         cache: ByteCache | None = None,
         on_error: str = "raise",
+        first_frame: int = 0,
     ) -> None:
         if on_error not in ON_ERROR:
             raise ConfigError(f"on_error {on_error!r} is none of {', '.join(ON_ERROR)}")
         self.reader, self.spec, self.split, self.on_error = reader, spec, split, on_error
+        self.first_frame = first_frame
         self.images, self.future_images, self.masks = images, images and future, masks
         self.elements: tuple[str, ...] = ()
         """What the values of masks mean: places in this list, if masks were asked for."""
@@ -109,8 +114,7 @@ class ClipDataset(Dataset[Clip]):
             )
         if not self.episodes:
             raise DataError(f"{reader.root}: no episode left in split {split!r} ({self.left_out} failed ones left out)")
-        lengths = [reader.entries[i].length for i in self.episodes]
-        self._ends = np.cumsum(lengths)
+        self._ends = list(itertools.accumulate(reader.entries[i].length for i in self.episodes))
         self._cache = ByteCache(1 << 28) if cache is None else cache
         found = dict.fromkeys(reader.entries[i].embodiment for i in self.episodes)
         check_embodiments(spec, found, f"{reader.root}, split {split!r}", complete=False)
@@ -118,7 +122,7 @@ class ClipDataset(Dataset[Clip]):
             self._check_first(embodiment)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def entries(self) -> list[Entry]:
         """The index entries of the chosen episodes."""
@@ -128,8 +132,8 @@ class ClipDataset(Dataset[Clip]):
         """Episode number in the reader and time step of clip `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        episode = int(np.searchsorted(self._ends, index, side="right"))
-        return self.episodes[episode], index - (int(self._ends[episode - 1]) if episode else 0)
+        episode = bisect.bisect_right(self._ends, index)
+        return self.episodes[episode], index - (self._ends[episode - 1] if episode else 0)
 
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index)
@@ -177,20 +181,18 @@ class ClipDataset(Dataset[Clip]):
     def _clip(self, i: int, step: int, request: Request) -> Clip:
         entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
         step += request.ahead * self.spec.window
-        history = np.clip(layout.history + step, 0, entry.length - 1)
-        future = np.minimum(layout.future + step, entry.length - 1)
+        frames = self.spec.history if request.history is None else request.history
+        past = layout.history[-frames:] if self.images and frames else None
+        future = layout.future if self.future_images and request.future else None
         return Clip(
             layout=layout,
             data=data,
             step=step,
-            # Before the start the first row repeats, past the end the last.
-            steps=data.steps.take(layout.steps + step, axis=0, mode="clip"),
-            series=data.series.take(layout.series + step, axis=0, mode="clip"),
-            rgb=self._pictures(i, data, history, self.images and request.images),
-            future_rgb=self._pictures(i, data, future, self.future_images and request.future),
-            frame=entry.start + history,
-            key=f"{entry.key}@{step}",
-            masks=self._masks(i, data, history, future, request) if self.masks else None,
+            first=entry.start + self.first_frame,
+            episode=entry.key,
+            rgb=None if past is None else self._pictures(i, data, past, step),
+            future_rgb=None if future is None else self._pictures(i, data, future, step),
+            masks=self._masks(i, data, past, future, step) if self.masks else None,
         )
 
     def _check_elements(self, i: int) -> None:
@@ -204,16 +206,16 @@ class ClipDataset(Dataset[Clip]):
             )
 
     def _masks(
-        self, i: int, data: Aligned, history: np.ndarray, future: np.ndarray, request: Request
+        self, i: int, data: Aligned, past: np.ndarray | None, future: np.ndarray | None, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(H, V, h, w) and (F*R, V, h, w) uint8; h and w are 0 where no pictures are wanted."""
+        """(n, V, h, w) uint8 each, as the pictures; h and w are 0 where there are none."""
         self._check_elements(i)
         spec, parts = self.spec, []
-        wanted = (self.images and request.images, self.future_images and request.future)
-        for steps, want in zip((history, future), wanted, strict=True):
-            size = (spec.height, spec.width) if want else (0, 0)
+        for offsets, every in ((past, self._layout.history), (future, self._layout.future)):
+            steps = np.clip((every if offsets is None else offsets) + step, 0, len(data.steps) - 1)
+            size = (0, 0) if offsets is None else (spec.height, spec.width)
             part = np.zeros((len(steps), len(spec.cameras), *size), np.uint8)
-            for v in np.flatnonzero(data.constant["has_rgb"]) if want else ():
+            for v in () if offsets is None else np.flatnonzero(data.constant["has_rgb"]):
                 camera = self.camera_map.get(spec.cameras[v]) or spec.cameras[v]
                 found = self.reader.masks(i, camera, steps.tolist())
                 if found.shape[1:] != size:
@@ -223,11 +225,10 @@ class ClipDataset(Dataset[Clip]):
             parts.append(part)
         return parts[0], parts[1]
 
-    def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
-        """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
+    def _pictures(self, i: int, data: Aligned, offsets: np.ndarray, step: int) -> np.ndarray:
+        """(n, V, 3, h, w) uint8: the pictures at `offsets` from a step."""
         spec = self.spec
-        if not wanted:
-            return np.zeros((len(steps), len(spec.cameras), 3, 0, 0), np.uint8)
+        steps = np.clip(offsets + step, 0, len(data.steps) - 1)
         out = np.zeros((len(steps), len(spec.cameras), 3, spec.height, spec.width), np.uint8)
         for v in np.flatnonzero(data.constant["has_rgb"]):
             camera = spec.cameras[v]

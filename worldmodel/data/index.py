@@ -1,4 +1,8 @@
-"""What `index.json` must hold, checked once when a dataset is opened so that nobody need ask again."""
+"""What `index.json` must hold, checked once when a dataset is opened so that nobody need ask again.
+
+It stands beside the shards: schema version, what generated them, tasks, splits, held-out tasks, and per shard its name,
+size, sha256 and one entry per sample with the byte range in the tar.
+"""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +12,7 @@ from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.meta import LONGEST
 from worldmodel.errors import DataError
 
+INDEX = "index.json"
 _BYTES = (1 << 63) - 1
 _TEXTS = ("key", "episode_id", "task", "split", "embodiment", "initial_state")
 _NUMBERS = {"offset": (0, _BYTES), "size": (1, _BYTES), "crc32": (0, (1 << 32) - 1), "length": (1, LONGEST)}

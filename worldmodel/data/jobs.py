@@ -19,17 +19,11 @@ from queue import Empty
 from typing import Any
 
 from worldmodel.data.cluster import check_shared, scatter
+from worldmodel.data.index import INDEX
+from worldmodel.data.plain import read_json
 from worldmodel.data.schema import JPEG, PICTURES, Episode
-from worldmodel.data.shards import (
-    INDEX,
-    ShardReader,
-    canonical,
-    read_json,
-    remove_temporary,
-    write_index,
-    write_json,
-    write_shard,
-)
+from worldmodel.data.shard_writer import canonical, remove_temporary, write_index, write_json, write_shard
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import STATISTICS, write_statistics
 from worldmodel.errors import ConfigError, DataError
 

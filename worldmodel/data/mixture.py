@@ -10,6 +10,8 @@ embodiment has. What is not weighted comes in proportion to its clips. A list of
 these, in proportion; weight 0 leaves out. A single dataset is a mixture of one.
 """
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
@@ -77,7 +79,7 @@ def make_sources(mixture: Sequence[Mapping[str, Any] | Source]) -> tuple[Source,
 class Mixture(Dataset[Clip]):
     """The clips of all parts of a mixture, one part after another; a part is what has a weight of its own.
 
-    `Clip.frame` counts on over the datasets in the order in which the sources name them first.
+    Frames are counted on over the datasets in the order in which the sources name them first.
 
     Args:
         sources: what is mixed.
@@ -96,7 +98,6 @@ class Mixture(Dataset[Clip]):
         self.parts: list[ClipDataset] = []
         self.names: list[str] = []
         weights: list[float] = []
-        self._frames: list[int] = []
         self._roots: list[str] = []
         roots = list(dict.fromkeys(source.root for source in sources))
         first = dict(zip(roots, np.cumsum([0] + [readers[root].frames for root in roots]).tolist(), strict=False))
@@ -105,31 +106,31 @@ class Mixture(Dataset[Clip]):
             for name, weight, filters in _split(source, readers[source.root]):
                 camera_map = options.get("camera_map") if source.camera_map is None else source.camera_map
                 own = {**options, **filters, "camera_map": camera_map, "cache": shared}
+                own["first_frame"] = first[source.root]
                 self.parts.append(ClipDataset(readers[source.root], spec, split="train", **own))
                 self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
                 weights.append(weight * source.weight)
-                self._frames.append(first[source.root])
                 self._roots.append(source.root)
         self.sizes = [len(part) for part in self.parts]
         self.shares = apportion(weights)
         """Clips of each part among every `PERIOD`."""
-        self._ends = np.cumsum(self.sizes)
+        self._ends = list(itertools.accumulate(self.sizes))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index)
         part = self.part(request.clip)
-        clip = self.parts[part][request._replace(clip=request.clip - int(self._ends[part] - self.sizes[part]))]
+        clip = self.parts[part][Request(request.clip - self._ends[part] + self.sizes[part], *request[1:])]
         if clip.skip is not None:
             # Datasets of a mixture may use the same keys.
             clip = clip._replace(skip=clip.skip._replace(key=f"{self._roots[part]}: {clip.skip.key}"))
-        return clip._replace(frame=clip.frame + self._frames[part])
+        return clip
 
     def part(self, index: int) -> int:
         """Number of the part that clip `index` belongs to."""
-        return int(np.searchsorted(self._ends, index, side="right"))
+        return bisect.bisect_right(self._ends, index)
 
     def asked(self) -> dict[str, float]:
         """Share of every part by name."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from worldmodel.data.meta import MODALITIES
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 
 SAMPLED_EPISODES = 400
 """Episodes whose series go into the histograms, evenly spread over the dataset: enough for a shape, seconds to read."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from worldmodel.data.overview import SAMPLED_EPISODES, Row, Series, examples, rows, series, tracks
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
 from worldmodel.page import compose
 from worldmodel.plots import histogram, orbit

@@ -119,9 +119,8 @@ def _head(stream: io.BytesIO, size: int) -> tuple[tuple[int, ...], bool, np.dtyp
 
 def _array(data: bytes) -> np.ndarray:
     stream = io.BytesIO(data)
-    dtype = _head(stream, len(data))[2]
-    stream.seek(0)
-    array = np.lib.format.read_array(stream, allow_pickle=False)
+    shape, fortran, dtype = _head(stream, len(data))
+    array = np.ndarray(shape, dtype, data, stream.tell(), order="F" if fortran else "C").copy("K")
     if dtype.kind == "U":
         array.tolist()  # raises for numbers that are no characters
     return array

@@ -194,7 +194,7 @@ class StreamLoader:
 
     def _requests(self) -> Iterator[list[Request]]:
         for number, indices in enumerate(self.sampler, self.position):
-            rows, images, future, chunks = Needs() if self.needs is None else self.needs(number)
+            rows, history, future, chunks = Needs() if self.needs is None else self.needs(number)
             parts = [self._dataset.part(index) for index in indices[:rows]]
             self._asked.append(np.bincount(parts, minlength=len(self._dataset.parts)))
-            yield [Request(index, images, future, ahead) for index in indices[:rows] for ahead in range(chunks)]
+            yield [Request(index, history, future, ahead) for index in indices[:rows] for ahead in range(chunks)]

@@ -11,7 +11,8 @@ import numpy as np
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.plain import read_json
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import ShardReader, write_json
+from worldmodel.data.shard_writer import write_json
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import DataError
 
 STATISTICS = "stats.json"

@@ -14,8 +14,9 @@ from worldmodel.data.checks import gripper, images, leaks, masks, signals, struc
 from worldmodel.data.checks.finding import Fault, Projection, Sample, Severity, Summary, Survey
 from worldmodel.data.cluster import check_shared, scatter
 from worldmodel.data.faults import RATE
+from worldmodel.data.index import INDEX
 from worldmodel.data.remote import is_url
-from worldmodel.data.shards import INDEX, ShardReader
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import STATISTICS, compute_statistics, load_statistics, statistics_hash
 from worldmodel.errors import ConfigError, DataError
 

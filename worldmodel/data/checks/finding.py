@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 
 Severity = Literal["error", "warning", "note"]
 """An error breaks or falsifies training, a warning is for a person to judge, a note says what was not checked."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from worldmodel.data.checks.finding import Fault, Sample, Summary, Survey
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import Entry
+from worldmodel.data.sections import Entry
 
 
 def content(episode: Episode) -> str | None:

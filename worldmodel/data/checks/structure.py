@@ -13,7 +13,8 @@ from worldmodel.data.faults import faults
 from worldmodel.data.frames import camera_and_step
 from worldmodel.data.plain import loads
 from worldmodel.data.schema import Episode, decode
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import DataError
 
 _MODALITY = {

@@ -1,19 +1,14 @@
-"""Write our shards as a LeRobot v3.0 dataset, with the map and the metadata that import it again without loss.
-
-Names without a standard: `observation.wrench.<sensor>` (6,), `observation.tactile.<sensor>` (C, rows, columns),
-`observation.extrinsics.<camera>` (4, 4) camera-to-base with OpenCV axes, `observation.intrinsics.<camera>` (3, 3),
-`observation.points` (K, 3) in the base frame and `observation.visible` (K,).
-"""
+"""Write our shards as a LeRobot v3.0 dataset, with the map and the metadata that import it again without loss."""
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.formats.lerobot_features import lerobot_features, lerobot_mapping, lerobot_values
 from worldmodel.data.formats.lerobot_files import (
     CHUNK_FILES,
     DATA_BYTES,
@@ -24,31 +19,18 @@ from worldmodel.data.formats.lerobot_files import (
     TableFiles,
     VideoFiles,
     column,
-    pixel_format,
     png_column,
     task_table,
 )
 from worldmodel.data.formats.lerobot_meta import INFO, OWN, OWN_COLUMN, arrow
-from worldmodel.data.formats.mapping import (
-    SPLITS,
-    Camera,
-    Columns,
-    Intrinsics,
-    Mapping,
-    Points,
-    Pose,
-    Split,
-    Tactile,
-    Text,
-    Wrench,
-)
+from worldmodel.data.formats.mapping import SPLITS, Mapping, Split
 from worldmodel.data.schema import Episode
-from worldmodel.data.shards import Entry, ShardReader
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-_WRENCH_NAMES = ["fx", "fy", "fz", "tx", "ty", "tz"]
 _STEPS_FOR_IMAGE_STATISTICS = 16
 _SCALARS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
@@ -114,11 +96,11 @@ class _Writer:
     def add(self, episode: Episode, entry: Entry) -> None:
         """Append one episode."""
         where, meta, t = f"{entry.shard}: key {entry.key}", episode.meta, episode.length
-        values = _values(episode, where)
+        values = lerobot_values(episode, where)
         pictures = {f"observation.images.{camera}": images for camera, images in episode.rgb.items()}
-        features = _features(values, pictures, episode, self.lossless)
+        features = lerobot_features(values, pictures, episode, self.lossless)
         if self.mapping is None:
-            self.features, self.mapping, self.fps = features, _mapping(episode), meta["fps"]
+            self.features, self.mapping, self.fps = features, lerobot_mapping(episode), meta["fps"]
         if features != self.features or meta["fps"] != self.fps:
             differing = sorted(
                 name for name in features.keys() | self.features.keys() if features.get(name) != self.features.get(name)
@@ -214,88 +196,6 @@ class _Writer:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.features[name]["shape"]) if name in self.features else (1,)
-
-
-def _values(episode: Episode, where: str) -> dict[str, np.ndarray]:
-    """Per-step arrays by LeRobot name."""
-    meta, values = episode.meta, dict[str, np.ndarray]()
-    for name, value in (("observation.state", episode.proprio), ("action", episode.action)):
-        if value is not None:
-            values[name] = value
-    if episode.wrench is not None:
-        for s, sensor in enumerate(meta["sensor_names"]):
-            values[f"observation.wrench.{sensor}"] = episode.wrench[:, s]
-    if episode.taxels is not None:
-        for s, sensor in enumerate(meta["taxel_sensors"]):
-            values[f"observation.tactile.{sensor}"] = episode.taxels[:, s]
-    for camera, pose in episode.camera_to_base.items():
-        values[f"observation.extrinsics.{camera}"] = pose
-    for camera, matrix in episode.intrinsics.items():
-        values[f"observation.intrinsics.{camera}"] = np.ascontiguousarray(matrix)
-    if episode.points is not None and episode.visible is not None:
-        values["observation.points"], values["observation.visible"] = episode.points, episode.visible
-    # These names become folders.
-    if bad := [n for n in (*values, *episode.rgb) if not re.fullmatch(r"[\w.-]+", n) or ".." in n]:
-        raise DataError(f"{where}: names {bad} must hold letters, digits, _ and - only")
-    if lonely := sorted(episode.intrinsics.keys() - episode.rgb.keys()):
-        raise DataError(f"{where}: cameras {lonely} have poses but no pictures; LeRobot has no camera without pictures")
-    return values
-
-
-def _features(
-    values: dict[str, np.ndarray], pictures: dict[str, np.ndarray], episode: Episode, lossless: bool
-) -> dict[str, dict[str, Any]]:
-    """The entries of info.json."""
-    names: dict[str, Any] = {
-        "observation.state": episode.meta.get("proprio_names"),
-        "action": episode.meta.get("action_names"),
-    }
-    features: dict[str, dict[str, Any]] = {}
-    for key, images in pictures.items():
-        height, width = images.shape[1:3]
-        features[key] = {"dtype": "image", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
-        if not lossless:
-            features[key]["dtype"] = "video"
-            features[key]["info"] = {
-                "video.height": height,
-                "video.width": width,
-                "video.codec": "h264",
-                "video.pix_fmt": pixel_format(height, width),
-                "video.is_depth_map": False,
-                "video.fps": episode.meta["fps"],
-                "video.channels": 3,
-                "has_audio": False,
-            }
-    for name, value in values.items():
-        own = _WRENCH_NAMES if name.startswith("observation.wrench.") else names.get(name)
-        features[name] = {"dtype": str(value.dtype), "shape": list(value.shape[1:]), "names": own}
-    return features
-
-
-def _mapping(episode: Episode) -> Mapping:
-    """The map that undoes `_values`."""
-    meta = episode.meta
-    mapping = Mapping(embodiment=meta["embodiment"], fps=meta["fps"], instruction=Text(field="task"))
-    mapping.cameras = {camera: Camera(f"observation.images.{camera}") for camera in episode.rgb}
-    for name, field in (("proprio", "observation.state"), ("action", "action")):
-        if getattr(episode, name) is not None:
-            units = list(meta.get(f"{name}_units", []))
-            setattr(mapping, name, [Columns(field, None, list(meta[f"{name}_names"]), units)])
-    frames = meta.get("sensor_frames", {})
-    if episode.wrench is not None:
-        for sensor in meta["sensor_names"]:
-            mapping.wrench[sensor] = Wrench(f"observation.wrench.{sensor}", str(frames.get(sensor, "not stated")))
-    if episode.taxels is not None:
-        for sensor in meta["taxel_sensors"]:
-            shape, channels = list(episode.taxels.shape[2:]), list(meta.get("taxel_channels", []))
-            mapping.tactile[sensor] = Tactile(f"observation.tactile.{sensor}", shape, None, channels)
-    for camera in episode.camera_to_base:
-        mapping.camera_to_base[camera] = Pose("camera_to_base", "opencv", f"observation.extrinsics.{camera}")
-    for camera in episode.intrinsics:
-        mapping.intrinsics[camera] = Intrinsics(f"observation.intrinsics.{camera}")
-    if episode.points is not None:
-        mapping.points = Points("observation.points", "base", list(meta["point_names"]), "observation.visible")
-    return mapping
 
 
 def _write(path: Path, value: Any) -> None:
