@@ -1,5 +1,7 @@
 """Given futures: what is given stays, what is absent does not leak, and guidance is the combination it says."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import compose
@@ -119,19 +121,21 @@ def test_a_scale_of_nought_is_the_answer_without_the_condition(aware, name):
 
 def test_bad_conditions_are_named(aware):
     o, f = clip_of(aware)
-    for settings, match in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"given": {"colour": True}}, r"unknown condition 'colour'; one of video, camera"),
         ({"guidance": {"camera": 2.0}}, r"'camera' is not given here"),
         ({"guidance": {"force": 2.0}}, r"unknown condition 'force'; one of text"),
-    ):
+    ]
+    for settings, match in refused:
         with pytest.raises(ConfigError, match=match):
             synthesise(aware, o, f, **settings)
     with pytest.raises(ConfigError, match=r"camera of no future"):
         synthesise(aware, o, None, given={"camera": True})
     with pytest.raises(ConfigError, match=r"mode 'policy' predicts no streams that 'camera' could lead"):
         synthesise(aware, o, f, "policy", given={"camera": True})
-    phase = {"name": "p", "objective": "world", "trains": ("denoiser",), "steps": 1, "batch_size": 1}
-    for settings, match in (({"given": {"actions": 0.5}}, "given.actions is none of"), ({"absent": 2.0}, "between 0")):
+    phase: dict[str, Any] = {"name": "p", "objective": "world", "trains": ("denoiser",), "steps": 1, "batch_size": 1}
+    refused = [({"given": {"actions": 0.5}}, "given.actions is none of"), ({"absent": 2.0}, "between 0")]
+    for settings, match in refused:
         with pytest.raises(ConfigError, match=match):
             Phase(**phase, learning_rate=1.0, mixture=(), **settings)
 

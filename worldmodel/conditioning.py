@@ -98,13 +98,14 @@ def moved_pictures(model: JointTransformer, o: Observation, poses: Tensor, given
         lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
         height = torch.where(lowest.isfinite(), lowest, 0.0)[:, None].expand(-1, v)[rows]
         pictures = o.rgb[:, -1][rows].float() / 127.5 - 1.0
-        per_frame = [x.repeat_interleave(frames, 0) for x in
-                     (pictures, o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows])]  # fmt: skip
+        lens, here, height = (
+            x.repeat_interleave(frames, 0) for x in (o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows], height)
+        )
         path = poses.transpose(1, 2)[rows].flatten(0, 1)
-        moved = seen_from(*per_frame, path, height.repeat_interleave(frames, 0))
+        moved = seen_from(pictures.repeat_interleave(frames, 0), lens, here, path, height)
         codes = model.autoencoder.encode_frames(torch.cat([moved, pictures])).split([len(moved), len(pictures)])
-        still, here = (model.still_latents(c[None, None])[0, 0] for c in codes)
-        out[rows] = still.unflatten(0, (-1, frames)) - here[:, None]
+        there, still = (model.still_latents(c[None, None])[0, 0] for c in codes)
+        out[rows] = there.unflatten(0, (-1, frames)) - still[:, None]
     return out.transpose(1, 2)
 
 

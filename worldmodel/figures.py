@@ -174,7 +174,8 @@ def sample_clip(batch: Batch, prediction: Prediction, led: Mapping[str, Tensor],
         observation.has_wrench[i],
     )
     led_rgb = {name: _bytes(rgb[i]).cpu().numpy() for name, rgb in led.items()}
-    return SampleClip(clip, "", metrics.psnr(error.mean()).item(), *(a.cpu().numpy() for a in arrays), led_rgb)
+    psnr = metrics.psnr(error.mean()).item()
+    return SampleClip(clip, "", psnr, *(a.cpu().numpy() for a in arrays), led_rgb=led_rgb)
 
 
 def _bytes(rgb: Tensor) -> Tensor:
