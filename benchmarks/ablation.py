@@ -130,7 +130,12 @@ def measure(given: argparse.Namespace, variant: str, seed: int) -> dict[str, flo
         run.mkdir(parents=True, exist_ok=True)
         if (given.out / "latents.safetensors").is_file():
             shutil.copy(given.out / "latents.safetensors", run / "latents.safetensors")
-        steps = [f"phases.{p}.steps={getattr(given, f'{p}_steps')}" for p in ("synthesis", "policy")]
+        steps = []
+        for phase in ("synthesis", "policy"):
+            count = getattr(given, f"{phase}_steps")
+            # Warm-up and average are as long a part of a short phase as of a long one.
+            steps += [f"phases.{phase}.steps={count}", f"++phases.{phase}.warmup={count // 5}"]
+            steps += [f"phases.{phase}.ema={max(1 - 5 / count, 0.0):.4f}"]
         start = ["~phases.tokeniser", "~phases.understanding", "~phases.behaviour", f"init={make_base(given)}"]
         train(compose(given, run, f"seed={seed}", *start, *steps, *VARIANTS[variant]))
         (run / "latents.safetensors").unlink(missing_ok=True)
