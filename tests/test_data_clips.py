@@ -17,7 +17,7 @@ from worldmodel.data.align import text_ids
 from worldmodel.data.cache import ByteCache
 from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule
-from worldmodel.data.dataset import ClipDataset
+from worldmodel.data.dataset import ClipDataset, Request
 from worldmodel.data.live import observation_from_history
 from worldmodel.data.sampler import StreamSampler
 from worldmodel.data.shards import ShardReader
@@ -97,6 +97,20 @@ def test_pictures_can_be_left_out(reader: ShardReader) -> None:
     clip = ClipDataset(reader, SPEC, split="train", future=False)[5]
     assert one(clip).observation.rgb.shape[-1] == 64 and one(clip).future.rgb.shape == (8, 2, 3, 0, 0)
     assert one(ClipDataset(reader, SPEC, split="train", images=False)[5]).observation.rgb.size == 0
+
+
+def test_only_the_newest_pictures_come_where_no_others_are_used(clips: ClipDataset) -> None:
+    whole, newest, none = (collate([clips[Request(i, history=n)] for i in (9, 0)]) for n in (None, 1, 0))
+    assert torch.equal(newest.observation.rgb, whole.observation.rgb[:, -1:])
+    assert none.observation.rgb.shape == (2, 3, 2, 3, 0, 0)
+    for name, value in whole.observation._replace(rgb=whole.frame)._asdict().items():
+        assert torch.equal(getattr(newest.observation._replace(rgb=newest.frame), name), value), name
+
+
+def test_a_shard_has_one_header_a_member(reader: ShardReader) -> None:
+    data, places = reader.path("shard-000000.tar").read_bytes(), reader.members(0)
+    entry = reader.entries[0]
+    assert entry.size == sum(512 + -(-len(member) // 512) * 512 for member in places.values()) < len(data)
 
 
 def test_failed_demonstrations_are_counted_and_left_out(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -247,7 +247,12 @@ def test_round_trip_loses_nothing(lossless: bool, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
     rng = np.random.default_rng(0)
-    shards = [write_shard(ours / "shard-000000.tar", [make_episode(n, rng) for n in range(3)])]
+    samples = [make_episode(n, rng) for n in range(3)]
+    # Another task: other points, and fewer of them.
+    other = samples[1][1]
+    assert other.points is not None and other.visible is not None
+    other.points, other.visible, other.meta["point_names"] = other.points[:, :1], other.visible[:, :1], ["lid"]
+    shards = [write_shard(ours / "shard-000000.tar", samples)]
     write_index(ours, shards, [], {})
     write_statistics(ours)
     lerobot = export_lerobot(ours, tmp_path / "lerobot", lossless=lossless, progress=False)

@@ -77,7 +77,8 @@ def collate(clips: Sequence[Clip]) -> Batch:
         # Before the start the first row repeats, past the end the last.
         clip.data.steps.take(rows, axis=0, out=steps[i], mode="clip")
         clip.data.series.take(dense, axis=0, out=series[i], mode="clip")
-    constant = np.frombuffer(bytearray().join([clip.data.constant for clip in clips]), clips[0].data.constant.dtype)
+    record = clips[0].data.constant.dtype
+    constant = np.frombuffer(bytearray().join([clip.data.constant.data for clip in clips]), record)
 
     def cut(name: str, rows: slice) -> np.ndarray:
         place, shape = layout.columns[name]
@@ -94,7 +95,7 @@ def collate(clips: Sequence[Clip]) -> Batch:
         **{name: cut(name, past) for name in ("intrinsics", "camera_to_base", "points", "taxels", "proprio")},
         "visible": cut("visible", past) > 0,
         "wrench": wrench[:, : h * stride].reshape(b, h, stride, sensors, 6),
-        **{name: constant[name] for name in clips[0].data.constant.dtype.names if name in Observation._fields},
+        **{name: constant[name] for name in record.fields or () if name in Observation._fields},
     }
     dims = constant["action_dims"]
     future = {

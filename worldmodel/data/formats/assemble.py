@@ -226,8 +226,10 @@ def _touch(episode: Episode, recording: Recording, mapping: Mapping) -> None:
 def _points(episode: Episode, recording: Recording, mapping: Mapping) -> None:
     if (points := mapping.points) is None:
         return
-    episode.points = _flat(recording, points.field).reshape(recording.length, -1, 3).astype(np.float32)
-    episode.visible = np.ones(episode.points.shape[:2], bool)
-    if points.visible is not None:
-        episode.visible = _flat(recording, points.visible) > 0.5
-    episode.meta["point_names"] = points.names
+    # Our exporter keeps the names of each episode, which may have fewer points than the dataset has room for.
+    own = recording.meta.get("point_names")
+    names = own if isinstance(own, list) and 0 < len(own) <= len(points.names) else points.names
+    values = _flat(recording, points.field).reshape(recording.length, -1, 3)
+    visible = np.ones(values.shape[:2]) if points.visible is None else _flat(recording, points.visible)
+    episode.points, episode.visible = values[:, : len(names)].astype(np.float32), visible[:, : len(names)] > 0.5
+    episode.meta["point_names"] = names

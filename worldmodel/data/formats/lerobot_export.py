@@ -67,7 +67,9 @@ def export_lerobot(
     # A split is a range of episode numbers.
     order = {split: number for number, split in enumerate(SPLITS)}
     chosen.sort(key=lambda i: (order.get(reader.entries[i].split, len(order)), reader.entries[i].split))
-    writer = _Writer(out, lossless, {entry.episode_id: entry.key for entry in reader.entries})
+    names = [list(reader.read(i, images=False).meta.get("point_names", ())) for i in chosen]
+    shared = names[0] if all(own == names[0] for own in names) else [f"point_{k}" for k in range(max(map(len, names)))]
+    writer = _Writer(out, lossless, {entry.episode_id: entry.key for entry in reader.entries}, shared)
     for i in tqdm(chosen, unit="episode", desc=out.name, disable=not progress):
         writer.add(reader.read(i), reader.entries[i])
     writer.finish(reader.heldout_tasks)
@@ -79,8 +81,8 @@ def export_lerobot(
 class _Writer:
     """What has been written so far."""
 
-    def __init__(self, out: Path, lossless: bool, keys: dict[str, str]) -> None:
-        self.out, self.lossless, self.keys = out, lossless, keys
+    def __init__(self, out: Path, lossless: bool, keys: dict[str, str], point_names: list[str]) -> None:
+        self.out, self.lossless, self.keys, self.point_names = out, lossless, keys, point_names
         self.masked = 0
         """Episodes that lost their masks."""
         self.features: dict[str, dict[str, Any]] = {}
@@ -96,11 +98,11 @@ class _Writer:
     def add(self, episode: Episode, entry: Entry) -> None:
         """Append one episode."""
         where, meta, t = f"{entry.shard}: key {entry.key}", episode.meta, episode.length
-        values = lerobot_values(episode, where)
+        values = lerobot_values(episode, where, len(self.point_names))
         pictures = {f"observation.images.{camera}": images for camera, images in episode.rgb.items()}
         features = lerobot_features(values, pictures, episode, self.lossless)
         if self.mapping is None:
-            self.features, self.mapping, self.fps = features, lerobot_mapping(episode), meta["fps"]
+            self.features, self.mapping, self.fps = features, lerobot_mapping(episode, self.point_names), meta["fps"]
         if features != self.features or meta["fps"] != self.fps:
             differing = sorted(
                 name for name in features.keys() | self.features.keys() if features.get(name) != self.features.get(name)

@@ -2,7 +2,8 @@
 
 Names without a standard: `observation.wrench.<sensor>` (6,), `observation.tactile.<sensor>` (C, rows, columns),
 `observation.extrinsics.<camera>` (4, 4) camera-to-base with OpenCV axes, `observation.intrinsics.<camera>` (3, 3),
-`observation.points` (K, 3) in the base frame and `observation.visible` (K,).
+`observation.points` (K, 3) in the base frame and `observation.visible` (K,). K is that of the episode with the most
+points: a LeRobot dataset has one shape for all its tasks, and what a task lacks is zero and never visible.
 """
 
 import re
@@ -18,8 +19,8 @@ from worldmodel.errors import DataError
 _WRENCH_NAMES = ["fx", "fy", "fz", "tx", "ty", "tz"]
 
 
-def lerobot_values(episode: Episode, where: str) -> dict[str, np.ndarray]:
-    """Per-step arrays by LeRobot name."""
+def lerobot_values(episode: Episode, where: str, points: int) -> dict[str, np.ndarray]:
+    """Per-step arrays by LeRobot name; object points are filled up to `points`."""
     meta, values = episode.meta, dict[str, np.ndarray]()
     for name, value in (("observation.state", episode.proprio), ("action", episode.action)):
         if value is not None:
@@ -35,7 +36,9 @@ def lerobot_values(episode: Episode, where: str) -> dict[str, np.ndarray]:
     for camera, matrix in episode.intrinsics.items():
         values[f"observation.intrinsics.{camera}"] = np.ascontiguousarray(matrix)
     if episode.points is not None and episode.visible is not None:
-        values["observation.points"], values["observation.visible"] = episode.points, episode.visible
+        spare = ((0, 0), (0, points - episode.points.shape[1]))
+        values["observation.points"] = np.pad(episode.points, (*spare, (0, 0)))
+        values["observation.visible"] = np.pad(episode.visible, spare)
     # These names become folders.
     if bad := [n for n in (*values, *episode.rgb) if not re.fullmatch(r"[\w.-]+", n) or ".." in n]:
         raise DataError(f"{where}: names {bad} must hold letters, digits, _ and - only")
@@ -74,8 +77,8 @@ def lerobot_features(
     return features
 
 
-def lerobot_mapping(episode: Episode) -> Mapping:
-    """The map that undoes `lerobot_values`."""
+def lerobot_mapping(episode: Episode, point_names: list[str]) -> Mapping:
+    """The map that undoes `lerobot_values`, with names for all the points there are."""
     meta = episode.meta
     mapping = Mapping(embodiment=meta["embodiment"], fps=meta["fps"], instruction=Text(field="task"))
     mapping.cameras = {camera: Camera(f"observation.images.{camera}") for camera in episode.rgb}
@@ -96,5 +99,5 @@ def lerobot_mapping(episode: Episode) -> Mapping:
     for camera in episode.intrinsics:
         mapping.intrinsics[camera] = Intrinsics(f"observation.intrinsics.{camera}")
     if episode.points is not None:
-        mapping.points = Points("observation.points", "base", list(meta["point_names"]), "observation.visible")
+        mapping.points = Points("observation.points", "base", point_names, "observation.visible")
     return mapping
