@@ -1,6 +1,5 @@
 """Variants that change one thing at a time, and the pairs of clips that they make."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +183,14 @@ def test_the_order_of_pairs_is_a_function_of_the_seed(varied: Path, tiny_dataset
         plain.locate(len(plain))
 
 
-def test_points_of_clips_with_masks_know_their_elements(varied: Path) -> None:
+def test_clips_with_masks_say_where_their_elements_are(varied: Path) -> None:
     reader, spec = ShardReader(varied), ClipSpec()
-    batch = collate_pairs([PairDataset(reader, spec, split="train")[0]])
+    pair = collate_pairs([PairDataset(reader, spec, split="train")[9]])
+    masks, observation = pair.source.masks, pair.source.observation
     names = reader.read(0, images=False).meta["point_names"]
-    assert batch.source.masks is not None and batch.source.masks.elements == ELEMENTS
-    known = [ELEMENTS[int(e)] if e >= 0 else None for e in batch.source.masks.points[0]]
-    assert known == [*names, *[None] * (spec.points - len(names))]
-    assert json.loads(json.dumps(names)) == ["object", "goal"]
+    assert masks is not None and masks.elements == ELEMENTS
+    assert {name for name, known in zip(ELEMENTS, masks.located[0], strict=True) if known} == {*names, "gripper"}
+    points = torch.cat([observation.points, pair.source.future.points], 1)
+    for k, name in enumerate(names):
+        assert torch.equal(masks.positions[:, :, PLACES[name]], points[:, :, k])
+    assert torch.equal(masks.positions[:, : spec.history, PLACES["gripper"]], observation.proprio[..., :3])

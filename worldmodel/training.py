@@ -20,10 +20,11 @@ from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
+from worldmodel.motion_loss import motion_loss
 
-OBJECTIVES = ("tokeniser", "understanding", "world")
+OBJECTIVES = ("tokeniser", "understanding", "motion", "world")
 INGREDIENTS = (*MODES, "understanding", "proposal")
-PARTS = ("autoencoder", "encoder", "denoiser", "expert")
+PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
 DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
 GRADIENTS = ("truncated", "full")
@@ -124,7 +125,7 @@ class Phase:
     def needs(self, seed: int, step: int) -> Needs:
         """What the batch of a step will use."""
         if self.objective != "world":
-            return Needs(future=self.objective == "tokeniser")
+            return Needs(future=self.objective in ("tokeniser", "motion"))
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")
         return Needs(rows=pick.rows, images=pick.images, future=future, chunks=self.clips(pick))
@@ -142,7 +143,11 @@ class PhaseModule(L.LightningModule):
         self.model, self.phase, self.seed = model, phase, seed
         self.latents = latents
         for name in PARTS:
-            getattr(model, name).requires_grad_(name in phase.trains)
+            part = getattr(model, name)
+            if part is not None:
+                part.requires_grad_(name in phase.trains)
+            elif name in phase.trains:
+                raise ConfigError(f"phase {phase.name!r}: trains {name!r}, which this model has not (model.{name})")
         for part in model.modules():
             if getattr(part, "frozen", False):
                 part.requires_grad_(False)
@@ -155,6 +160,8 @@ class PhaseModule(L.LightningModule):
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
         elif phase.objective == "understanding":
             losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
+        elif phase.objective == "motion":
+            losses = motion_loss(self.model, batch, phase.dropout, generator)
         else:
             losses = self.world_step(batch, generator)
         if not bool(torch.isfinite(losses["loss"])):

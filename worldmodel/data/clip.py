@@ -47,7 +47,7 @@ class Clip(NamedTuple):
     frame: np.ndarray  # (H,) int64
     key: str
     skip: Skip | None = None  # what this clip stands in for
-    masks: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # (H, V, h, w), (F*R, V, h, w) uint8, (K,) int64
+    masks: tuple[np.ndarray, ...] | None = None  # of `Masks`, in its order
     elements: tuple[str, ...] = ()
 
 

@@ -19,6 +19,8 @@ from worldmodel.errors import ConfigError, DataError, SampleError
 ON_ERROR = ("raise", "skip")
 """Policies for a damaged sample: stop with its error, or take the next good clip and report it with the batch."""
 
+_EFFECTOR = tuple(f"end_effector_{axis}" for axis in "xyz")
+
 log = logging.getLogger(__name__)
 
 
@@ -210,8 +212,8 @@ class ClipDataset(Dataset[Clip]):
 
     def _masks(
         self, i: int, data: Aligned, history: np.ndarray, future: np.ndarray, request: Request
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(H, V, h, w) and (F*R, V, h, w) uint8, h and w 0 where no pictures are wanted; (K,) elements of points."""
+    ) -> tuple[np.ndarray, ...]:
+        """The fields of `Masks`; h and w are 0 where no pictures are wanted."""
         self._check_elements(i)
         spec, parts = self.spec, []
         wanted = (self.images and request.images, self.future_images and request.future)
@@ -226,10 +228,22 @@ class ClipDataset(Dataset[Clip]):
                     raise DataError(f"{where}: mask.{camera}: {found.shape[1:]} pixels, the clips ask for {size}")
                 part[:, v] = found
             parts.append(part)
-        points = np.full(spec.points, -1, np.int64)
-        for k, name in enumerate(self.reader.read(i, images=False).meta.get("point_names", ())):
-            points[k] = self.elements.index(name) if name in self.elements else -1
-        return parts[0], parts[1], points
+        return *parts, *self._positions(i, data, np.concatenate([history, future[spec.stride - 1 :: spec.stride]]))
+
+    def _positions(self, i: int, data: Aligned, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, E, 3) where elements are, and (E,) which are known: by the point of their name, the gripper by its
+        end effector."""
+        meta = self.reader.read(i, images=False).meta
+        positions = np.zeros((len(steps), len(self.elements), 3), np.float32)
+        located = np.zeros(len(self.elements), bool)
+        points, proprio = meta.get("point_names", []), meta.get("proprio_names", [])
+        for e, name in enumerate(self.elements):
+            if name in points:
+                positions[:, e], located[e] = data.points[steps, points.index(name)], True
+            elif name == "gripper" and set(_EFFECTOR) <= set(proprio):
+                positions[:, e] = data.proprio[steps][:, [proprio.index(axis) for axis in _EFFECTOR]]
+                located[e] = True
+        return positions, located
 
     def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
         """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""
