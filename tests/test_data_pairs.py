@@ -134,7 +134,7 @@ def test_words_of_looks_fit_the_instruction_and_name_colours_as_they_are_drawn()
     assert colour_name((0.5, 0.5, 0.52)) == "grey" and colour_name((0.9, 0.1, 0.12)) == "red"
     striped = Pattern("stripes", ((0.9, 0.1, 0.1), (0.1, 0.1, 0.9)), 4, 0)
     assert pattern_words(striped) == "red and blue stripes"
-    assert pattern_words(Pattern("checker", (striped.rgb[0],) * 2, 4, 0)) == "red checks"
+    assert pattern_words(Pattern("checker", (striped.rgb[0], striped.rgb[0]), 4, 0)) == "red checks"
     longest = max(COLOURS, key=len)
     for tasks in (metaworld_tasks.TASKS, robosuite_tasks.TASKS):
         for task, info in tasks.items():

@@ -145,7 +145,7 @@ def _score_tracks(
     """Millimetres of position and of motion since the first frame, of what moves; and whether it does."""
     moving = truth.known & truth.moves[:, None]
     rest = means.tracks.expand_as(truth.tracks)
-    since = [track - track[:, :1] for track in (found.tracks, truth.tracks)]
+    ours, true = (track - track[:, :1] for track in (found.tracks, truth.tracks))
     for m, slot in enumerate(MOVERS):
         part = (slice(None), slice(None), slice(m, m + 1))
 
@@ -157,10 +157,10 @@ def _score_tracks(
              mean_position=distance(rest, truth.tracks))  # fmt: skip
         _put(rows, f"slot_track_unposed/{slot}", distance(blind.tracks, truth.tracks),
              mean_position=distance(rest, truth.tracks))  # fmt: skip
-        _put(rows, f"slot_motion/{slot}", distance(*since), no_motion=distance(torch.zeros_like(since[1]), since[1]))
+        _put(rows, f"slot_motion/{slot}", distance(ours, true), no_motion=distance(torch.zeros_like(true), true))
         there = truth.known[:, :1, m]
-        ours, usual = ((guess == truth.moves[:, m])[:, None] for guess in (found.moves[:, m] > 0, means.moves[m]))
-        _put(rows, f"slot_moves/{slot}", metrics.masked_sums(ours.float(), there),
+        right, usual = ((guess == truth.moves[:, m])[:, None] for guess in (found.moves[:, m] > 0, means.moves[m]))
+        _put(rows, f"slot_moves/{slot}", metrics.masked_sums(right.float(), there),
              more_frequent=metrics.masked_sums(usual.float(), there))  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def draw_look(
         wrist_fovy=_float(rng.uniform(-4.0, 4.0)),
     )
     if "element" in vary:
-        one = shown[rng.integers(len(shown))]
+        one = shown[int(rng.integers(len(shown)))]
         paints = (colours[one], *colours.values())
         colours = {one: next(paint for paint in paints if paint.name not in taken)}
     return Look(
