@@ -126,7 +126,7 @@ class Pair(NamedTuple):
 
     source: Batch  # with masks
     target: Batch  # with masks
-    mask: Tensor  # (B, H + F*R, V, h, w) bool, pixels of the source that show what changed: all, of another view
+    mask: Tensor  # (B, H + F*R, V, h, w) bool, pixels that show what changed: all, where it is the view
     text: Tensor  # (B, L) int64, the instruction that asks for the change, as in Observation
     kind: Tensor  # (B,) int64, place in PAIR_KINDS
 

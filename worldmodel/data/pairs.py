@@ -21,6 +21,11 @@ _KIND_OF = {"element": "element", "objects": "element", "surfaces": "element", "
 """Kind of pair that a variant makes whose `vary` names this; one of several kinds, or with other lights, makes none."""
 
 
+SEEN_THROUGH = 24
+"""Levels of 255 by which a pixel of another element must differ to count as changed: glass shows what is behind it.
+More than what JPEG spoils beside an edge."""
+
+
 class PairItem(NamedTuple):
     """One pair before it is part of a batch."""
 
@@ -100,8 +105,11 @@ class PairDataset(Dataset[PairItem]):
         source, target = self.clips.at(link.source, step), self.clips.at(link.target, step)
         assert source.masks is not None
         shown = np.concatenate(source.masks[:2])
-        places = [self.clips.elements.index(name) for name in link.changed]
-        mask = np.isin(shown, places) if link.kind == "element" else np.ones(shown.shape, bool)
+        if link.kind == "element":
+            places = [self.clips.elements.index(name) for name in link.changed]
+            mask = np.isin(shown, places) | (_change(source, target) > SEEN_THROUGH)
+        else:
+            mask = np.ones(shown.shape, bool)
         mask &= source.data.constant["has_rgb"][:, None, None]
         return PairItem(source, target, mask, text_ids(link.edit, self.spec.text), PAIR_KINDS.index(link.kind))
 
@@ -121,6 +129,12 @@ class PairDataset(Dataset[PairItem]):
                 )
             found.append(Link(i, j, kinds.pop(), tuple(meta["changed"]), meta["edit"]))
         return found
+
+
+def _change(source: Clip, target: Clip) -> np.ndarray:
+    """(H + F*R, V, h, w) levels of 255 by which the channels of a pixel differ at most."""
+    before, after = (np.concatenate([clip.rgb, clip.future_rgb]) for clip in (source, target))
+    return (np.maximum(before, after) - np.minimum(before, after)).max(2)
 
 
 def collate_pairs(items: Sequence[PairItem]) -> Pair:

@@ -30,19 +30,28 @@ TRAIN_TASKS: dict[str, TaskInfo] = {
         things={"object": "handle", "object2": "door", "fixture": "door frame"},
     ),
     "PickPlaceBread": TaskInfo(
-        "Pick up the loaf of bread and put it into its compartment.", 250, things={"object": "bread"}
+        "Pick up the loaf of bread and put it into its compartment.",
+        250,
+        things={"object": "bread", "fixture": "other markers"},
     ),
     "PickPlaceCereal": TaskInfo(
-        "Pick up the box of cereal and put it into its compartment.", 250, things={"object": "box of cereal"}
+        "Pick up the box of cereal and put it into its compartment.",
+        250,
+        things={"object": "box of cereal", "fixture": "other markers"},
     ),
     "PickPlaceCan": TaskInfo(
-        "Pick up the red can and put it into its compartment.", 250, ("object",), things={"object": "can"}
+        "Pick up the red can and put it into its compartment.",
+        250,
+        ("object",),
+        things={"object": "can", "fixture": "other markers"},
     ),
 }
 
 HELDOUT_TASKS: dict[str, TaskInfo] = {
     "PickPlaceMilk": TaskInfo(
-        "Pick up the carton of milk and put it into its compartment.", 250, things={"object": "carton of milk"}
+        "Pick up the carton of milk and put it into its compartment.",
+        250,
+        things={"object": "carton of milk", "fixture": "other markers"},
     ),
 }
 """An object that training never sees, in a skill that it does."""
