@@ -14,6 +14,8 @@ from worldmodel.viz import PALETTE
 _TINT = 0.55
 """Share of the colour of a mask in the pixels that it covers."""
 _SCALE = 2
+_COLOURS = (3, 6, 7)
+"""Places in the palette: the colours that the arm and the objects have where a page shows masks of the data."""
 
 
 def motion_section(offline: list[dict], split_names: Mapping[str, str]) -> str:
@@ -31,7 +33,7 @@ def motion_section(offline: list[dict], split_names: Mapping[str, str]) -> str:
 
 def colour_of(slot: int) -> tuple[int, int, int]:
     """Red, green and blue of a slot."""
-    red, green, blue = (int(level) for level in PALETTE[slot])
+    red, green, blue = (int(level) for level in PALETTE[_COLOURS[slot]])
     return red, green, blue
 
 
