@@ -60,6 +60,8 @@ def test_every_experiment_composes_and_builds(statistics):
         spec = make_spec(configs[0]["data"]["spec"])
         fields = dict.fromkeys(spec.embodiments, statistics["embodiments"]["sawyer"])
         loaded = {"autoencoder"} if "path" in configs[0]["model"]["autoencoder"] else set()
+        if configs[0]["init"] is not None:
+            loaded = {"autoencoder", "encoder", "denoiser", "expert"}
         with torch.device("meta"):
             model = build_model(configs[0]["model"], spec, {"embodiments": fields})
         trained = {part for phase in make_phases(configs[0]["phases"]) for part in phase.trains}

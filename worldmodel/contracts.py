@@ -16,6 +16,7 @@ Presence masks (`has_*`) are True where the robot has that sense; what they hide
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ SCHEMA_VERSION = 1
 MODES = ("policy", "forward_dynamics", "inverse_dynamics", "video_prediction", "joint")
 STREAMS = ("video", "camera", "points", "force")
 """Predicted streams, in token order within a latent frame; actions are the fifth and live in stage 3."""
+MOVERS = {"robot": ("gripper", "robot"), "object": ("object",), "object2": ("object2",)}
+"""What can move in a scene -> the elements that its pixels show, the one that says where it is first."""
+PAIR_KINDS = ("element", "view")
+"""What differs within a pair: how some elements look, or where the cameras are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,9 @@ class Masks(NamedTuple):
 
     history: Tensor  # (B, H, V, h, w) uint8, places in the episode's `elements`; all 0 where has_rgb is False
     future: Tensor  # (B, F*R, V, h, w) uint8
+    positions: Tensor  # (B, H + F, E, 3) float32, metres, base frame: where elements are at the times of the streams
+    located: Tensor  # (B, E) bool, which elements have a position: what has a tracked point, and the gripper
+    elements: tuple[str, ...]  # what the values mean
 
 
 class Batch(NamedTuple):
@@ -111,6 +119,16 @@ class Batch(NamedTuple):
     frame: Tensor  # (B, H) int64, number of each history frame in the dataset, for caches of frozen features
     key: list[str]  # sample key and step, for error messages
     masks: Masks | None = None
+
+
+class Pair(NamedTuple):
+    """The same motion at the same steps seen twice: as it was recorded, and with something changed."""
+
+    source: Batch  # with masks
+    target: Batch  # with masks
+    mask: Tensor  # (B, H + F*R, V, h, w) bool, pixels that show what changed: all, where it is the view
+    text: Tensor  # (B, L) int64, the instruction that asks for the change, as in Observation
+    kind: Tensor  # (B,) int64, place in PAIR_KINDS
 
 
 class Senses(NamedTuple):
@@ -166,6 +184,20 @@ class Understanding(NamedTuple):
     fov: Tensor  # (B, V) vertical field of view in radians
     points: Tensor  # (B, K, 3) metres, base frame
     wrench: Tensor  # (B, S, 6) N and N·m
+
+
+class Separation(NamedTuple):
+    """What moves in a clip of T frames, slot by slot in the order of `MOVERS`; all else stands."""
+
+    masks: Tensor  # (B, T, V, M, h, w) logits: this pixel shows the thing of this slot, and it moves within the clip
+    moves: Tensor  # (B, M) logits: it is there and moves within the clip
+    tracks: Tensor  # (B, T, M, 3) metres, base frame: where it is
+
+    def shown(self) -> Tensor:
+        """(B, T, V, M, h, w) bool, at most one slot for each pixel and only of slots that move."""
+        masks = torch.where((self.moves > 0)[:, None, None, :, None, None], self.masks, -torch.inf)
+        slots = torch.arange(masks.shape[3], device=masks.device)[:, None, None]
+        return (masks > 0) & (masks.argmax(3, keepdim=True) == slots)
 
 
 class WorldState(NamedTuple):

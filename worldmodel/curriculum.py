@@ -80,7 +80,7 @@ def train(config: Mapping[str, Any]) -> Path:
     )
     if config["init"] is not None:
         initialise(model, config["init"])
-    for part in PARTS:
+    for part in (name for name in PARTS if getattr(model, name) is not None):
         count = sum(p.numel() for p in getattr(model, part).parameters())
         log.info("%-12s %10s parameters", part, f"{count:,}")
     loggers = make_loggers(config, run)
@@ -167,6 +167,7 @@ def run_phase(
         reader=reader,
         needs=partial(phase.needs, config["seed"], cached=latents is not None),
         whole=all(ingredient.rows is None for ingredient in phase.mixture),
+        masks=phase.objective == "motion",
         complete=False,
         **chosen,
     )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from worldmodel.figures import sample_clip, summarise, worst_and_median
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.holdout import Clip, TrainingMeans, check_unseen, choose_clips, training_means
 from worldmodel.metrics import Rows, Sums
+from worldmodel.model import WorldModel
+from worldmodel.motion_evaluation import Overlay, has_masks, motion_means, score_motion
 
 SPLITS = ("heldout_episodes", "heldout_tasks")
 
@@ -80,9 +82,12 @@ def evaluate_offline(
     """
     check_unseen(model.metadata, reader, split)
     started = time.perf_counter()
-    dataset = ClipDataset(reader, model.spec, split=split)
+    moving = getattr(model, "motion", None) is not None and has_masks(reader, split)
+    dataset = ClipDataset(reader, model.spec, split=split, masks=moving)
     clips = choose_clips(dataset, clips_per_episode, max_clips, seed)
     means = training_means(reader, model.spec)
+    motion = motion_means(reader, model.spec) if moving else None
+    overlays: list[Overlay] = []
     rows: dict[str, Rows] = {}
     samples = []
     # Batches of nearly equal size: a last batch of one clip would have no other clip to borrow shuffled actions from.
@@ -99,6 +104,8 @@ def evaluate_offline(
             if {"camera", "points"} <= set(model.givable):
                 led = score_given(partial(_told, model, seed + number, sampler_steps), model.understand, batch, movable,
                                   prediction, partial(_put, rows))  # fmt: skip
+            if motion is not None:
+                overlays.extend(score_motion(cast(WorldModel, model), batch, chosen, motion, rows))
         samples.extend(sample_clip(batch, prediction, led, clip, i) for i, clip in enumerate(chosen))
     settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
     return {
@@ -111,6 +118,7 @@ def evaluate_offline(
         "seconds": round(time.perf_counter() - started, 1),
         **summarise(rows, clips, seed),
         "samples": worst_and_median(samples),
+        "overlays": list({overlay.clip.task: overlay for overlay in overlays}.values()),
     }
 
 

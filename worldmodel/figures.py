@@ -58,6 +58,13 @@ FIGURES = {
     "object_position": Figure("points", "Object position from images", "m"),
     "force_now": Figure("force", "Contact force without touch, MAE", "N"),
     "torque_now": Figure("force", "Contact torque without touch, MAE", "N·m", headline=False),
+    "moving_iou": Figure("motion", "Mask of all that moves, IoU", "", higher=True),
+    "moving_iou_unposed": Figure("motion", "The same without camera poses, IoU", "", higher=True, headline=False),
+    "slot_iou": Figure("motion", "Mask of what moves, IoU", "", higher=True),
+    "slot_track": Figure("motion", "Position of what moves", "mm"),
+    "slot_track_unposed": Figure("motion", "Position without camera poses", "mm", headline=False),
+    "slot_motion": Figure("motion", "Motion since the first frame", "mm"),
+    "slot_moves": Figure("motion", "Whether it moves, share right", "", higher=True),
     "tokeniser": Figure("video", "Tokeniser reconstruction, PSNR", "dB", decibel=True, higher=True, headline=False),
 }
 """Every figure of the offline report. A name may carry a part after a slash (a view): `camera_rotation/wrist`."""
@@ -95,7 +102,7 @@ def summarise(rows: dict[str, Rows], clips: list[Clip], seed: int) -> dict:
     two values, `clearly` says that the interval excludes zero. Where the best baseline is exact (a camera that never
     moves), `applicable` is False: there is nothing to learn.
     """
-    counts, owner = resampling_counts([clip.episode for clip in clips], seed)
+    counts, owner = resampling_counts([clip.motion or clip.episode for clip in clips], seed)
     tasks = np.array([clip.task for clip in clips])
     figures, horizons, per_task = [], {}, {}
     for name, row in rows.items():

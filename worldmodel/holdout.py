@@ -30,6 +30,7 @@ class Clip(NamedTuple):
     movable: Tensor  # (K,) bool, points that are no goal marker
     gripper: Tensor  # (D,) bool, action dimensions that command the gripper
     last_action: Tensor  # (D,) the action executed one step before; zeros at the start
+    motion: str = ""  # key of the episode whose motion it shows: variants are no independent trials
 
 
 class TrainingMeans(NamedTuple):
@@ -102,7 +103,8 @@ def clip_at(dataset: ClipDataset, index: int) -> Clip:
     last = torch.zeros(spec.action)
     if step > 0 and episode.action is not None:
         last[: len(actions)] = torch.from_numpy(episode.action[step - 1])
-    return Clip(index, entry.key, entry.task, episode.meta["instruction"], step, movable, gripper, last)
+    motion = entry.variant_of or entry.episode_id
+    return Clip(index, entry.key, entry.task, episode.meta["instruction"], step, movable, gripper, last, motion)
 
 
 def training_means(reader: ShardReader, spec: ClipSpec) -> TrainingMeans:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from worldmodel.contracts import STREAMS, ClipSpec, Fused, Future, Observation, Senses, WorldState
 from worldmodel.encoders.fusion import SENSES, FusionEncoder
+from worldmodel.encoders.motion import MotionEncoder
 from worldmodel.errors import ConfigError
 from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
@@ -69,6 +70,7 @@ class JointTransformer(nn.Module):
         stream_shift: float,
         action_shift: float,
         predicts: str,
+        motion: MotionEncoder | None = None,
     ) -> None:
         super().__init__()
         if coupling not in COUPLINGS:
@@ -94,6 +96,7 @@ class JointTransformer(nn.Module):
         self.register_buffer("still", torch.eye(channels + 1, channels))
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
+        self.motion = motion
         self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
         cells = (self.grid[0] // denoiser.patch, self.grid[1] // denoiser.patch)
         if (denoiser.rows, denoiser.columns) != cells:

@@ -117,6 +117,17 @@ def action_error(predicted: Tensor, target: Tensor, valid: Tensor, dims: Tensor)
     return masked_sums((predicted - target).abs(), valid[:, :, None] & dims[:, None, :])
 
 
+def overlap(predicted: Tensor, target: Tensor, mask: Tensor) -> Sums:
+    """Intersection and union in pixels of masks (B, T, V, h, w) bool over pictures where mask (B, T, V) is True.
+
+    Pooled, it is the intersection over union of a set of clips; clips with nothing in either do not count.
+    """
+    both, either = (
+        (kind & mask[..., None, None]).flatten(1).sum(1) for kind in (predicted & target, predicted | target)
+    )
+    return Sums(both.double()[:, None], either.double()[:, None])
+
+
 def copy_last_frame(observation: Observation, steps: int) -> Tensor:
     """Baseline of the video: the newest pictures, repeated (B, steps, V, 3, h, w) in [0, 1]."""
     return (observation.rgb[:, -1:].float() / 255).expand(-1, steps, -1, -1, -1, -1)

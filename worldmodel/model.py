@@ -7,8 +7,19 @@ import torch
 from torch import Tensor
 
 from worldmodel.conditioning import Flags, check_guidance, give, guided
-from worldmodel.contracts import MODES, STREAMS, Future, Observation, Prediction, Senses, Understanding, WorldState
+from worldmodel.contracts import (
+    MODES,
+    STREAMS,
+    Future,
+    Observation,
+    Prediction,
+    Senses,
+    Separation,
+    Understanding,
+    WorldState,
+)
 from worldmodel.errors import ConfigError
+from worldmodel.geometry import pluecker_rays
 from worldmodel.joint import JointTransformer, Memory
 from worldmodel.normalise import DELTA_GAIN
 from worldmodel.synthesis.autoencoder import carry_residual
@@ -73,6 +84,25 @@ class WorldModel(JointTransformer):
             points=self.normaliser.restore("points", self.encoder.points_head(fused), s.embodiment),
             wrench=self.normaliser.restore_wrench(self.encoder.force_head(fused), s.embodiment),
         )
+
+    def separate(self, observation: Observation, future: Future | None = None) -> Separation:
+        """Says what moves in the history, or in it and the frames at the ends of `future`'s latent frames.
+
+        Raises `ConfigError` if the model has no head for it.
+        """
+        if self.motion is None:
+            raise ConfigError("this model does not separate what moves: train one with experiment=kairos_tiny_scene")
+        rgb, poses, lens = observation.rgb, observation.camera_to_base, observation.intrinsics
+        if future is not None:
+            stride = self.spec.stride
+            rgb = torch.cat([rgb, future.rgb[:, stride - 1 :: stride]], 1)
+            poses = torch.cat([poses, future.camera_to_base], 1)
+            lens = torch.cat([lens, lens[:, -1:].expand(-1, self.spec.future, -1, -1, -1)], 1)
+        size = (self.spec.height, self.spec.width)
+        rays = pluecker_rays(lens, poses, *size, *self.motion.grid).movedim(-1, -3)
+        known = observation.has_camera & observation.has_rgb
+        masks, moves, tracks = self.motion(rgb.float() / 127.5 - 1.0, rays, observation.has_rgb, known)
+        return Separation(masks, moves, self.normaliser.restore("points", tracks, observation.embodiment))
 
     def predict(
         self,

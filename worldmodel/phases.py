@@ -14,9 +14,9 @@ from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
-OBJECTIVES = ("tokeniser", "understanding", "world")
+OBJECTIVES = ("tokeniser", "understanding", "motion", "world")
 INGREDIENTS = (*MODES, "understanding", "proposal")
-PARTS = ("autoencoder", "encoder", "denoiser", "expert")
+PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
 DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
 GRADIENTS = ("truncated", "full")
@@ -128,7 +128,8 @@ class Phase:
     def needs(self, seed: int, step: int, *, cached: bool = False) -> Needs:
         """What the batch of a step will use; `cached` says that latents of the history are at hand."""
         if self.objective != "world":
-            return Needs(history=1, future=self.objective == "tokeniser")
+            whole = self.objective == "motion"
+            return Needs(history=None if whole else 1, future=whole or self.objective == "tokeniser")
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")
         newest = cached or pick.mode == "understanding"

@@ -13,6 +13,7 @@ from worldmodel.figures import FIGURES, SampleClip
 from worldmodel.page import compose
 from worldmodel.plots import line_chart, number
 from worldmodel.report_closed_loop import closed_loop_section
+from worldmodel.report_motion import motion_section
 from worldmodel.report_samples import sample_sections
 
 SPLIT_NAMES = {
@@ -21,7 +22,7 @@ SPLIT_NAMES = {
 }
 STREAM_NAMES = {
     "video": "video", "camera": "camera pose", "points": "object trajectories", "force": "touch and force",
-    "action": "actions",
+    "action": "actions", "motion": "moving and standing",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, ClipSpec):
         value = asdict(value)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if key != "video"}
+        return {str(key): plain(item) for key, item in value.items() if key not in ("video", "overlays")}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -71,6 +72,8 @@ def render(results: dict) -> str:
     sections["Over the horizon"] = ("horizon", _horizons(offline))
     sections["By task"] = ("tasks", _tasks(offline))
     sections["Predicted and true"] = ("samples", sample_sections(offline, SPLIT_NAMES))
+    if any(result.get("overlays") for result in offline):
+        sections["Moving and standing"] = ("motion", motion_section(offline, SPLIT_NAMES))
     sections["Protocol"] = ("protocol", _protocol(offline, results["stamp"]))
     return compose(
         f"{results['title']}: evaluation",

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from worldmodel.contracts import Batch
 from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
+from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
 
 
@@ -25,7 +27,11 @@ class PhaseModule(L.LightningModule):
         self.model, self.phase, self.seed = model, phase, seed
         self.latents = latents
         for name in PARTS:
-            getattr(model, name).requires_grad_(name in phase.trains)
+            part = getattr(model, name)
+            if part is not None:
+                part.requires_grad_(name in phase.trains)
+            elif name in phase.trains:
+                raise ConfigError(f"phase {phase.name!r}: trains {name!r}, which this model has not (model.{name})")
         for part in model.modules():
             if getattr(part, "frozen", False):
                 part.requires_grad_(False)
@@ -38,6 +44,8 @@ class PhaseModule(L.LightningModule):
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
         elif phase.objective == "understanding":
             losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
+        elif phase.objective == "motion":
+            losses = motion_loss(self.model, batch, phase.dropout, generator)
         else:
             losses = self.world_step(batch, generator)
         if not bool(torch.isfinite(losses["loss"])):

@@ -44,6 +44,7 @@ def _generate(options: argparse.Namespace) -> int:
         pixels=options.pixels,
         pictures=options.pictures,
         variants=options.variants,
+        vary=options.vary,
         masks=options.masks,
         progress=not options.quiet,
     )

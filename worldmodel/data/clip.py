@@ -45,7 +45,8 @@ class Clip(NamedTuple):
     rgb: np.ndarray | None  # (H or fewer, V, 3, h, w) uint8, the newest frames; None where no pictures are wanted
     future_rgb: np.ndarray | None  # (F*R, V, 3, h, w) uint8
     skip: Skip | None = None  # what this clip stands in for
-    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H or fewer, V, h, w) and (F*R, V, h, w) uint8
+    masks: tuple[np.ndarray, ...] | None = None  # of `Masks`, in its order
+    elements: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -113,10 +114,11 @@ def collate(clips: Sequence[Clip]) -> Batch:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
 
     first, masks = np.array([[clip.first] for clip in clips]), [clip.masks for clip in clips if clip.masks is not None]
+    parts = [torch.from_numpy(np.stack(part)) for part in zip(*masks, strict=True)]
     return Batch(
         observation=Observation(**tensors(observation)),
         future=Future(**tensors(future)),
         frame=torch.from_numpy(first + np.clip(step + layout.history, 0, last)),
         key=[clip.key for clip in clips],
-        masks=Masks(*(torch.from_numpy(np.stack(part)) for part in zip(*masks, strict=True))) if masks else None,
+        masks=Masks(*parts, elements=clips[0].elements) if masks else None,
     )

@@ -21,6 +21,8 @@ from worldmodel.errors import ConfigError, DataError, SampleError
 ON_ERROR = ("raise", "skip")
 """Policies for a damaged sample: stop with its error, or take the next good clip and report it with the batch."""
 
+_EFFECTOR = tuple(f"end_effector_{axis}" for axis in "xyz")
+
 log = logging.getLogger(__name__)
 
 
@@ -135,6 +137,10 @@ class ClipDataset(Dataset[Clip]):
         episode = bisect.bisect_right(self._ends, index)
         return self.episodes[episode], index - (self._ends[episode - 1] if episode else 0)
 
+    def at(self, episode: int, step: int) -> Clip:
+        """The clip at a time step of episode `episode` of the reader, of this split or not."""
+        return self._clip(episode, step, Request(0))
+
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index)
         i, step = self.locate(request.clip)
@@ -193,6 +199,7 @@ class ClipDataset(Dataset[Clip]):
             rgb=None if past is None else self._pictures(i, data, past, step),
             future_rgb=None if future is None else self._pictures(i, data, future, step),
             masks=self._masks(i, data, past, future, step) if self.masks else None,
+            elements=self.elements,
         )
 
     def _check_elements(self, i: int) -> None:
@@ -207,8 +214,8 @@ class ClipDataset(Dataset[Clip]):
 
     def _masks(
         self, i: int, data: Aligned, past: np.ndarray | None, future: np.ndarray | None, step: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(n, V, h, w) uint8 each, as the pictures; h and w are 0 where there are none."""
+    ) -> tuple[np.ndarray, ...]:
+        """The fields of `Masks`, as many frames as the pictures; h and w are 0 where there are none."""
         self._check_elements(i)
         spec, parts = self.spec, []
         for offsets, every in ((past, self._layout.history), (future, self._layout.future)):
@@ -223,7 +230,23 @@ class ClipDataset(Dataset[Clip]):
                     raise DataError(f"{where}: mask.{camera}: {found.shape[1:]} pixels, the clips ask for {size}")
                 part[:, v] = found
             parts.append(part)
-        return parts[0], parts[1]
+        shown = np.concatenate([self._layout.history, self._layout.ends]) + step
+        return *parts, *self._positions(i, data, np.clip(shown, 0, len(data.steps) - 1))
+
+    def _positions(self, i: int, data: Aligned, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, E, 3) where elements are, and (E,) which are known: by the point of their name, the gripper by its
+        end effector."""
+        meta = self.reader.read(i, images=False).meta
+        positions = np.zeros((len(steps), len(self.elements), 3), np.float32)
+        located = np.zeros(len(self.elements), bool)
+        points, proprio = meta.get("point_names", []), meta.get("proprio_names", [])
+        for e, name in enumerate(self.elements):
+            if name in points:
+                positions[:, e], located[e] = data.points[steps, points.index(name)], True
+            elif name == "gripper" and set(_EFFECTOR) <= set(proprio):
+                positions[:, e] = data.proprio[steps][:, [proprio.index(axis) for axis in _EFFECTOR]]
+                located[e] = True
+        return positions, located
 
     def _pictures(self, i: int, data: Aligned, offsets: np.ndarray, step: int) -> np.ndarray:
         """(n, V, 3, h, w) uint8: the pictures at `offsets` from a step."""
