@@ -4,9 +4,9 @@
 
 Every trial starts from a state of its own, the same for every robot as far as the simulator allows, and fails where
 `generate` would record a failure: after the task's number of control steps. Prints a Markdown table with successes of
-trials, 95 % Wilson intervals in per cent, and seconds that the processor spent on an episode; what failed goes to
-standard error with the numbers of its trials, and `--trial N` runs one of them alone. The extra `robosuite` wants an
-environment of its own, see the README.
+trials, 95 % Wilson intervals in per cent, and seconds that the processor spent on an episode. Each combination goes to
+standard error when it is done, with the numbers of the trials that failed; `--trial N` runs one of them alone. The
+extra `robosuite` wants an environment of its own, see the README.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def main() -> None:
         with bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             for done in as_completed([pool.submit(run, *job) for job in jobs]):
                 outcomes += (new := done.result())
-                if failed := [outcome.trial for outcome in new if not outcome.success]:
-                    bar.write(f"{new[0].task}, {new[0].robot}: trials {failed} failed", file=sys.stderr)
+                failed = [outcome.trial for outcome in new if not outcome.success]
+                bar.write(f"{new[0].task}, {new[0].robot}: {rate(new)}, failed: {failed}", file=sys.stderr)
                 bar.update(len(numbers))
                 bar.set_postfix(success=f"{sum(outcome.success for outcome in outcomes) / len(outcomes):.0%}")
     except WorldModelError as error:
