@@ -1,8 +1,10 @@
 # make demo   everything on real physics: data, training, export, evaluation with a report   (20 to 25 minutes, 2 cores)
 # make test   the tests; make lint   format, lint, types; both install what is missing
+# make test-robosuite   the tests of the second simulator, in an environment of its own: it wants numpy below 2
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ROBOSUITE_VENV := .venv-robosuite
 DATA ?= data/metaworld
 RUN ?= runs/kairos_tiny
 # Reduced runs add their settings here; `make demo-small` shows how.
@@ -13,7 +15,7 @@ EVAL_ARGS ?=
 # Threads that spin for long while they wait make a busy machine many times slower.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: demo demo-small test lint format clean
+.PHONY: demo demo-small test test-robosuite lint format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml
@@ -21,6 +23,12 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e '.[sim,export,formats,remote,ray,dev]'
+	touch $@
+
+$(ROBOSUITE_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ROBOSUITE_VENV)
+	$(ROBOSUITE_VENV)/bin/pip install --quiet --upgrade pip
+	$(ROBOSUITE_VENV)/bin/pip install --quiet -e '.[robosuite]' 'pytest>=9'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -38,6 +46,9 @@ demo-small: ## The same commands at a size that takes minutes; its figures mean 
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-robosuite: $(ROBOSUITE_VENV)/.installed
+	$(ROBOSUITE_VENV)/bin/python -m pytest tests/test_robosuite.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

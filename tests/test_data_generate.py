@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY_COUNTS, TINY_TASKS
 
 from worldmodel.data.__main__ import main
-from worldmodel.data.generate import generate
+from worldmodel.data.generate import generate, weak_experts
 from worldmodel.data.shards import ShardReader
+from worldmodel.data.sources.metaworld import MetaworldScene
 from worldmodel.errors import ConfigError
 
 
@@ -74,6 +77,25 @@ def test_other_parameters_in_the_same_folder_are_refused(tiny_dataset: Path, tmp
         generate("metaworld", tmp_path, episodes=1)
     with pytest.raises(ConfigError, match=r"unknown tasks \['fold-shirt'\].*reach-v3"):
         generate("metaworld", tmp_path / "new", tasks=["fold-shirt"])
+
+
+def test_an_expert_that_fails_is_named(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Still:
+        def act(self) -> np.ndarray:
+            return np.zeros(4, np.float32)
+
+    assert weak_experts(ShardReader(tiny_dataset).entries) == []
+    monkeypatch.setattr(MetaworldScene, "expert", lambda scene: Still())
+    monkeypatch.setattr(MetaworldScene, "max_steps", 3)
+    generate("metaworld", tmp_path / "still", tasks=TINY_TASKS[:1], **TINY_COUNTS, workers=1, progress=False)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["drawer-close-v3, sawyer: none of 3 demonstrations solved the task; training leaves the others out"]
+    entries = ShardReader(tmp_path / "still").entries
+    lucky = [replace(entry, success=number > 0) for number, entry in enumerate(entries)]
+    assert weak_experts(lucky)[0].startswith("drawer-close-v3, sawyer: 2 of 3 demonstrations")
+    assert weak_experts([*lucky, *lucky[1:]]) == []
 
 
 def test_command_line(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

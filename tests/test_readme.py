@@ -38,6 +38,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "eval.py --help",
         "-m worldmodel.rollout --help",
         "benchmarks/action_latency.py --help",
+        "benchmarks/experts.py --help",
         "benchmarks/rollout.py --help",
         "benchmarks/ablation.py --help",
     ],

@@ -27,9 +27,11 @@ wrist force/torque, finger taxels, proprioception, actions and a written instruc
 
   metaworld   one arm (sawyer), fifteen tasks of ML10, five of them held out
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
+              experts fail often at PickPlaceBread with sawyer_osc and at PickPlaceCereal with panda and iiwa
 
 Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
-to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot. Variants lie beside their
+to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot, failures included: training
+leaves those out, and where less than 80 % succeed, a warning says so at the end. Variants lie beside their
 original and are linked to it; where the instruction names a colour, theirs names the new one. The bytes are a
 function of the seed and the counts, not of the number of workers. An interrupted run continues when it is started again
 with the same arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen

@@ -1,6 +1,8 @@
 """Generate a dataset of scripted demonstrations: parallel, resumable, and the same bytes for the same seed."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +13,19 @@ import numpy as np
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.jobs import Chunk, claim, fill, stored_as
 from worldmodel.data.schema import JPEG, Episode
+from worldmodel.data.sections import Entry
+from worldmodel.data.shards import ShardReader
 from worldmodel.data.sources.looks import EVERYTHING, VARY
 from worldmodel.data.sources.registry import SOURCES
 from worldmodel.data.sources.scene import Source
 from worldmodel.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "heldout_episodes", "heldout_tasks", "heldout_robots")
 EPISODES_PER_SHARD = 25
+WEAK = 0.8
+"""Share of solved demonstrations of a task by a robot below which generation says so."""
 
 
 def generate(
@@ -46,7 +54,7 @@ def generate(
     Splits: `train`, `heldout_episodes` (the same tasks, other object positions), `heldout_tasks` (tasks that training
     never sees) and, if asked for, `heldout_robots` (the training tasks with robots that training never sees). An
     interrupted run continues where it stopped; a finished one is left as it is. Where there are several robots, every
-    count holds for each of them.
+    count holds for each of them. Where an expert failed often, a warning says how often.
 
     Args:
         source: a name of `SOURCES`.
@@ -115,7 +123,24 @@ def generate(
         pictures=pictures,
         prepare=_prepare,
     )
+    for warning in weak_experts(ShardReader(root).entries):
+        log.warning(warning)
     return root
+
+
+def weak_experts(entries: Iterable[Entry]) -> list[str]:
+    """One sentence for each task and robot of which less than `WEAK` of the demonstrations were solved."""
+    made, solved = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for entry in entries:
+        if entry.variant_of is None:
+            made[pair := (entry.task, entry.embodiment)] += 1
+            solved[pair] += entry.success
+    return [
+        f"{task}, {robot}: {solved[task, robot] or 'none'} of {number} demonstrations solved the task; training leaves "
+        "the others out"
+        for (task, robot), number in made.items()
+        if solved[task, robot] < WEAK * number
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
