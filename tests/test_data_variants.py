@@ -163,7 +163,7 @@ def test_a_variant_shares_all_but_its_looks_with_its_original(family: Path) -> N
             colour = variant.meta["look"]["colours"]["object"]["name"]
             assert variant.meta["instruction"] == original.meta["instruction"].replace("green", colour)
             changed = {name for name, value in variant.meta.items() if original.meta.get(name) != value}
-            assert changed <= {"episode_id", "instruction", "variant", "variant_of", "look"}
+            assert changed <= {"episode_id", "instruction", "variant", "variant_of", "look", "vary", "changed", "edit"}
             for camera in variant.rgb:
                 assert np.abs(variant.rgb[camera].astype(int) - original.rgb[camera]).mean() > 10
     looks = [reader.read(i).meta["look"] for i in (1, 2, 4, 5)]

@@ -27,6 +27,8 @@ SCHEMA_VERSION = 1
 MODES = ("policy", "forward_dynamics", "inverse_dynamics", "video_prediction", "joint")
 STREAMS = ("video", "camera", "points", "force")
 """Predicted streams, in token order within a latent frame; actions are the fifth and live in stage 3."""
+PAIR_KINDS = ("element", "view")
+"""What differs within a pair: how some elements look, or where the cameras are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class Masks(NamedTuple):
 
     history: Tensor  # (B, H, V, h, w) uint8, places in the episode's `elements`; all 0 where has_rgb is False
     future: Tensor  # (B, F*R, V, h, w) uint8
+    points: Tensor  # (B, K) int64, which element each tracked point is of; -1 where none has its name
+    elements: tuple[str, ...]  # what the values mean
 
 
 class Batch(NamedTuple):
@@ -111,6 +115,16 @@ class Batch(NamedTuple):
     frame: Tensor  # (B, H) int64, number of each history frame in the dataset, for caches of frozen features
     key: list[str]  # sample key and step, for error messages
     masks: Masks | None = None
+
+
+class Pair(NamedTuple):
+    """The same motion at the same steps seen twice: as it was recorded, and with something changed."""
+
+    source: Batch  # with masks
+    target: Batch  # with masks
+    mask: Tensor  # (B, H + F*R, V, h, w) bool, pixels of the source that show what changed: all, of another view
+    text: Tensor  # (B, L) int64, the instruction that asks for the change, as in Observation
+    kind: Tensor  # (B,) int64, place in PAIR_KINDS
 
 
 class Senses(NamedTuple):

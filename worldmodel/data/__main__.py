@@ -129,7 +129,17 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="show each demonstration N times again: other colours, table and background textures, lights and camera "
-        "placement, the same motion; with masks (default: %(default)s)",
+        "placement, the same motion; with masks (default: %(default)s, or one for each --vary)",
+    )
+    command.add_argument(
+        "--vary",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="what differs in a variant: element (the colour of one thing), objects (the colours of all), surfaces "
+        "(table and background), lights, view (camera placement); give it again for the next variant, for example "
+        "--vary element --vary surfaces lights --vary view (default: all but element, in every variant)",
     )
     command.add_argument(
         "--masks", action="store_true", help="store which element of the scene each pixel shows, also without variants"
@@ -244,6 +254,7 @@ def _generate(options: argparse.Namespace) -> int:
         pixels=options.pixels,
         pictures=options.pictures,
         variants=options.variants,
+        vary=options.vary,
         masks=options.masks,
         progress=not options.quiet,
     )

@@ -47,7 +47,8 @@ class Clip(NamedTuple):
     frame: np.ndarray  # (H,) int64
     key: str
     skip: Skip | None = None  # what this clip stands in for
-    masks: tuple[np.ndarray, np.ndarray] | None = None  # (H, V, h, w) and (F*R, V, h, w) uint8
+    masks: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # (H, V, h, w), (F*R, V, h, w) uint8, (K,) int64
+    elements: tuple[str, ...] = ()
 
 
 class Delivery(NamedTuple):
@@ -98,10 +99,11 @@ def collate(clips: Sequence[Clip]) -> Batch:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
 
     masks = [clip.masks for clip in clips if clip.masks is not None]
+    parts = [torch.from_numpy(np.stack(part)) for part in zip(*masks, strict=True)]
     return Batch(
         observation=Observation(**tensors(observation)),
         future=Future(**tensors(future)),
         frame=torch.from_numpy(np.stack([clip.frame for clip in clips])),
         key=[clip.key for clip in clips],
-        masks=Masks(*(torch.from_numpy(np.stack(part)) for part in zip(*masks, strict=True))) if masks else None,
+        masks=Masks(*parts, elements=clips[0].elements) if masks else None,
     )

@@ -131,6 +131,10 @@ class ClipDataset(Dataset[Clip]):
         episode = int(np.searchsorted(self._ends, index, side="right"))
         return self.episodes[episode], index - (int(self._ends[episode - 1]) if episode else 0)
 
+    def at(self, episode: int, step: int) -> Clip:
+        """The clip at a time step of episode `episode` of the reader, of this split or not."""
+        return self._clip(episode, step, Request(0))
+
     def __getitem__(self, index: int | Request) -> Clip:
         request = index if isinstance(index, Request) else Request(index)
         i, step = self.locate(request.clip)
@@ -191,6 +195,7 @@ class ClipDataset(Dataset[Clip]):
             frame=entry.start + history,
             key=f"{entry.key}@{step}",
             masks=self._masks(i, data, history, future, request) if self.masks else None,
+            elements=self.elements,
         )
 
     def _check_elements(self, i: int) -> None:
@@ -205,8 +210,8 @@ class ClipDataset(Dataset[Clip]):
 
     def _masks(
         self, i: int, data: Aligned, history: np.ndarray, future: np.ndarray, request: Request
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(H, V, h, w) and (F*R, V, h, w) uint8; h and w are 0 where no pictures are wanted."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(H, V, h, w) and (F*R, V, h, w) uint8, h and w 0 where no pictures are wanted; (K,) elements of points."""
         self._check_elements(i)
         spec, parts = self.spec, []
         wanted = (self.images and request.images, self.future_images and request.future)
@@ -221,7 +226,10 @@ class ClipDataset(Dataset[Clip]):
                     raise DataError(f"{where}: mask.{camera}: {found.shape[1:]} pixels, the clips ask for {size}")
                 part[:, v] = found
             parts.append(part)
-        return parts[0], parts[1]
+        points = np.full(spec.points, -1, np.int64)
+        for k, name in enumerate(self.reader.read(i, images=False).meta.get("point_names", ())):
+            points[k] = self.elements.index(name) if name in self.elements else -1
+        return parts[0], parts[1], points
 
     def _pictures(self, i: int, data: Aligned, steps: np.ndarray, wanted: bool) -> np.ndarray:
         """(n, V, 3, h, w) uint8; h and w are 0 where no pictures are wanted."""

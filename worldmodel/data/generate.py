@@ -11,6 +11,7 @@ import numpy as np
 from worldmodel.contracts import SCHEMA_VERSION
 from worldmodel.data.jobs import Chunk, claim, fill, stored_as
 from worldmodel.data.schema import JPEG, Episode
+from worldmodel.data.sources.looks import EVERYTHING, VARY
 from worldmodel.data.sources.registry import SOURCES
 from worldmodel.data.sources.scene import Source
 from worldmodel.errors import ConfigError
@@ -36,6 +37,7 @@ def generate(
     pixels: int = 64,
     pictures: str = JPEG,
     variants: int = 0,
+    vary: Sequence[Sequence[str]] = (),
     masks: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -62,6 +64,9 @@ def generate(
         pictures: how they are stored, one of `schema.PICTURES`.
         variants: how often each demonstration is shown again in another look: other colours, textures, lights and
             camera placement, the same motion. They follow their original in its shard and have masks.
+        vary: what changes in the first variant, in the second and so on, each a list of names of `looks.VARY`; further
+            variants begin with the first again. Empty is everything but `element` in all of them. Without `variants`
+            there is one for each item.
         masks: store what every pixel shows (see `schema`) without variants too.
 
     Raises:
@@ -80,6 +85,7 @@ def generate(
         seed=seed,
         pixels=pixels,
         variants=variants,
+        vary=vary,
         masks=masks,
     )
     root = Path(out)
@@ -124,12 +130,14 @@ class Plan:
     seed: int
     pixels: int
     variants: int = 0
+    vary: tuple[tuple[str, ...], ...] = ()
     masks: bool = False
 
     @property
     def extras(self) -> dict[str, Any]:
         """What is asked for beyond the demonstrations; nothing of it, where they alone are."""
-        named = {"variants": self.variants, "masks": self.masks or self.variants > 0}
+        vary = [list(names) for names in self.vary]
+        named = {"variants": self.variants, "vary": vary, "masks": self.masks or self.variants > 0}
         return {name: value for name, value in named.items() if value}
 
     def chunks(self) -> Iterator[Chunk]:
@@ -164,6 +172,7 @@ def make_plan(
     seed: int,
     pixels: int,
     variants: int = 0,
+    vary: Sequence[Sequence[str]] = (),
     masks: bool = False,
 ) -> Plan:
     """The shards of a dataset; arguments and errors as in `generate`."""
@@ -182,6 +191,11 @@ def make_plan(
         raise ConfigError(f"pixels must be a multiple of 8 and at least 16, got {pixels}")
     if variants < 0:
         raise ConfigError(f"variants must be 0 or more, got {variants}")
+    for names in vary:
+        if unknown := sorted(set(names) - set(VARY)):
+            raise ConfigError(f"vary: unknown {unknown}; known: {', '.join(VARY)}")
+        if not names or {"element", "objects"} <= set(names):
+            raise ConfigError(f"vary: {list(names)} must name something, and not both `element` and `objects`")
     chosen = _in_order(source.robots, robots)
     held = _in_order(source.robots, heldout_robots or [])
     if astray := [robot for robot in held if robot not in chosen]:
@@ -194,7 +208,8 @@ def make_plan(
         counts=counts,
         seed=seed,
         pixels=pixels,
-        variants=variants,
+        variants=variants or len(vary),
+        vary=tuple(tuple(name for name in VARY if name in names) for names in vary),
         masks=masks,
     )
 
@@ -221,7 +236,7 @@ def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
     place = [chunk.what["seed"], SPLITS.index(split), source.tasks.index(task)]
     words = [] if robot is None else [source.robots.index(robot)]
     scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"])
-    variants = chunk.what.get("variants", 0)
+    variants, vary = chunk.what.get("variants", 0), chunk.what.get("vary", [EVERYTHING])
     try:
         for number in range(first, first + chunk.count // (1 + variants)):
             seed = [*place, number, *words]
@@ -234,7 +249,8 @@ def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
                 yield key, episode
                 continue
             seeds = [np.random.SeedSequence(seed, spawn_key=(v,)) for v in range(1, variants + 1)]
-            for episode in collect_family(scene, rng, [np.random.default_rng(each) for each in seeds], meta):
+            looks = [(np.random.default_rng(each), vary[v % len(vary)]) for v, each in enumerate(seeds)]
+            for episode in collect_family(scene, rng, looks, meta):
                 yield episode.meta["episode_id"], episode
     finally:
         scene.close()

@@ -27,6 +27,8 @@ _LISTS = (
     "taxel_sensors",
     "taxel_channels",
     "elements",
+    "vary",
+    "changed",
 )
 MOST_ELEMENTS = 256
 """Names that the pixels of a mask, of 8 bits, can stand for."""
@@ -83,6 +85,10 @@ def _extras_fault(meta: dict[str, Any]) -> str | None:
             return f"elements must be 1 to {MOST_ELEMENTS} different names, got {len(names)}: {names[:20]}"
         if "cameras" not in meta:
             return "cameras must list the cameras of the masks, since elements says that there are masks"
+    if "elements" in meta and (unknown := sorted(set(meta.get("changed", ())) - set(meta["elements"]))):
+        return f"changed names {unknown}, which are none of the elements {meta['elements']}"
+    if not isinstance(meta.get("edit", ""), str):
+        return f"edit must be text, got {meta['edit']!r}"
     number, original = meta.get("variant", 0), meta.get("variant_of")
     if type(number) is not int or not 0 <= number <= LONGEST:
         return f"variant must be a whole number of 0 or more, got {number!r}"

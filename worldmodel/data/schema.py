@@ -11,7 +11,10 @@ tell apart, every camera has `mask.<camera>.NNNNNN.png`, whose pixels are places
 
 A variant is an episode that shows the motion of another in another look. `meta["variant_of"]` is that one's episode_id,
 `meta["variant"]` counts from 1 (0 or nothing: no variant), `meta["look"]` says what was changed. Only pictures, masks,
-cameras, visibility and colour words of the instruction differ.
+cameras, visibility and colour words of the instruction differ. `meta["vary"]` names the kinds of changes,
+`meta["changed"]` the elements that look different, `meta["edit"]` what to ask for to get them. Where the kinds are
+neither `lights` nor `view`, raw pictures are equal at every pixel of another element, as masks are everywhere; but
+glass (the window's) shows what is behind it, in the colours that has.
 """
 
 import io

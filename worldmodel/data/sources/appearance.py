@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.data.sources.looks import PAINTED, Light, Look, Paint, Pattern, texture
+from worldmodel.data.sources.looks import Light, Look, Paint, Pattern, View, texture
 from worldmodel.data.sources.rendering import mujoco_module
 from worldmodel.data.sources.viewpoints import euler, look_at, orbited, place_camera
 
@@ -96,12 +96,14 @@ class Appearance:
         lamp = {name: getattr(head, name).copy() for name in ("ambient", "diffuse")}
         pixels = {number: self._pixels(number).copy() for numbers in self._textures.values() for number in numbers}
         try:
-            for element in PAINTED:
-                self._paint(element, look.colours[element])
+            for element, paint in look.colours.items():
+                self._paint(element, paint)
             for element, pattern in look.surfaces.items():
                 self._cover(element, pattern)
-            self._light(look.light)
-            self._place(look, target, cameras)
+            if look.light is not None:
+                self._light(look.light)
+            if look.view is not None:
+                self._place(look.view, target, cameras)
             self._upload(renderer, pixels)
             yield
         finally:
@@ -193,8 +195,7 @@ class Appearance:
         for lamps in (model.light_ambient, head.ambient):
             lamps[:] = np.clip(lamps * light.ambient, 0, 1)
 
-    def _place(self, look: Look, target: np.ndarray, cameras: Mapping[str, str]) -> None:
-        view = look.view
+    def _place(self, view: View, target: np.ndarray, cameras: Mapping[str, str]) -> None:
         front, wrist = (self._model.camera(cameras[name]) for name in ("front", "wrist"))
         position = target + view.distance * orbited(front.pos - target, view.azimuth, view.elevation)
         rotation = look_at(position, target, np.array([0.0, 0.0, 1.0]))

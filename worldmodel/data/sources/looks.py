@@ -1,7 +1,7 @@
 """What a recorded motion may look like instead: colours, surfaces, light and camera placement, drawn at random.
 
-A look is a function of its generator alone, and its plain form, which the metadata of a variant hold, is all that is
-needed to show it again.
+A look is a function of its generator and of what it may vary, and its plain form, which the metadata of a variant
+hold, is all that is needed to show it again.
 """
 
 import colorsys
@@ -17,6 +17,10 @@ PAINTED = ("object", "object2", "goal", "fixture")
 SURFACES = ("table", "background")
 """Elements that get patterns."""
 PATTERNS = ("plain", "checker", "stripes", "clouds")
+EVERYTHING = ("objects", "surfaces", "lights", "view")
+VARY = ("element", *EVERYTHING)
+"""What may differ from the original: the colour of one thing or of all, the patterns of table and background, all
+lights, the place of both cameras."""
 _HUES = {
     "red": 0.0,
     "orange": 0.075,
@@ -77,20 +81,39 @@ class View:
 
 @dataclass(frozen=True)
 class Look:
-    """Everything that a variant changes."""
+    """Everything that a variant changes; what it leaves out stays as it was."""
 
     colours: dict[str, Paint]
     surfaces: dict[str, Pattern]
-    light: Light
-    view: View
+    light: Light | None
+    view: View | None
 
     def plain(self) -> dict[str, Any]:
         """The look as values that JSON holds."""
         return asdict(self)
 
+    def changed(self, shown: Sequence[str]) -> list[str]:
+        """Which of the elements in `shown` have other colours than before, whatever the place of the cameras."""
+        if self.light is not None:
+            return list(shown)
+        return [element for element in shown if element in self.colours or element in self.surfaces]
 
-def draw_look(rng: np.random.Generator) -> Look:
-    """A look that is a function of `rng` alone, whatever scene it is for."""
+
+def draw_look(
+    rng: np.random.Generator,
+    vary: Sequence[str] = EVERYTHING,
+    *,
+    shown: Sequence[str] = PAINTED,
+    taken: Sequence[str] = (),
+) -> Look:
+    """A look that changes what `vary`, names of `VARY`, lists, and is the same in it whatever else is listed.
+
+    Args:
+        rng: all that is drawn.
+        vary: what the look changes.
+        shown: elements of `PAINTED` that `element` chooses from.
+        taken: names of colours that `element` does not give, for things that have them already.
+    """
     names = rng.permutation(len(COLOURS))[: len(PAINTED)]
     colours = {element: _paint(COLOURS[name], rng) for element, name in zip(PAINTED, names, strict=True)}
     surfaces = {element: _pattern(rng) for element in SURFACES}
@@ -109,13 +132,27 @@ def draw_look(rng: np.random.Generator) -> Look:
         rotation=_floats(rng.uniform(-5.0, 5.0, 3)),
         wrist_fovy=_float(rng.uniform(-4.0, 4.0)),
     )
-    return Look(colours, surfaces, light, view)
+    if "element" in vary:
+        one = shown[rng.integers(len(shown))]
+        paints = (colours[one], *colours.values())
+        colours = {one: next(paint for paint in paints if paint.name not in taken)}
+    return Look(
+        colours if {"element", "objects"} & set(vary) else {},
+        surfaces if "surfaces" in vary else {},
+        light if "lights" in vary else None,
+        view if "view" in vary else None,
+    )
 
 
 def renamed(instruction: str, coloured: Sequence[str], look: Look) -> str:
     """`instruction` with its colour words, which are of the elements `coloured` in that order, as `look` has them."""
     elements = iter(coloured)
-    return _COLOUR_WORD.sub(lambda match: look.colours[next(elements)].name, instruction)
+
+    def word(match: re.Match[str]) -> str:
+        paint = look.colours.get(next(elements))
+        return match[0] if paint is None else paint.name
+
+    return _COLOUR_WORD.sub(word, instruction)
 
 
 def named_colours(instruction: str) -> list[str]:

@@ -65,7 +65,7 @@ class MetaworldScene(MujocoScene):
             raise ConfigError(f"unknown Meta-World task {task!r}; known: {', '.join(TASKS)}")
         super().__init__("Meta-World", base="base", pixels=pixels, cameras=cameras)
         self.task = task
-        self.instruction, self.coloured = TASKS[task].instruction, TASKS[task].coloured
+        self.instruction, self.coloured, self.things = TASKS[task].instruction, TASKS[task].coloured, TASKS[task].things
         self._env = build_environment(task)
         self.model, self.data = self._env.model, self._env.data
         self._pristine = {name: getattr(self.model, name).copy() for name in _RESTORED}

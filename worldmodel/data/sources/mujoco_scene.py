@@ -4,13 +4,14 @@ Frames: everything is in the robot's base frame, SI units, cameras with OpenCV a
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from worldmodel.data.sources.appearance import ELEMENTS, Appearance
+from worldmodel.data.sources.edits import edit_words
 from worldmodel.data.sources.looks import Look, renamed
 from worldmodel.data.sources.rendering import close_at_exit, mujoco_module, select_gl_backend
 from worldmodel.data.sources.scene import Views
@@ -62,6 +63,8 @@ class MujocoScene:
     instruction: str
     coloured: tuple[str, ...] = ()
     """Elements whose colours the instruction names, in the order of the words."""
+    things: Mapping[str, str] = {}
+    """What the elements of this task are called, where other than their names."""
     appearance: Appearance
     """What belongs to which element, and how to dress the model."""
     elements: tuple[str, ...] = ELEMENTS
@@ -133,7 +136,7 @@ class MujocoScene:
             with dressed:
                 for moment in moments:
                     self._recall(moment)
-                    if look is not None:
+                    if look is not None and (look.light or look.view):
                         self._mj.mj_camlight(self.model, self.data)
                     for camera, taken in shots.items():
                         taken.append(self._shoot(camera, images))
@@ -147,6 +150,10 @@ class MujocoScene:
     def instruct(self, look: Look) -> str:
         """The instruction of the task when things have the colours of `look`."""
         return renamed(self.instruction, self.coloured, look)
+
+    def edit(self, look: Look, changed: Sequence[str]) -> str:
+        """What to ask for to get `look`, which changes the elements `changed`, from a picture of this task."""
+        return edit_words(look, changed, self.things)
 
     def _recall(self, moment: dict[str, np.ndarray]) -> None:
         for name, value in moment.items():

@@ -83,7 +83,7 @@ class RobosuiteScene(MujocoScene):
             raise ConfigError(f"unknown robot {robot!r}; known: {', '.join(ROBOTS)}")
         super().__init__("robosuite", base="robot0_base", pixels=pixels, cameras=cameras, camera_names=CAMERA_NAMES)
         self.task, self.embodiment = task, robot
-        self.instruction, self.max_steps, self.coloured = TASKS[task]
+        self.instruction, self.max_steps, self.coloured, self.things = TASKS[task]
         self.environment = build_environment(task, ROBOTS[robot])
         self._take_model()
         self.hand = Hand(self.environment)

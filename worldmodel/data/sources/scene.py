@@ -64,6 +64,10 @@ class Scene(Protocol):
         """The instruction of the task when things have the colours of `look`."""
         ...
 
+    def edit(self, look: "Look", changed: Sequence[str]) -> str:
+        """What to ask for to get `look`, which changes the elements `changed`, from a picture of this task."""
+        ...
+
     def close(self) -> None:
         """Frees the OpenGL context."""
         ...
