@@ -149,7 +149,7 @@ def run_phase(
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
-    if not resumed and "denoiser" in phase.trains and model.predicts == "clean":
+    if not resumed and phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean":
         # Rows of the fit are cells of images: where images are large, few clips are enough.
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
@@ -167,6 +167,7 @@ def run_phase(
         needs=partial(phase.needs, config["seed"]),
         whole=all(ingredient.rows is None for ingredient in phase.mixture),
         complete=False,
+        pairs=phase.pairs,
         **chosen,
     )
     trainer = L.Trainer(
@@ -195,7 +196,7 @@ def run_phase(
         with torch.no_grad():
             clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
-    if "denoiser" in phase.trains:
+    if phase.objective == "world" and "denoiser" in phase.trains:
         log_samples(
             write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
         )

@@ -2,13 +2,16 @@
 
 Rotations are 3x3 matrices inside; quaternions are xyzw. Cameras use OpenCV axes (x right, y down, z forward) and pixel
 coordinates in which the centre of the top left pixel is (0.5, 0.5). All functions trace and export: no branching on
-values, no operators that ONNX lacks.
+values, no operators that ONNX lacks (but for `seen_from`, which no exported path needs).
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _EPS = 1e-8
+_FAR = 1000.0
+"""Metres at which things stand that are not in the plane of `seen_from`."""
 
 
 def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
@@ -150,6 +153,53 @@ def pluecker_rays(
     direction = _unit(in_camera @ rotation.transpose(-1, -2))
     origin = camera_to_base[..., None, None, :3, 3].expand_as(direction)
     return torch.cat([direction, _cross(origin, direction)], dim=-1)
+
+
+def interpolate_poses(poses: Tensor, steps: int) -> Tensor:
+    """Poses (B, 1 + F, ..., 4, 4) -> those (B, F * steps, ..., 4, 4) at equal steps after the first, up to the last.
+
+    Positions are interpolated linearly, and so are the columns of rotations, which are then made orthonormal.
+    """
+    share = ((torch.arange(steps, device=poses.device) + 1) / steps).to(poses)
+    share = share.reshape(1, 1, -1, *([1] * (poses.dim() - 2)))
+    mixed = torch.lerp(poses[:, :-1, None], poses[:, 1:, None], share).flatten(1, 2)
+    return make_se3(rotation_6d_to_matrix(matrix_to_rotation_6d(mixed[..., :3, :3])), mixed[..., :3, 3])
+
+
+def seen_from(
+    pictures: Tensor,
+    intrinsics: Tensor,
+    camera_to_base: Tensor,
+    new_intrinsics: Tensor,
+    new_camera_to_base: Tensor,
+    *,
+    plane: float,
+) -> tuple[Tensor, Tensor]:
+    """What another camera would see if all that a picture shows lay in the plane z = `plane` or very far away.
+
+    The homography of a plane (Hartley & Zisserman 2004, sec. 13.1), pixel by pixel.
+
+    Args:
+        pictures: (N, C, h, w).
+        intrinsics: (N, 3, 3) of the camera that took them.
+        camera_to_base: (N, 4, 4) of it.
+        new_intrinsics: (N, 3, 3) of the other camera.
+        new_camera_to_base: (N, 4, 4) of it.
+        plane: metres above the base.
+
+    Returns:
+        Its pictures (N, C, h, w), and (N, h, w) bool where they show what the old ones do; elsewhere edges repeat.
+    """
+    h, w = pictures.shape[-2:]
+    direction = pluecker_rays(new_intrinsics, new_camera_to_base, h, w)[..., :3]
+    origin = new_camera_to_base[:, None, None, :3, 3]
+    away = (plane - origin[..., 2]) / torch.where(direction[..., 2].abs() < 1e-6, 1e-6, direction[..., 2])
+    away = torch.where((away > 0) & (away < _FAR), away, _FAR)
+    points = origin + away.unsqueeze(-1) * direction
+    pixels, depth = project_points(points.flatten(1, 2), intrinsics, camera_to_base)
+    place = (2 * pixels / torch.tensor([w, h]).to(pixels) - 1).unflatten(1, (h, w))
+    seen = (place.abs() <= 1).all(-1) & (depth > 0).unflatten(1, (h, w))
+    return functional.grid_sample(pictures, place, padding_mode="border", align_corners=False), seen
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
+from worldmodel.synthesis.source import Source
 from worldmodel.synthesis.state import StreamState
 from worldmodel.synthesis.temporal import Keys, newest
 
@@ -39,6 +40,7 @@ class Memory(NamedTuple):
     presence: dict[str, Tensor]
     embodiment: Tensor
     streams: tuple[str, ...]
+    source: Source | None = None  # another clip that the future follows
 
 
 class Track(NamedTuple):
@@ -273,8 +275,9 @@ class JointTransformer(nn.Module):
         """Network output -> velocity of a stream or `actions`.
 
         They are the same where the model predicts `velocity`. Where it predicts `clean`, the output is how far the
-        clean value lies from a guess: for video that the picture stands still, for actions the state policy's proposal,
-        for the other streams the newest value or the mean, which are zero in their units.
+        clean value lies from a guess: for video that the picture stands still or, where there is a source, is the
+        source's, for actions the state policy's proposal, for the other streams the newest value or the mean, which are
+        zero in their units.
         """
         if self.predicts == "velocity":
             return answer
@@ -285,7 +288,8 @@ class JointTransformer(nn.Module):
         else:
             clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
             if name == "video":
-                clean = clean + self.still_latents(memory.anchors[name])
+                still = memory.source is None
+                clean = clean + (self.still_latents(memory.anchors[name]) if still else memory.source.video)
         return clean_to_velocity(clean, noisy, level)
 
     def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:
@@ -302,7 +306,7 @@ class JointTransformer(nn.Module):
             state = WorldState(*(given.fill(name, getattr(state, name)) for name in STREAMS))
             rays = torch.where(given.has_camera[:, None, :, None, None, None], given.rays, rays)
             presence = given.presence(presence)
-        tokens = self.denoiser.embed(state, memory.anchors, rays, presence, memory.streams, given)
+        tokens = self.denoiser.embed(state, memory.anchors, rays, presence, memory.streams, given, memory.source)
         embedding, vectors = self.denoiser.vectors(levels, tokens.stream, given)
         return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, memory.kept.frames))
 

@@ -29,12 +29,15 @@ def enlarged(frames: np.ndarray, least: int = 192) -> np.ndarray:
     return shown.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
 
 
-def side_by_side(predicted: np.ndarray, target: np.ndarray, least: int = 192) -> np.ndarray:
-    """Join enlarged predicted and true frames (T, 3, h, w) into (T, h', 2w' + gap, 3) uint8."""
-    if predicted.shape != target.shape or predicted.ndim != 4 or predicted.shape[1] != 3:
-        raise ContractError(f"frames must be (T, 3, h, w) twice, got {predicted.shape} and {target.shape}")
-    left, right = enlarged(predicted, least), enlarged(target, least)
-    return np.concatenate((left, np.full((*left.shape[:2], GAP, 3), 128, np.uint8), right), axis=2)
+def side_by_side(*clips: np.ndarray, least: int = 192) -> np.ndarray:
+    """Join n enlarged clips of frames (T, 3, h, w), predicted and true for example, into (T, h', n (w' + gap) - gap, 3)
+    uint8."""
+    shapes = {clip.shape for clip in clips}
+    if len(shapes) != 1 or clips[0].ndim != 4 or clips[0].shape[1] != 3:
+        raise ContractError(f"frames must be (T, 3, h, w) in all clips, got {[clip.shape for clip in clips]}")
+    shown = [enlarged(clip, least) for clip in clips]
+    gap = np.full((*shown[0].shape[:2], GAP, 3), 128, np.uint8)
+    return np.concatenate([part for clip in shown for part in (gap, clip)][1:], axis=2)
 
 
 def encode_mp4(frames: np.ndarray, fps: int = 5) -> bytes:
@@ -58,9 +61,9 @@ def encode_mp4(frames: np.ndarray, fps: int = 5) -> bytes:
         return path.read_bytes()
 
 
-def video_data_uri(predicted: np.ndarray, target: np.ndarray, fps: int = 5) -> str:
-    """Encode predicted | true frames of one view, (T, 3, h, w) each, as a `data:video/mp4` URI."""
-    return "data:video/mp4;base64," + base64.b64encode(encode_mp4(side_by_side(predicted, target), fps)).decode()
+def video_data_uri(*clips: np.ndarray, fps: int = 5) -> str:
+    """Encode clips of one view side by side, (T, 3, h, w) each, as a `data:video/mp4` URI."""
+    return "data:video/mp4;base64," + base64.b64encode(encode_mp4(side_by_side(*clips), fps)).decode()
 
 
 def video_tag(uri: str, caption: str) -> str:
