@@ -251,5 +251,5 @@ def reference_pictures(rgb: Tensor, mask: Tensor) -> Reference:
         affine[:, i, i], affine[:, i, 2] = (high - low) / 2, (high + low) / 2
     grid = functional.affine_grid(affine, [b, 3, h, w], align_corners=False)
     alone = torch.where(mask[:, None], rgb.float(), GREY)
-    cut = functional.grid_sample(alone, grid, padding_mode="border", align_corners=False)
+    cut = functional.grid_sample(alone, grid, mode="nearest", padding_mode="border", align_corners=False)
     return Reference(cut.round().to(torch.uint8), mask.flatten(1).any(1))

@@ -7,13 +7,13 @@ from worldmodel.viz import video_data_uri, video_tag
 
 
 def edit_section(edits: dict, table: Callable[[list[dict], bool], str]) -> str:
-    """Show what `edit_evaluation.evaluate_edits` returned: figures beside baselines, then clips; `table` draws figures."""
+    """Show what `evaluate_edits` returned: figures beside baselines, drawn by `table`, then clips."""
     kinds = ", ".join(f"{number} clips of kind {kind}" for kind, number in edits["kinds"].items())
     intro = (
-        f"{kinds}, of {edits['episodes']} held-out episodes. Every clip was recorded twice by the simulator: as it was, "
-        "which is what the model is given, and as it is asked for, which is the truth here. “Words” and “picture” is "
-        "how an element was asked for, the old one blanked out; with “shades” it was shown. Outside the mask the pixels "
-        f"of the recording are kept: the largest difference there is {edits['outside']:g}."
+        f"{kinds}, of {edits['episodes']} held-out episodes. The simulator showed every clip twice: as it was, which "
+        "is given to the model, and as it is asked for, which is the truth here. “Words” and “picture” is how an element "
+        "was asked for, the old one blanked out; with “shades” it was shown. Outside the mask the pixels are those of "
+        f"the recording: the largest difference there is {edits['outside']:g}."
     )
     clips = "".join(_clip(sample) for sample in edits["samples"])
     return f'<p>{intro}</p>{table([edits], True)}{table([edits], False)}<div class="samples">{clips}</div>'
