@@ -12,7 +12,7 @@ from worldmodel import metrics
 from worldmodel.contracts import ClipSpec, Future, Observation, Pair
 from worldmodel.data.pairs import Link, PairDataset, collate_pairs
 from worldmodel.data.shards import ShardReader
-from worldmodel.editing import reference_pictures, through_plane
+from worldmodel.editing import composite, reference_pictures, through_plane
 from worldmodel.figures import summarise
 from worldmodel.holdout import Clip, check_unseen
 from worldmodel.metrics import Rows, Sums
@@ -182,16 +182,7 @@ def _elements(
             steps=steps,
             raw=True,
         )
-        drawn = model.edit(
-            observation,
-            future,
-            pair.mask,
-            generator=torch.Generator().manual_seed(seed),
-            text=pair.text if words else None,
-            reference=reference.rgb if picture else None,
-            blank=blank,
-            steps=steps,
-        )
+        drawn = composite(raw, future, pair.mask[:, now + 1 :])
         shown = drawn if name == "words" else shown
         beyond = (~pair.mask[:, now + 1 :]).unsqueeze(3)
         outside = max(outside, ((drawn - old).abs() * beyond).max().item())

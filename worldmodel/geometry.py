@@ -166,6 +166,27 @@ def interpolate_poses(poses: Tensor, steps: int) -> Tensor:
     return make_se3(rotation_6d_to_matrix(matrix_to_rotation_6d(mixed[..., :3, :3])), mixed[..., :3, 3])
 
 
+def orbit(pose: Tensor, centre: Tensor, azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
+    """Camera poses (..., 4, 4) after going round a centre (..., 3) in metres, and still looking the same way at it.
+
+    `azimuth` (...) is about the vertical, anticlockwise from above, then `elevation` (...) up about the camera's own
+    right, both in radians; `distance` (...) is the factor by which it then is farther away.
+    """
+    up = torch.zeros_like(pose[..., :3, 0])
+    up[..., 2] = 1.0
+    turn = _turn(up, azimuth)
+    turn = _turn((turn @ pose[..., :3, :1]).squeeze(-1), -elevation) @ turn
+    offset = (turn @ (pose[..., :3, 3] - centre).unsqueeze(-1)).squeeze(-1)
+    return make_se3(turn @ pose[..., :3, :3], centre + distance.unsqueeze(-1) * offset)
+
+
+def _turn(axis: Tensor, angle: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) by angles (...) in radians about unit axes (..., 3), right-handed."""
+    x, y, z = (axis * angle.unsqueeze(-1)).unbind(-1)
+    o = torch.zeros_like(x)
+    return torch.linalg.matrix_exp(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3)))
+
+
 def seen_from(
     pictures: Tensor,
     intrinsics: Tensor,

@@ -11,9 +11,9 @@ def edit_section(edits: dict, table: Callable[[list[dict], bool], str]) -> str:
     kinds = ", ".join(f"{number} clips of kind {kind}" for kind, number in edits["kinds"].items())
     intro = (
         f"{kinds}, of {edits['episodes']} held-out episodes. The simulator showed every clip twice: as it was, which "
-        "is given to the model, and as it is asked for, which is the truth here. “Words” and “picture” is how an element "
-        "was asked for, the old one blanked out; with “shades” it was shown. Outside the mask the pixels are those of "
-        f"the recording: the largest difference there is {edits['outside']:g}."
+        "is given to the model, and as it is asked for, which is the truth here. “Words” and “picture” is how an "
+        "element was asked for, the old one blanked out; with “shades” it was shown. Outside the mask the pixels are "
+        f"those of the recording: the largest difference there is {edits['outside']:g}."
     )
     clips = "".join(_clip(sample) for sample in edits["samples"])
     return f'<p>{intro}</p>{table([edits], True)}{table([edits], False)}<div class="samples">{clips}</div>'
