@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.contracts import PAIR_KINDS, Batch, Future, Observation, Pair
-from worldmodel.editing import GREY, draw, look_from, reference_pictures, replace_element
+from worldmodel.editing import GREY, draw, look_from, painted, read_request, reference_pictures, replace_element
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import fov_to_intrinsics, interpolate_poses, invert_se3, seen_from
@@ -94,7 +94,8 @@ def test_a_source_is_the_guess_of_an_untrained_network(editor, tiny_model):
         torch.nn.init.zeros_(layer.weight)
     rows = torch.zeros(2, dtype=torch.bool)
     with torch.inference_mode():
-        edit = replace_element(editor, o, f, mask, blank=rows)
+        request = read_request(editor, o, None)
+        edit = replace_element(editor, o, f, mask & False, request, blank=rows)
         whole = editor.reconstruct(torch.cat([o.rgb[:, -1:], f.rgb], 1))[:, 1:]
         torch.testing.assert_close(draw(editor, edit, generator=generator()), whole, atol=1e-4, rtol=0)
         lens, path = o.intrinsics[:, -1], torch.cat([o.camera_to_base[:, -1:], f.camera_to_base], 1)
@@ -140,10 +141,12 @@ def test_training_teaches_every_new_layer_and_counts_rows_alike(editor):
     batch = Batch(o, f, torch.zeros(2, editor.spec.history, dtype=torch.long), ["a", "b"])
     other = batch._replace(future=f._replace(rgb=f.rgb.flip(0)))
     pair = Pair(batch, other, square(editor, o), o.text.flip(0), torch.tensor([0, 1]))
-    settings = {"dropout": {}, "huber": 0.1}
+    settings = {"dropout": {}, "weights": {}, "huber": 0.1}
     losses = edit_loss(editor, pair, generator(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
-    assert set(losses) == {"loss", *PAIR_KINDS}
-    torch.testing.assert_close(losses["loss"], (losses["element"] + losses["view"]) / 2)
+    assert set(losses) == {"loss", "colour", *PAIR_KINDS}
+    torch.testing.assert_close(losses["loss"], (losses["element"] + losses["colour"] + losses["view"]) / 2)
+    words = edit_loss(editor, pair, generator(), rates={}, **settings | {"weights": {"video": 0.0}})
+    assert set(words) == {"loss", "colour"} and words["colour"] > 0
     losses["loss"].backward()
     for name, parameter in editor.denoiser.source.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -151,7 +154,18 @@ def test_training_teaches_every_new_layer_and_counts_rows_alike(editor):
     assert torch.equal(again["loss"], losses["loss"])
     nothing = f._replace(valid=torch.zeros_like(f.valid))
     ended = pair._replace(target=other._replace(future=nothing))
-    assert edit_loss(editor, ended, generator(), rates={}, **settings)["loss"] == 0
+    assert edit_loss(editor, ended, generator(), rates={}, **settings | {"weights": {"colour": 0.0}})["loss"] == 0
+
+
+def test_a_coat_of_paint_is_flat_or_keeps_shades():
+    rgb = torch.full((2, 1, 1, 3, 8, 8), 60, dtype=torch.uint8)
+    rgb[..., 4:] = 180
+    mask = torch.zeros(2, 1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 2:6, :] = True
+    new = painted(rgb, mask, torch.tensor([[0.8, 0.4, 0.0]]).expand(2, 3), torch.tensor([True, False]))
+    assert torch.equal(new[:, :, :, :, :2], rgb[:, :, :, :, :2])
+    assert new[0, 0, 0, :, 3, 1].tolist() == new[0, 0, 0, :, 3, 6].tolist() == [204, 102, 0]
+    assert new[1, 0, 0, :, 3, 1].tolist() == [102, 51, 0] and new[1, 0, 0, :, 3, 6].tolist() == [255, 153, 0]
 
 
 def test_masks_are_told_by_quarters_of_cells_and_steps():

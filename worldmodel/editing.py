@@ -19,7 +19,7 @@ from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 from worldmodel.synthesis.source import Source, SourceEncoder, cell_shares
 
 GREY = 128
-"""Value of pixels that are not told."""
+"""Value of pixels that no one tells anything of."""
 
 
 class Edit(NamedTuple):
@@ -47,24 +47,38 @@ def source_encoder(model: JointTransformer) -> SourceEncoder:
     return model.denoiser.source
 
 
-def replace_element(
-    model: JointTransformer,
-    observation: Observation,
-    future: Future,
-    mask: Tensor,
-    *,
-    blank: Tensor,
-    reference: Reference | None = None,
-) -> Edit:
-    """Makes a clip ready for another element under `mask` (B, H + F R, V, h, w), as its instruction asks.
+class Asked(NamedTuple):
+    """What is asked for: the instruction, and tokens of the reference picture."""
 
-    In rows with `blank` (B,) what the mask covers is not told, future and history alike, and the element is drawn from
-    the request alone; in others its old looks are told too, and with them its shades. Tracks and touch are told in
-    both: the motion stays. Raises `ConfigError` for a model that edits nothing.
+    text: Tensor  # (B, W) zero where absent
+    picture: Tensor  # (B, W) zero where absent
+    tokens: Tensor | None  # (B, N, W)
+    has: Tensor | None  # (B,) bool
+
+
+def read_request(model: JointTransformer, observation: Observation, reference: Reference | None) -> Asked:
+    """Stage 1 reads the instruction of an observation and a reference picture."""
+    text = model.encoder.instruction(model.normaliser(observation, model.grid))
+    if reference is None:
+        return Asked(text, torch.zeros_like(text), None, None)
+    tokens = model.encoder.image(reference.rgb[:, None].float() / 127.5 - 1.0)[:, 0] + source_encoder(model).reference
+    return Asked(text, tokens.mean(1) * reference.has[:, None], tokens, reference.has)
+
+
+def replace_element(
+    model: JointTransformer, observation: Observation, future: Future, mask: Tensor, request: Asked, *, blank: Tensor
+) -> Edit:
+    """Makes a clip ready for another element under `mask` (B, H + F R, V, h, w), as `request` asks.
+
+    The instruction of the observation is the one that was read for the request. The element begins as a coat of the
+    colour that the request suggests, in history and future alike. In rows with `blank` (B,) the coat is flat and
+    nothing under the mask is told; in others it has the shades of the old element. Tracks and touch are told in both:
+    the motion stays. Raises `ConfigError` for a model that edits nothing.
     """
+    colour = source_encoder(model).colour(request.text, request.picture).detach()
     shown = mask & observation.has_rgb[:, None, :, None, None]
     holes = shown & blank.reshape(-1, 1, 1, 1, 1)
-    rgb = torch.where(holes.unsqueeze(3), GREY, torch.cat([observation.rgb, future.rgb], 1))
+    rgb = painted(torch.cat([observation.rgb, future.rgb], 1), shown, colour, blank)
     history = observation.rgb.shape[1]
     return _ready(
         model,
@@ -72,9 +86,21 @@ def replace_element(
         rgb[:, history - 1 :].float() / 127.5 - 1.0,
         shown[:, history:],
         holes[:, history:],
-        reference,
+        request,
         carry=False,
     )
+
+
+def painted(rgb: Tensor, mask: Tensor, colour: Tensor, flat: Tensor) -> Tensor:
+    """Pictures (B, T, V, 3, h, w) uint8 with a coat of colour (B, 3) in [0, 1] on mask (B, T, V, h, w).
+
+    Where `flat` (B,) is False it is as much lighter or darker from place to place as what it covers.
+    """
+    light = rgb.float().mean(3) / 255
+    mean = (light * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+    shade = torch.where(flat.reshape(-1, 1, 1, 1, 1), 1.0, light / mean.clamp(min=0.01).reshape(-1, 1, 1, 1, 1))
+    coat = (shade.unsqueeze(3) * colour[:, None, None, :, None, None]).clamp(0, 1) * 255
+    return torch.where(mask.unsqueeze(3), coat.round().to(torch.uint8), rgb)
 
 
 def look_from(
@@ -107,7 +133,8 @@ def look_from(
     observation = observation._replace(rgb=observation.rgb.masked_fill(hidden, GREY), has_rgb=has_rgb)
     future = future._replace(rgb=future.rgb.masked_fill(hidden, GREY))
     pictures, seen = through_plane(observation, future, intrinsics, path, chosen, stride=spec.stride, plane=plane)
-    edit = _ready(model, observation, pictures, torch.ones_like(seen[:, 1:]), ~seen[:, 1:], None, carry=True)
+    request = read_request(model, observation, None)
+    edit = _ready(model, observation, pictures, torch.ones_like(seen[:, 1:]), ~seen[:, 1:], request, carry=True)
     everything = torch.ones_like(has_rgb)
     rays = model.normaliser.rays(intrinsics[:, None].expand(-1, spec.future, -1, -1, -1), path[:, 1:], model.grid)
     presence = edit.memory.presence | {"video": everything, "rays": everything}
@@ -169,24 +196,25 @@ def _ready(
     pictures: Tensor,
     mask: Tensor,
     holes: Tensor,
-    reference: Reference | None,
+    request: Asked,
     *,
     carry: bool,
 ) -> Edit:
-    """Reads the history and joins what is followed and what is asked for; masks are (B, F R, V, h, w)."""
-    encoder, spatial = source_encoder(model), model.autoencoder.spatial
+    """Reads the newest picture of the history and joins what is followed and what is asked for.
+
+    Masks are (B, F R, V, h, w). What came before the newest picture is in the clip that is followed, so it is not read.
+    """
+    spatial = model.autoencoder.spatial
     s = model.normaliser(observation, model.grid)
-    memory = model.remember(s, model.history_latents(observation), streams=("video",))
     with torch.no_grad():
+        now = model.history_latents(observation.newest(1))
         first = model.autoencoder.encode_frames(pictures[:, 0].flatten(0, 1)).unflatten(0, pictures[:, 0].shape[:2])
         video = latents_after(model, pictures[:, 0], pictures[:, 1:])
+    memory = model.remember(s, now, streams=("video",), fresh=1)
     context = memory.context
-    picture = torch.zeros_like(context.instruction)
-    if reference is not None:
-        tokens = model.encoder.image(reference.rgb[:, None].float() / 127.5 - 1.0)[:, 0] + encoder.reference
-        picture = tokens.mean(1) * reference.has[:, None]
-        read = model.denoiser.read(context._replace(tokens=tokens)).tokens
-        there = reference.has[:, None].expand(tokens.shape[:2])
+    if request.tokens is not None and request.has is not None:
+        read = model.denoiser.read(context._replace(tokens=request.tokens)).tokens
+        there = request.has[:, None].expand(request.tokens.shape[:2])
         context = context._replace(
             tokens=torch.cat([context.tokens, read], 1), mask=torch.cat([context.mask, there], 1)
         )
@@ -194,8 +222,8 @@ def _ready(
         video=video,
         mask=cell_shares(mask, model.spec.stride, spatial),
         holes=cell_shares(holes, model.spec.stride, spatial),
-        text=context.instruction,
-        picture=picture,
+        text=request.text,
+        picture=request.picture,
     )
     memory = memory._replace(context=context, source=source, anchors=memory.anchors | {"video": first.unsqueeze(1)})
     return Edit(memory, first, pictures, carry)

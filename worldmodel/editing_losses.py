@@ -12,12 +12,14 @@ from worldmodel.editing import (
     Reference,
     latents_after,
     look_from,
+    read_request,
     reference_pictures,
     replace_element,
+    source_encoder,
     video_alone,
 )
 from worldmodel.joint import JointTransformer
-from worldmodel.losses import distance
+from worldmodel.losses import distance, masked_mean
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
 
 OUTSIDE = 0.1
@@ -31,25 +33,40 @@ def edit_loss(
     *,
     rates: Mapping[str, float],
     dropout: Mapping[str, float],
+    weights: Mapping[str, float],
     huber: float | None,
 ) -> dict[str, Tensor]:
     """Flow matching of the variant's video after the recording; every row counts the same, whatever its mask.
+
+    Beside it the mean colour of the new element is told from the request. `weights` are of `video` and `colour`; a
+    weight of 0 for `video` leaves it out, and views with it, which makes steps many times cheaper.
 
     `rates`: of elements, `blank` hides the old one, `reference` shows the new one and then half of the time leaves the
     words out; of views, `across` shows one recorded view alone and asks for all of them.
     """
     losses, total = {}, torch.zeros((), device=pair.mask.device)
+    videos, colours = weights.get("video", 1.0), weights.get("colour", 1.0)
     for number, kind in enumerate(PAIR_KINDS):
         rows = torch.nonzero(pair.kind == number)[:, 0]
-        if not len(rows):
+        if not len(rows) or (not videos and kind == "view"):
             continue
         part = pick_rows(pair, rows)
         observation, _ = modality_dropout(part.source.observation, dropout, generator)
         part = part._replace(source=part.source._replace(observation=observation))
-        edit = (draw_element if kind == "element" else draw_view)(model, part, rates, generator)
+        if kind == "element":
+            observation, reference, blank = draw_request(part, rates, generator)
+            request = read_request(model, observation, reference)
+            colour = source_encoder(model).colour(request.text, request.picture)
+            losses["colour"] = colour_error(colour, part)
+            total = total + colours * losses["colour"] * len(rows)
+            if not videos:
+                continue
+            edit = replace_element(model, observation, part.source.future, part.mask, request, blank=blank)
+        else:
+            edit = draw_view(model, part, rates, generator)
         error = video_error(model, edit, part, generator, huber)
         losses[kind] = error.mean()
-        total = total + error.sum()
+        total = total + videos * error.sum()
     return {"loss": total / len(pair.kind), **losses}
 
 
@@ -64,8 +81,10 @@ def pick_rows(pair: Pair, rows: Tensor) -> Pair:
     return Pair(batch(pair.source), batch(pair.target), pair.mask[rows], pair.text[rows], pair.kind[rows])
 
 
-def draw_element(model: JointTransformer, pair: Pair, rates: Mapping[str, float], generator: torch.Generator) -> Edit:
-    """The recording, asked for its variant in words, in a picture or in both."""
+def draw_request(
+    pair: Pair, rates: Mapping[str, float], generator: torch.Generator
+) -> tuple[Observation, Reference, Tensor]:
+    """The recording asked for its variant in words, in a picture or in both, and in which rows (B,) it is blanked."""
     b, device = len(pair.kind), pair.mask.device
 
     def happens(rate: float) -> Tensor:
@@ -73,14 +92,18 @@ def draw_element(model: JointTransformer, pair: Pair, rates: Mapping[str, float]
 
     reference = target_reference(pair, generator)
     reference = reference._replace(has=reference.has & happens(rates.get("reference", 0.0)))
-    observation = asked(pair.source.observation, pair.text, ~(reference.has & happens(0.5)))
-    blank = happens(rates.get("blank", 1.0))
-    return replace_element(model, observation, pair.source.future, pair.mask, blank=blank, reference=reference)
+    has_text = ~(reference.has & happens(0.5))
+    observation = pair.source.observation._replace(text=pair.text, has_text=has_text)
+    return observation, reference, happens(rates.get("blank", 1.0))
 
 
-def asked(observation: Observation, text: Tensor, has_text: Tensor) -> Observation:
-    """The observation with an edit as its instruction (B, L), in the rows of `has_text` (B,)."""
-    return observation._replace(text=text, has_text=has_text)
+def colour_error(colour: Tensor, pair: Pair) -> Tensor:
+    """Mean distance between colours (B, 3) that requests suggest and those of the variants under their masks."""
+    rgb = torch.cat([pair.target.observation.rgb, pair.target.future.rgb], 1).float() / 255
+    inside = pair.mask.unsqueeze(3)
+    count = inside.sum((1, 2, 4, 5))
+    true = (rgb * inside).sum((1, 2, 4, 5)) / count.clamp(min=1)
+    return masked_mean((colour - true).abs().mean(-1), count[:, 0] > 0)
 
 
 def target_reference(pair: Pair, generator: torch.Generator) -> Reference:

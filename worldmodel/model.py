@@ -8,7 +8,7 @@ from torch import Tensor
 
 from worldmodel.conditioning import Flags, check_guidance, give, guided
 from worldmodel.contracts import MODES, STREAMS, Future, Observation, Prediction, Senses, Understanding, WorldState
-from worldmodel.editing import Reference, composite, draw, look_from, replace_element
+from worldmodel.editing import Reference, composite, draw, look_from, read_request, replace_element
 from worldmodel.errors import ConfigError
 from worldmodel.joint import JointTransformer, Memory
 from worldmodel.normalise import DELTA_GAIN
@@ -196,13 +196,9 @@ class WorldModel(JointTransformer):
         has = torch.full_like(observation.has_text, text is not None)
         asked = observation._replace(text=observation.text if text is None else text, has_text=has)
         shown = None if reference is None else Reference(reference, torch.ones_like(has))
-        rows = torch.full_like(has, blank)
-        frames = draw(
-            self,
-            replace_element(self, asked, future, mask, blank=rows, reference=shown),
-            generator=generator,
-            steps=steps,
-        )
+        request = read_request(self, asked, shown)
+        edit = replace_element(self, asked, future, mask, request, blank=torch.full_like(has, blank))
+        frames = draw(self, edit, generator=generator, steps=steps)
         return frames if raw else composite(frames, future, mask[:, -frames.shape[1] :])
 
     def view(

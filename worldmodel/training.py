@@ -37,7 +37,13 @@ class PhaseModule(L.LightningModule):
         generator = phase.generator(self.seed, self.global_step)
         if isinstance(batch, Pair):
             losses = edit_loss(
-                self.model, batch, generator, rates=phase.rates, dropout=phase.dropout, huber=phase.huber
+                self.model,
+                batch,
+                generator,
+                rates=phase.rates,
+                dropout=phase.dropout,
+                weights=phase.weights,
+                huber=phase.huber,
             )
         elif phase.objective == "tokeniser":
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)

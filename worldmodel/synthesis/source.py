@@ -39,8 +39,9 @@ class SourceEncoder(nn.Module):
     """What a source tells the tokens of the video; all of it starts at zero, so that it disturbs nothing.
 
     The instruction and the reference picture reach the cells that change by a short way, beside the cross-attention of
-    the blocks. `plane` is the height above the base, in metres, of the plane in which most of what cameras see lies:
-    through it a source is looked at from another place (see `geometry.seen_from`).
+    the blocks, and `paint` guesses from them the colour in which to begin. `plane` is the height above the base, in
+    metres, of the plane in which most of what cameras see lies: through it a source is looked at from another place
+    (see `geometry.seen_from`).
     """
 
     def __init__(
@@ -50,11 +51,16 @@ class SourceEncoder(nn.Module):
         self.plane = plane
         self.cells = nn.Linear((latent_channels + 2 * stride * PARTS**2) * patch**2, width, bias=False)
         self.asked = FeedForward(width=2 * context, hidden=width, out=width)
+        self.paint = FeedForward(width=2 * context, hidden=width, out=3)
         self.reference = nn.Parameter(torch.zeros(context))
-        last = self.asked[-1]
-        assert isinstance(last, nn.Linear) and last.bias is not None
-        for parameter in (self.cells.weight, last.weight, last.bias):
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.cells.weight)
+        for last in (self.asked[-1], self.paint[-1]):
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+
+    def colour(self, text: Tensor, picture: Tensor) -> Tensor:
+        """Red, green and blue (B, 3) in [0, 1] of what is asked for in words and in a picture, (B, W) each."""
+        return self.paint(torch.cat([text, picture], -1)).sigmoid()
 
     def forward(self, source: Source, patchify: Callable[[Tensor], Tensor]) -> Tensor:
         """What is added to the tokens of the video, (B, F, V, cells, W)."""
