@@ -39,7 +39,8 @@ def varied(tmp_path_factory) -> Path:
 def trained(varied, tmp_path_factory) -> Path:
     """Two steps of an edit phase."""
     run = tmp_path_factory.mktemp("runs") / "edit"
-    sizes = ["phases.edit.steps=2", "phases.edit.batch_size=3", "init=null", "wandb.mode=disabled", "trainer.threads=1"]
+    sizes = [f"phases.{phase}.{key}=2" for phase in ("words", "edit") for key in ("steps", "batch_size")]
+    sizes += ["init=null", "wandb.mode=disabled", "trainer.threads=1"]
     return train(compose("experiment=kairos_tiny_edit", f"data.root={varied}", f"run_dir={run}", *sizes))
 
 
