@@ -1,5 +1,7 @@
 """Edits: what is kept is kept to the bit, what is hidden does not leak, and what is asked for reaches the answer."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import compose
@@ -9,7 +11,16 @@ from torch import Tensor
 
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.contracts import PAIR_KINDS, Batch, Future, Observation, Pair
-from worldmodel.editing import GREY, draw, look_from, painted, read_request, reference_pictures, replace_element
+from worldmodel.editing import (
+    GREY,
+    draw,
+    look_from,
+    painted,
+    read_request,
+    reference_pictures,
+    replace_element,
+    source_encoder,
+)
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import fov_to_intrinsics, interpolate_poses, invert_se3, seen_from
@@ -25,7 +36,7 @@ def editor(statistics):
     model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics).eval()
     for layer in [*model.denoiser.embed_out.values(), model.expert.embed_out]:
         torch.nn.init.normal_(layer.weight, std=0.2)
-    for parameter in model.denoiser.source.parameters():
+    for parameter in source_encoder(model).parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -90,8 +101,8 @@ def test_a_source_is_the_guess_of_an_untrained_network(editor, tiny_model):
     """All ways of a source into the network start at zero: where it answers nothing, the recording comes back."""
     o, f = clip_of(editor)
     mask = square(editor, o)
-    for layer in editor.denoiser.embed_out.values():
-        torch.nn.init.zeros_(layer.weight)
+    for parameter in editor.denoiser.source.head.parameters():
+        torch.nn.init.zeros_(parameter)
     rows = torch.zeros(2, dtype=torch.bool)
     with torch.inference_mode():
         request = read_request(editor, o, None)
@@ -104,7 +115,9 @@ def test_a_source_is_the_guess_of_an_untrained_network(editor, tiny_model):
     fresh = build_model(
         compose("experiment=kairos_tiny_edit")["model"], editor.spec, {"embodiments": {"sawyer": editor_fields(editor)}}
     )
-    assert all(not fresh.denoiser.source.state_dict()[name].any() for name in ("cells.weight", "asked.2.weight"))
+    assert all(
+        not source_encoder(fresh).state_dict()[name].any() for name in ("cells.weight", "asked.2.weight", "head.weight")
+    )
     with pytest.raises(ConfigError, match=r"synthesis.denoiser.source is null; see experiment=kairos_tiny_edit"):
         edited(tiny_model, o, f, mask)
     with pytest.raises(ConfigError, match="an instruction or a reference picture"):
@@ -141,7 +154,7 @@ def test_training_teaches_every_new_layer_and_counts_rows_alike(editor):
     batch = Batch(o, f, torch.zeros(2, editor.spec.history, dtype=torch.long), ["a", "b"])
     other = batch._replace(future=f._replace(rgb=f.rgb.flip(0)))
     pair = Pair(batch, other, square(editor, o), o.text.flip(0), torch.tensor([0, 1]))
-    settings = {"dropout": {}, "weights": {}, "huber": 0.1}
+    settings: dict[str, Any] = {"dropout": {}, "weights": {}, "huber": 0.1}
     losses = edit_loss(editor, pair, generator(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
     assert set(losses) == {"loss", "colour", *PAIR_KINDS}
     torch.testing.assert_close(losses["loss"], (losses["element"] + losses["colour"] + losses["view"]) / 2)
@@ -212,7 +225,7 @@ def test_a_plane_is_seen_from_another_place_as_it_is():
 
 
 def test_mistakes_in_an_edit_phase_are_named():
-    base = {"name": "p", "trains": ("denoiser",), "steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+    base: dict[str, Any] = {"name": "p", "trains": ("denoiser",), "steps": 1, "batch_size": 1, "learning_rate": 1e-3}
     for change, message in (
         ({"objective": "edit"}, "weights of pairs belong to objective `edit`"),
         ({"objective": "tokeniser", "pairs": {"view": 1.0}}, "weights of pairs belong to objective `edit`"),

@@ -241,7 +241,7 @@ def draw(model: JointTransformer, edit: Edit, *, generator: torch.Generator, ste
     level = torch.ones_like(like[:, 0, 0, 0, 0, 0])
 
     def step(now: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
-        return model.velocity(edit.memory, **video_alone(now["video"], sigma * level))[0]
+        return {"video": video_velocity(model, edit.memory, now["video"], sigma * level)}
 
     noise = {"video": torch.randn(like.shape, generator=generator).to(like)}
     levels = sampling_sigmas(steps or model.stream_steps, model.stream_shift)
@@ -255,10 +255,10 @@ def draw(model: JointTransformer, edit: Edit, *, generator: torch.Generator, ste
     return (frames.unflatten(0, edit.first.shape[:2]).transpose(1, 2) * 0.5 + 0.5).clamp(0, 1)
 
 
-def video_alone(video: Tensor, level: Tensor) -> dict[str, WorldState | Tensor]:
-    """Arguments of `velocity` for noisy latents at noise levels (B,), of a memory that holds no other stream."""
+def video_velocity(model: JointTransformer, memory: Memory, video: Tensor, level: Tensor) -> Tensor:
+    """Velocity of noisy latents at noise levels (B,), after a memory that holds no other stream."""
     state = WorldState(*(video for _ in STREAMS))
-    return {"state": state, "levels": level[:, None].expand(-1, len(STREAMS))}
+    return model.velocity(memory, state=state, levels=level[:, None].expand(-1, len(STREAMS)))[0]["video"]
 
 
 def composite(frames: Tensor, future: Future, mask: Tensor) -> Tensor:

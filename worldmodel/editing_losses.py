@@ -16,7 +16,7 @@ from worldmodel.editing import (
     reference_pictures,
     replace_element,
     source_encoder,
-    video_alone,
+    video_velocity,
 )
 from worldmodel.joint import JointTransformer
 from worldmodel.losses import distance, masked_mean
@@ -74,8 +74,8 @@ def pick_rows(pair: Pair, rows: Tensor) -> Pair:
     """Some rows of a batch of pairs; without masks of elements."""
 
     def batch(x: Batch) -> Batch:
-        observation, future = (kind(*(value[rows] for value in part)) for kind, part in
-                               ((Observation, x.observation), (Future, x.future)))  # fmt: skip
+        observation = Observation(*(value[rows] for value in x.observation))
+        future = Future(*(value[rows] for value in x.future))
         return Batch(observation, future, x.frame[rows], [x.key[int(i)] for i in rows])
 
     return Pair(batch(pair.source), batch(pair.target), pair.mask[rows], pair.text[rows], pair.kind[rows])
@@ -137,7 +137,7 @@ def video_error(
         clean = latents_after(model, edit.pictures[:, 0], pair.target.future.rgb.float() / 127.5 - 1.0)
     level = sample_sigma(len(pair.kind), model.stream_shift, generator).to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    velocity = model.velocity(edit.memory, **video_alone(add_noise(clean, noise, level), level))[0]["video"]
+    velocity = video_velocity(model, edit.memory, add_noise(clean, noise, level), level)
     error = velocity - velocity_target(clean, noise)
     error = distance(model.loss_weight("video", level, error) * error, huber)
     changes = (source.mask > 0).any(3, keepdim=True).to(error)

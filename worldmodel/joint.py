@@ -261,7 +261,9 @@ class JointTransformer(nn.Module):
                 action = action._replace(x=a)
         velocities, action_velocity = {}, None
         if stream is not None and state is not None and levels is not None:
-            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
+            answers = self.denoiser.decode(
+                stream.x, stream.embedding, memory.streams, follows=memory.source is not None
+            )
             velocities = {
                 name: self.to_velocity(name, answer, memory, getattr(state, name), levels[:, STREAMS.index(name)])
                 for name, answer in answers.items()
@@ -288,8 +290,8 @@ class JointTransformer(nn.Module):
         else:
             clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
             if name == "video":
-                still = memory.source is None
-                clean = clean + (self.still_latents(memory.anchors[name]) if still else memory.source.video)
+                source = memory.source
+                clean = clean + (self.still_latents(memory.anchors[name]) if source is None else source.video)
         return clean_to_velocity(clean, noisy, level)
 
     def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:

@@ -248,13 +248,18 @@ class Denoiser(nn.Module):
         embedding = torch.where(clean, embedding[:, :, at_zero], embedding[:, :, index])
         return embedding, torch.where(clean.unsqueeze(-1), vectors[:, :, at_zero], vectors[:, :, index])
 
-    def decode(self, x: Tensor, embedding: Tensor, streams: Sequence[str]) -> dict[str, Tensor]:
-        """Tokens (B, T, N, W) -> velocity of each stream in the shape of `WorldState`."""
+    def decode(
+        self, x: Tensor, embedding: Tensor, streams: Sequence[str], *, follows: bool = False
+    ) -> dict[str, Tensor]:
+        """Tokens (B, T, N, W) -> answer for each stream in the shape of `WorldState`; video may follow a source."""
         shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
         x = modulate(self.norm(x), scale, shift)
         names = self.chosen(streams)
         parts = x.split([self.counts[name] for name in names], dim=2)
-        out = {name: self.embed_out[name](part) for name, part in zip(names, parts, strict=True)}
+        heads = {name: self.embed_out[name] for name in names}
+        if follows and self.source is not None:
+            heads["video"] = self.source.head
+        out = {name: heads[name](part) for name, part in zip(names, parts, strict=True)}
         if "video" in out:
             out["video"] = self.unpatchify(out["video"])
         return out

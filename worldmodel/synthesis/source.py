@@ -39,9 +39,9 @@ class SourceEncoder(nn.Module):
     """What a source tells the tokens of the video; all of it starts at zero, so that it disturbs nothing.
 
     The instruction and the reference picture reach the cells that change by a short way, beside the cross-attention of
-    the blocks, and `paint` guesses from them the colour in which to begin. `plane` is the height above the base, in
-    metres, of the plane in which most of what cameras see lies: through it a source is looked at from another place
-    (see `geometry.seen_from`).
+    the blocks, and `paint` guesses from them the colour in which to begin. Tokens that follow a source are answered by
+    a `head` of their own, for they have another guess. `plane` is the height above the base, in metres, of the plane in
+    which most of what cameras see lies: through it a source is looked at from another place (see `geometry.seen_from`).
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class SourceEncoder(nn.Module):
         self.cells = nn.Linear((latent_channels + 2 * stride * PARTS**2) * patch**2, width, bias=False)
         self.asked = FeedForward(width=2 * context, hidden=width, out=width)
         self.paint = FeedForward(width=2 * context, hidden=width, out=3)
+        self.head = nn.Linear(width, latent_channels * patch**2)
         self.reference = nn.Parameter(torch.zeros(context))
         nn.init.zeros_(self.cells.weight)
-        for last in (self.asked[-1], self.paint[-1]):
+        for last in (self.asked[-1], self.paint[-1], self.head):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
