@@ -23,7 +23,7 @@ from worldmodel.editing import (
 )
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
-from worldmodel.geometry import fov_to_intrinsics, interpolate_poses, invert_se3, seen_from
+from worldmodel.geometry import fov_to_intrinsics, interpolate_poses, invert_se3, orbit, seen_from
 from worldmodel.phases import Phase
 from worldmodel.synthesis.source import cell_shares
 
@@ -158,7 +158,7 @@ def test_training_teaches_every_new_layer_and_counts_rows_alike(editor):
     losses = edit_loss(editor, pair, generator(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
     assert set(losses) == {"loss", "colour", *PAIR_KINDS}
     torch.testing.assert_close(losses["loss"], (losses["element"] + losses["colour"] + losses["view"]) / 2)
-    words = edit_loss(editor, pair, generator(), rates={}, **settings | {"weights": {"video": 0.0}})
+    words = edit_loss(editor, pair, generator(), rates={}, **{**settings, "weights": {"video": 0.0}})
     assert set(words) == {"loss", "colour"} and words["colour"] > 0
     losses["loss"].backward()
     for name, parameter in editor.denoiser.source.named_parameters():
@@ -167,7 +167,7 @@ def test_training_teaches_every_new_layer_and_counts_rows_alike(editor):
     assert torch.equal(again["loss"], losses["loss"])
     nothing = f._replace(valid=torch.zeros_like(f.valid))
     ended = pair._replace(target=other._replace(future=nothing))
-    assert edit_loss(editor, ended, generator(), rates={}, **settings | {"weights": {"colour": 0.0}})["loss"] == 0
+    assert edit_loss(editor, ended, generator(), rates={}, **{**settings, "weights": {"colour": 0.0}})["loss"] == 0
 
 
 def test_a_coat_of_paint_is_flat_or_keeps_shades():
@@ -224,6 +224,22 @@ def test_a_plane_is_seen_from_another_place_as_it_is():
     assert between[0, 0, 2, 3] == pytest.approx(0.95)
 
 
+def test_a_camera_goes_round_what_it_looks_at():
+    """It stands 2 m away, 1 m up, and looks at the centre; x of the camera is to its right."""
+    centre = torch.tensor([0.3, 0.1, 0.0])
+    ahead = torch.tensor([0.0, 3**0.5 / 2, -0.5])
+    pose = torch.eye(4)
+    pose[:3, :3] = torch.stack([torch.tensor([1.0, 0, 0]), torch.tensor([0, -0.5, -(3**0.5) / 2]), ahead], 1)
+    pose[:3, 3] = centre - 2 * ahead
+    quarter, up = torch.tensor([torch.pi / 2, 0.0, 0.0]), torch.tensor([0.0, torch.pi / 6, 0.0])
+    new = orbit(pose.expand(3, 4, 4), centre.expand(3, 3), quarter, up, torch.tensor([1.0, 1.0, 1.5]))
+    away = new[:, :3, 3] - centre
+    torch.testing.assert_close(away[0], torch.tensor([3**0.5, 0.0, 1.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(away[1], torch.tensor([0.0, -1.0, 3**0.5]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(away.norm(dim=-1), torch.tensor([2.0, 2.0, 3.0]))
+    torch.testing.assert_close(new[:, :3, 2], -away / away.norm(dim=-1, keepdim=True), atol=1e-5, rtol=0)
+
+
 def test_mistakes_in_an_edit_phase_are_named():
     base: dict[str, Any] = {"name": "p", "trains": ("denoiser",), "steps": 1, "batch_size": 1, "learning_rate": 1e-3}
     for change, message in (
@@ -234,7 +250,7 @@ def test_mistakes_in_an_edit_phase_are_named():
         ({"objective": "edit", "pairs": {"view": 1.0}, "rates": {"blank": 1.5}}, "lie in 0 to 1, not 1.5"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Phase(**base, **change)
+            Phase(**{**base, **change})
 
 
 def test_a_clip_can_be_made_ready_without_a_reference_or_a_known_camera(editor):
