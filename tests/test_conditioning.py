@@ -134,7 +134,7 @@ def test_bad_conditions_are_named(aware):
     with pytest.raises(ConfigError, match=r"mode 'policy' predicts no streams that 'camera' could lead"):
         synthesise(aware, o, f, "policy", given={"camera": True})
     phase: dict[str, Any] = {"name": "p", "objective": "world", "trains": ("denoiser",), "steps": 1, "batch_size": 1}
-    refused = [({"given": {"actions": 0.5}}, "given.actions is none of"), ({"absent": 2.0}, "between 0")]
+    refused = [({"given": {"actions": 0.5}}, "given.actions is none of"), ({"absent": 2.0}, "lie in 0 to 1")]
     for settings, match in refused:
         with pytest.raises(ConfigError, match=match):
             Phase(**phase, learning_rate=1.0, mixture=(), **settings)

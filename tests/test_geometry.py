@@ -133,32 +133,3 @@ class _Wrapped(torch.nn.Module):
 
     def forward(self, rotation: Tensor, translation: Tensor, fov: Tensor) -> Tensor:
         return self.function(rotation, translation, fov)
-
-
-def test_a_plane_is_seen_from_elsewhere_as_it_would_be() -> None:
-    """A pattern on the plane, pictured here and there. Above the horizon turning moves a picture, shifting does not."""
-    lens = g.fov_to_intrinsics(torch.tensor(1.0), 64, 64)
-
-    def picture(pose: Tensor, height: float) -> Tensor:
-        rays = g.pluecker_rays(lens, pose, 64, 64)[..., :3]
-        there = pose[:3, 3] + rays * ((height - pose[2, 3]) / rays[..., 2:])
-        return torch.stack([(3 * there[..., 0]).sin(), (4 * there[..., 1]).cos()])
-
-    def looking_down(tilt: float, *origin: float) -> Tensor:
-        c, s = math.cos(tilt), math.sin(tilt)
-        turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
-        return g.make_se3(torch.diag(torch.tensor([1.0, -1.0, -1.0])) @ turn, torch.tensor(origin))
-
-    here, there = looking_down(0.1, 0.1, 0.0, 1.0), looking_down(-0.1, 0.0, 0.1, 0.9)
-    moved = g.seen_from(picture(here, 0.2)[None], lens[None], here[None], there[None], torch.tensor([0.2]))
-    inside = slice(20, -20)
-    expected = picture(there, 0.2)[:, inside, inside]
-    torch.testing.assert_close(moved[0, :, inside, inside], expected, atol=2e-2, rtol=0)
-    assert (picture(here, 0.2)[:, inside, inside] - expected).abs().max() > 0.2
-
-    level = g.make_se3(torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]), torch.tensor([0.0, 0.0, 1.0]))
-    aside = g.make_se3(level[:3, :3], torch.tensor([0.3, 0.0, 1.0]))
-    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
-    again = g.seen_from(ramp, lens[None], level[None], aside[None], torch.zeros(1))
-    torch.testing.assert_close(again[..., :30, 1:-1], ramp[..., :30, 1:-1], atol=1e-2, rtol=0)
-    assert (again[..., 40:, 20:44] - ramp[..., 40:, 20:44]).min() > 0.02

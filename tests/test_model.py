@@ -65,7 +65,8 @@ def test_every_experiment_composes_and_builds(statistics):
         with torch.device("meta"):
             model = build_model(configs[0]["model"], spec, {"embodiments": fields})
         trained = {part for phase in make_phases(configs[0]["phases"]) for part in phase.trains}
-        assert trained == {name for name, _ in model.named_children() if name != "normaliser"} - loaded
+        parts = {name for name, _ in model.named_children() if name != "normaliser"} - loaded
+        assert trained == parts or (trained < parts and configs[0]["init"])
 
 
 def test_tiny_has_the_size_it_promises(tiny_model):

@@ -189,8 +189,10 @@ def test_enlarged_sides_are_even(height: int, width: int) -> None:
 
 
 def test_frames_of_a_wrong_shape_are_refused() -> None:
-    with pytest.raises(ContractError, match="each"):
+    with pytest.raises(ContractError, match="in all clips"):
         side_by_side(np.zeros((1, 3, 8, 8)), np.zeros((2, 3, 8, 8)))
+    three = side_by_side(*(np.full((1, 3, 8, 8), value) for value in (0.0, 0.5, 1.0)), least=8)
+    assert three.shape == (1, 8, 40, 3) and three[0, 0, ::16, 0].tolist() == [0, 128, 255]
     with pytest.raises(ContractError, match="even sides"):
         encode_mp4(np.zeros((1, 7, 8, 3), np.uint8))
 

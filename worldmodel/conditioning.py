@@ -102,7 +102,7 @@ def moved_pictures(model: JointTransformer, o: Observation, poses: Tensor, given
             x.repeat_interleave(frames, 0) for x in (o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows], height)
         )
         path = poses.transpose(1, 2)[rows].flatten(0, 1)
-        moved = seen_from(pictures.repeat_interleave(frames, 0), lens, here, path, height)
+        moved, _ = seen_from(pictures.repeat_interleave(frames, 0), lens, here, lens, path, plane=height)
         codes = model.autoencoder.encode_frames(torch.cat([moved, pictures])).split([len(moved), len(pictures)])
         there, still = (model.still_latents(c[None, None])[0, 0] for c in codes)
         out[rows] = there.unflatten(0, (-1, frames)) - still[:, None]

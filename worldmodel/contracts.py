@@ -130,6 +130,11 @@ class Pair(NamedTuple):
     text: Tensor  # (B, L) int64, the instruction that asks for the change, as in Observation
     kind: Tensor  # (B,) int64, place in PAIR_KINDS
 
+    @property
+    def key(self) -> list[str]:
+        """Sample keys and steps of the sources, for error messages."""
+        return self.source.key
+
 
 class Senses(NamedTuple):
     """An observation in the network's own units; the input of stages 1 and 2."""

@@ -150,7 +150,7 @@ def run_phase(
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
-    if not resumed and "denoiser" in phase.trains and model.predicts == "clean":
+    if not resumed and phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean":
         # Rows of the fit are cells of images: where images are large, few clips are enough.
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
@@ -169,6 +169,7 @@ def run_phase(
         whole=all(ingredient.rows is None for ingredient in phase.mixture),
         masks=phase.objective == "motion",
         complete=False,
+        pairs=phase.pairs,
         **chosen,
     )
     trainer = L.Trainer(
@@ -197,7 +198,7 @@ def run_phase(
         with torch.no_grad():
             clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
-    if "denoiser" in phase.trains:
+    if phase.objective == "world" and "denoiser" in phase.trains:
         log_samples(
             write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
         )

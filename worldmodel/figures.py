@@ -68,6 +68,19 @@ FIGURES = {
     "tokeniser": Figure("video", "Tokeniser reconstruction, PSNR", "dB", decibel=True, higher=True, headline=False),
 }
 """Every figure of the offline report. A name may carry a part after a slash (a view): `camera_rotation/wrist`."""
+EDIT_FIGURES = {
+    "element_inside": Figure("element", "Inside the mask, PSNR", "dB", decibel=True, higher=True),
+    "element_colour": Figure("element", "Mean colour inside the mask, distance", "of 1"),
+    "element_outside": Figure(
+        "element", "Outside the mask as drawn, PSNR to the recording", "dB", "", True, True, False
+    ),
+    "view_psnr": Figure("view", "Other view, PSNR", "dB", STEPS, decibel=True, higher=True),
+    "view_ssim": Figure("view", "Other view, SSIM", "", STEPS, higher=True),
+    "across_psnr": Figure("view", "View that was not recorded, PSNR", "dB", STEPS, decibel=True, higher=True),
+    "across_ssim": Figure("view", "View that was not recorded, SSIM", "", STEPS, higher=True),
+}
+"""Every figure of edits; after the slash stands how an element was asked for, or which view."""
+KNOWN = FIGURES | EDIT_FIGURES
 INFORMATIVE = ("shuffled actions", "policy mode", "not given", "another clip")
 """Comparisons that are no trivial baseline: they show whether the model uses what it is given."""
 
@@ -106,7 +119,7 @@ def summarise(rows: dict[str, Rows], clips: list[Clip], seed: int) -> dict:
     tasks = np.array([clip.task for clip in clips])
     figures, horizons, per_task = [], {}, {}
     for name, row in rows.items():
-        kind = FIGURES[name.split("/")[0]]
+        kind = KNOWN[name.split("/")[0]]
         ours = joined(row.ours)
         if ours.weight.sum() == 0:
             continue

@@ -2,7 +2,7 @@
 
 Rotations are 3x3 matrices inside; quaternions are xyzw. Cameras use OpenCV axes (x right, y down, z forward) and pixel
 coordinates in which the centre of the top left pixel is (0.5, 0.5). All functions trace and export: no branching on
-values, no operators that ONNX lacks.
+values, no operators that ONNX lacks (but for `seen_from`, which no exported path needs).
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _EPS = 1e-8
-FAR = 100.0
-"""Metres beyond which a distance counts as infinite."""
+_FAR = 1000.0
+"""Metres at which things stand that are not in the plane of `seen_from`."""
 
 
 def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
@@ -155,30 +155,74 @@ def pluecker_rays(
     return torch.cat([direction, _cross(origin, direction)], dim=-1)
 
 
-def seen_from(images: Tensor, intrinsics: Tensor, camera_to_base: Tensor, elsewhere: Tensor, height: Tensor) -> Tensor:
-    """What a camera would see from elsewhere if all it sees lay on one horizontal plane of the base frame.
+def interpolate_poses(poses: Tensor, steps: int) -> Tensor:
+    """Poses (B, 1 + F, ..., 4, 4) -> those (B, F * steps, ..., 4, 4) at equal steps after the first, up to the last.
+
+    Positions are interpolated linearly, and so are the columns of rotations, which are then made orthonormal.
+    """
+    share = ((torch.arange(steps, device=poses.device) + 1) / steps).to(poses)
+    share = share.reshape(1, 1, -1, *([1] * (poses.dim() - 2)))
+    mixed = torch.lerp(poses[:, :-1, None], poses[:, 1:, None], share).flatten(1, 2)
+    return make_se3(rotation_6d_to_matrix(matrix_to_rotation_6d(mixed[..., :3, :3])), mixed[..., :3, 3])
+
+
+def orbit(pose: Tensor, centre: Tensor, azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
+    """Camera poses (..., 4, 4) after going round a centre (..., 3) in metres, and still looking the same way at it.
+
+    `azimuth` (...) is about the vertical, anticlockwise from above, then `elevation` (...) up about the camera's own
+    right, both in radians; `distance` (...) is the factor by which it then is farther away.
+    """
+    up = torch.zeros_like(pose[..., :3, 0])
+    up[..., 2] = 1.0
+    turn = _turn(up, azimuth)
+    turn = _turn((turn @ pose[..., :3, :1]).squeeze(-1), -elevation) @ turn
+    offset = (turn @ (pose[..., :3, 3] - centre).unsqueeze(-1)).squeeze(-1)
+    return make_se3(turn @ pose[..., :3, :3], centre + distance.unsqueeze(-1) * offset)
+
+
+def _turn(axis: Tensor, angle: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) by angles (...) in radians about unit axes (..., 3), right-handed."""
+    x, y, z = (axis * angle.unsqueeze(-1)).unbind(-1)
+    o = torch.zeros_like(x)
+    return torch.linalg.matrix_exp(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3)))
+
+
+def seen_from(
+    pictures: Tensor,
+    intrinsics: Tensor,
+    camera_to_base: Tensor,
+    new_intrinsics: Tensor,
+    new_camera_to_base: Tensor,
+    *,
+    plane: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What another camera would see if all that a picture shows lay in the plane z = `plane` or very far away.
+
+    The homography of a plane (Hartley & Zisserman 2004, sec. 13.1), pixel by pixel.
 
     Args:
-        images: (N, C, h, w).
-        intrinsics: (N, 3, 3) pixels, the same at both places.
-        camera_to_base: (N, 4, 4) where the images were taken.
-        elsewhere: (N, 4, 4) poses of the same cameras.
-        height: (N,) of the plane in metres. What is seen above its horizon counts as infinitely far away.
+        pictures: (N, C, h, w).
+        intrinsics: (N, 3, 3) of the camera that took them.
+        camera_to_base: (N, 4, 4) of it.
+        new_intrinsics: (N, 3, 3) of the other camera.
+        new_camera_to_base: (N, 4, 4) of it.
+        plane: metres above the base, one for all or (N,).
 
     Returns:
-        (N, C, h, w); where the images do not reach, their edge repeats.
+        Its pictures (N, C, h, w), and (N, h, w) bool where they show what the old ones do; elsewhere edges repeat.
     """
-    rows, columns = images.shape[-2:]
-    rays = pluecker_rays(intrinsics, elsewhere, rows, columns)[..., :3].flatten(1, 2)
-    origin = elsewhere[:, None, :3, 3]
-    down = rays[..., 2] * torch.sign(height[:, None] - origin[..., 2])
-    distance = (height[:, None] - origin[..., 2]).abs() / down.clamp(min=1e-6)
-    near = ((down > 0) & (distance < FAR)).unsqueeze(-1)
-    there = torch.where(near, origin + rays * distance.clamp(max=FAR).unsqueeze(-1), origin + rays * FAR)
-    pixels, depth = project_points(there, intrinsics, camera_to_base)
-    place = pixels / torch.tensor([columns, rows]).to(pixels) * 2 - 1
-    place = torch.where((depth > 0).unsqueeze(-1), place, 2.0).unflatten(1, (rows, columns))
-    return functional.grid_sample(images, place, padding_mode="border", align_corners=False)
+    h, w = pictures.shape[-2:]
+    direction = pluecker_rays(new_intrinsics, new_camera_to_base, h, w)[..., :3]
+    origin = new_camera_to_base[:, None, None, :3, 3]
+    if isinstance(plane, Tensor):
+        plane = plane[:, None, None]
+    away = (plane - origin[..., 2]) / torch.where(direction[..., 2].abs() < 1e-6, 1e-6, direction[..., 2])
+    away = torch.where((away > 0) & (away < _FAR), away, _FAR)
+    points = origin + away.unsqueeze(-1) * direction
+    pixels, depth = project_points(points.flatten(1, 2), intrinsics, camera_to_base)
+    place = (2 * pixels / torch.tensor([w, h]).to(pixels) - 1).unflatten(1, (h, w))
+    seen = (place.abs() <= 1).all(-1) & (depth > 0).unflatten(1, (h, w))
+    return functional.grid_sample(pictures, place, padding_mode="border", align_corners=False), seen
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
+from worldmodel.synthesis.source import Source
 from worldmodel.synthesis.state import StreamState
 from worldmodel.synthesis.temporal import Keys, newest
 
@@ -40,6 +41,7 @@ class Memory(NamedTuple):
     presence: dict[str, Tensor]
     embodiment: Tensor
     streams: tuple[str, ...]
+    source: Source | None = None  # another clip that the future follows
 
 
 class Track(NamedTuple):
@@ -262,7 +264,8 @@ class JointTransformer(nn.Module):
                 action = action._replace(x=a)
         velocities, action_velocity = {}, None
         if stream is not None and state is not None and levels is not None:
-            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams)
+            follows = memory.source is not None
+            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows)
             lead = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
             velocities = {
                 name: self.to_velocity(
@@ -286,8 +289,9 @@ class JointTransformer(nn.Module):
         """Network output -> velocity of a stream or `actions`.
 
         They are the same where the model predicts `velocity`. Where it predicts `clean`, the output is how far the
-        clean value lies from a guess: for video that the picture stands still, for actions the state policy's proposal,
-        for the other streams the newest value or the mean, which are zero in their units. `lead` adds to the guess.
+        clean value lies from a guess: for video that the picture stands still or, where there is a source, is the
+        source's, for actions the state policy's proposal, for the other streams the newest value or the mean, which are
+        zero in their units. `lead` adds to the guess.
         """
         if self.predicts == "velocity":
             return answer if lead is None else answer - lead
@@ -298,7 +302,9 @@ class JointTransformer(nn.Module):
         else:
             clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
             if name == "video":
-                clean = clean + self.still_latents(memory.anchors[name]) + (0.0 if lead is None else lead)
+                source = memory.source
+                guess = self.still_latents(memory.anchors[name]) if source is None else source.video
+                clean = clean + guess + (0.0 if lead is None else lead)
         return clean_to_velocity(clean, noisy, level)
 
     def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:
@@ -315,7 +321,7 @@ class JointTransformer(nn.Module):
             state = state._replace(**{name: given.fill(name, getattr(state, name)) for name in memory.streams})
             rays = torch.where(given.has_camera[:, None, :, None, None, None], given.rays, rays)
             presence = given.presence(presence)
-        tokens = self.denoiser.embed(state, memory.anchors, rays, presence, memory.streams, given)
+        tokens = self.denoiser.embed(state, memory.anchors, rays, presence, memory.streams, given, memory.source)
         embedding, vectors = self.denoiser.vectors(levels, tokens.stream, given)
         return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, memory.kept.frames))
 

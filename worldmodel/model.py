@@ -18,6 +18,7 @@ from worldmodel.contracts import (
     Understanding,
     WorldState,
 )
+from worldmodel.editing import Reference, composite, draw, look_from, read_request, replace_element
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import pluecker_rays
 from worldmodel.joint import JointTransformer, Memory
@@ -205,12 +206,57 @@ class WorldModel(JointTransformer):
             done = {name: all_given.fill(name, value) if name in STREAMS else value for name, value in done.items()}
         return self.physical(observation, s, latents, {**fixed, **done})
 
+    def edit(
+        self,
+        observation: Observation,
+        future: Future,
+        mask: Tensor,
+        *,
+        generator: torch.Generator,
+        text: Tensor | None = None,
+        reference: Tensor | None = None,
+        blank: bool = True,
+        steps: int | None = None,
+        raw: bool = False,
+    ) -> Tensor:
+        """A recorded clip with another element under `mask` (B, H + F*R, V, h, w): (B, F*R, V, 3, h, w) in [0, 1].
+
+        What it shall look like is said by an instruction `text` (B, L), a picture `reference` (B, 3, h, w) uint8 that
+        it fills, or both. With `blank` nothing of the old element is told, without it its shades stay. Outside the mask
+        the pixels are those of the clip; `raw` leaves them as they were drawn. Raises `ConfigError` for a model that
+        edits nothing, and if nothing is asked for.
+        """
+        if text is None and reference is None:
+            raise ConfigError("an edit needs an instruction or a reference picture")
+        has = torch.full_like(observation.has_text, text is not None)
+        asked = observation._replace(text=observation.text if text is None else text, has_text=has)
+        shown = None if reference is None else Reference(reference, torch.ones_like(has))
+        request = read_request(self, asked, shown)
+        edit = replace_element(self, asked, future, mask, request, blank=torch.full_like(has, blank))
+        frames = draw(self, edit, generator=generator, steps=steps)
+        return frames if raw else composite(frames, future, mask[:, -frames.shape[1] :])
+
+    def view(
+        self,
+        observation: Observation,
+        future: Future,
+        intrinsics: Tensor,
+        path: Tensor,
+        *,
+        generator: torch.Generator,
+        views: Tensor | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """A recorded clip from other places: (B, F*R, V, 3, h, w) in [0, 1]; arguments as in `editing.look_from`."""
+        edit = look_from(self, observation, future, intrinsics, path, views=views)
+        return draw(self, edit, generator=generator, steps=steps)
+
     def decode_video(self, o: Observation, history: Tensor, future: Tensor) -> Tensor:
         """Future latents (B, F, V, C, h', w') -> frames (B, F*R, V, 3, h, w) in [0, 1]."""
         b, v = future.shape[0], future.shape[2]
         decoded = self.autoencoder.decode(history[:, -1].flatten(0, 1), future.transpose(1, 2).flatten(0, 1))
         last = o.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
-        frames = carry_residual(decoded, last).unflatten(0, (b, v)).transpose(1, 2)
+        frames = carry_residual(decoded[:, 1:], decoded[:, :1], last.unsqueeze(1)).unflatten(0, (b, v)).transpose(1, 2)
         return (frames * 0.5 + 0.5).clamp(0, 1)
 
     def reconstruct(self, rgb: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from worldmodel.config import with_tuples
-from worldmodel.contracts import MODES
+from worldmodel.contracts import MODES, PAIR_KINDS
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
-OBJECTIVES = ("tokeniser", "understanding", "motion", "world")
+OBJECTIVES = ("tokeniser", "understanding", "motion", "world", "edit")
 INGREDIENTS = (*MODES, "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
 DATA = ("mixture", "on_error")
@@ -23,6 +23,8 @@ GRADIENTS = ("truncated", "full")
 """Whether gradients stop where the memory is carried from one clip to the next."""
 GIVABLE = tuple(name for name in CONDITIONS if name != "actions")
 """Conditions with a rate in `given`; actions are given by their own modes."""
+RATES = ("blank", "reference", "across")
+"""What rows of an edit phase have at random (see `editing_losses.edit_loss`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,8 @@ class Phase:
     back through it. `given` has the rate at which each condition of synthesis is given in a row - `video`, `camera`,
     `points`, `embodiment` (1 unless said); `forward_dynamics` gives actions - and `absent` that at which cameras and
     points that are not given are left out instead of predicted; guidance needs both. A network without conditions
-    learns without.
+    learns without. An `edit` phase learns from pairs of clips: `pairs` weighs their kinds, `rates` are those of
+    `RATES`.
     """
 
     name: str
@@ -91,6 +94,8 @@ class Phase:
     gradients: str = "truncated"
     given: Mapping[str, float] = field(default_factory=dict)
     absent: float = 0.0
+    pairs: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,8 +108,14 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: gradients {self.gradients!r} is none of {', '.join(GRADIENTS)}")
         if unknown := sorted(set(self.given) - set(GIVABLE)):
             raise ConfigError(f"phase {self.name!r}: given.{unknown[0]} is none of {', '.join(GIVABLE)}")
-        if wrong := [rate for rate in (*self.given.values(), self.absent) if not 0 <= rate <= 1]:
-            raise ConfigError(f"phase {self.name!r}: rates of given and absent lie between 0 and 1, not {wrong[0]}")
+        if unknown := sorted(set(self.rates) - set(RATES)):
+            raise ConfigError(f"phase {self.name!r}: rates.{unknown[0]} is none of {', '.join(RATES)}")
+        if wrong := [r for r in (*self.given.values(), *self.rates.values(), self.absent) if not 0 <= r <= 1]:
+            raise ConfigError(f"phase {self.name!r}: rates, also of given and absent, lie in 0 to 1, not {wrong[0]}")
+        if unknown := sorted(set(self.pairs) - set(PAIR_KINDS)):
+            raise ConfigError(f"phase {self.name!r}: pairs.{unknown[0]} is none of {', '.join(PAIR_KINDS)}")
+        if (self.objective == "edit") != any(self.pairs.values()):
+            raise ConfigError(f"phase {self.name!r}: weights of pairs belong to objective `edit` and only there")
         if self.lens < 1:
             raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:
@@ -128,7 +139,7 @@ class Phase:
     def needs(self, seed: int, step: int, *, cached: bool = False) -> Needs:
         """What the batch of a step will use; `cached` says that latents of the history are at hand."""
         if self.objective != "world":
-            whole = self.objective == "motion"
+            whole = self.objective in ("motion", "edit")
             return Needs(history=None if whole else 1, future=whole or self.objective == "tokeniser")
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")

@@ -11,6 +11,7 @@ from worldmodel.checkpoint import load_model
 from worldmodel.closed_loop import MetaworldScenes
 from worldmodel.comparison import Contender, Protocol, compare, result_key, train_baseline
 from worldmodel.data.shards import ShardReader
+from worldmodel.edit_evaluation import evaluate_edits
 from worldmodel.errors import ConfigError
 from worldmodel.evaluation import SPLITS, evaluate_offline
 from worldmodel.figures import text_table
@@ -56,6 +57,18 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
         )
         for split in config["splits"]
     ]
+    edits = None
+    if model.denoiser.source is not None and config["edit_clips"]:
+        edits = evaluate_edits(
+            model,
+            reader,
+            "heldout_episodes",
+            clips=config["edit_clips"],
+            batch_size=config["batch_size"],
+            seed=config["seed"],
+            steps=config["sampler_steps"],
+            plane=model.denoiser.source.plane,
+        )
     closed = []
     if contenders:
         if any(contender.weights == baseline for contender in contenders):
@@ -65,8 +78,9 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
     parameters = sum(p.numel() for p in model.parameters())
     stamp = {"parameters": f"{parameters:,}", **protocol_stamp(model.metadata, reader, config)}
     title = Path(config["checkpoint"]).resolve().name
-    paths = write_report({"title": title, "stamp": stamp, "offline": offline, "closed_loop": closed}, out)
-    print("\n" + text_table(offline))
+    results = {"title": title, "stamp": stamp, "offline": offline, "closed_loop": closed, "edits": edits}
+    paths = write_report(results, out)
+    print("\n" + text_table(offline + ([] if edits is None else [edits])))
     for result in closed:
         print(f"{result['policy']}: {result['mean_success']:.1%} success{' (kept result)' if result['reused'] else ''}")
     print(*paths, sep="\n")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.figures import FIGURES, SampleClip
+from worldmodel.figures import KNOWN, SampleClip
 from worldmodel.page import compose
 from worldmodel.plots import line_chart, number
 from worldmodel.report_closed_loop import closed_loop_section
+from worldmodel.report_edits import edit_section
 from worldmodel.report_motion import motion_section
 from worldmodel.report_samples import sample_sections
 
@@ -22,7 +23,7 @@ SPLIT_NAMES = {
 }
 STREAM_NAMES = {
     "video": "video", "camera": "camera pose", "points": "object trajectories", "force": "touch and force",
-    "action": "actions", "motion": "moving and standing",
+    "action": "actions", "motion": "moving and standing", "element": "replaced elements", "view": "other views",
 }  # fmt: skip
 
 
@@ -30,8 +31,8 @@ def write_report(results: dict, out_dir: str | Path) -> tuple[Path, Path]:
     """Write report.json and report.html and return their paths.
 
     `results` holds `title`, `stamp` (nested plain values), `offline` (what `evaluate_offline` returned, per split) and
-    `closed_loop` (what `comparison.compare` returned; may be empty). The JSON
-    is `results` itself, with pictures left out and null where a value is not finite.
+    `closed_loop` (what `comparison.compare` returned; may be empty), and may hold `edits` (what `evaluate_edits`
+    returned). The JSON is `results` itself, with pictures left out and null where a value is not finite.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,8 @@ def render(results: dict) -> str:
     sections = {"Summary": ("summary", _summary(offline))}
     if closed:
         sections["Closed loop"] = ("closed-loop", closed_loop_section(closed))
+    if results.get("edits"):
+        sections["Edits"] = ("edits", edit_section(results["edits"], _figure_table))
     sections["Over the horizon"] = ("horizon", _horizons(offline))
     sections["By task"] = ("tasks", _tasks(offline))
     sections["Predicted and true"] = ("samples", sample_sections(offline, SPLIT_NAMES))
@@ -140,7 +143,7 @@ def _figure_table(offline: list[dict], headline: bool) -> str:
         names = [name for name, figure in found.items() if figure["stream"] == stream]
         if names:
             rows.append(f'<tr class="group"><td colspan="{len(heads) + 1}">{title}</td></tr>')
-        for name in sorted(names, key=lambda n: list(FIGURES).index(n.split("/")[0])):
+        for name in sorted(names, key=lambda n: list(KNOWN).index(n.split("/")[0])):
             unit = f' <span class="interval">{escape(found[name]["unit"])}</span>' if found[name]["unit"] else ""
             cells = "".join(
                 f'<td data-head="{head}">{_cell(split[name]) if name in split else "–"}</td>'

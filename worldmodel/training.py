@@ -10,8 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from worldmodel.contracts import Batch
+from worldmodel.contracts import Batch, Pair
 from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
@@ -36,11 +37,21 @@ class PhaseModule(L.LightningModule):
             if getattr(part, "frozen", False):
                 part.requires_grad_(False)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
         """One optimisation step; logs each part of the loss."""
         phase = self.phase
         generator = phase.generator(self.seed, self.global_step)
-        if phase.objective == "tokeniser":
+        if isinstance(batch, Pair):
+            losses = edit_loss(
+                self.model,
+                batch,
+                generator,
+                rates=phase.rates,
+                dropout=phase.dropout,
+                weights=phase.weights,
+                huber=phase.huber,
+            )
+        elif phase.objective == "tokeniser":
             losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
         elif phase.objective == "understanding":
             losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)

@@ -29,15 +29,15 @@ def enlarged(frames: np.ndarray, least: int = 192) -> np.ndarray:
     return shown.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
 
 
-def side_by_side(*films: np.ndarray, least: int = 192) -> np.ndarray:
-    """Join n enlarged films, predicted and true (T, 3, h, w), into (T, h', n (w' + gap) - gap, 3) uint8."""
-    if len({film.shape for film in films}) != 1 or films[0].ndim != 4 or films[0].shape[1] != 3:
-        raise ContractError(f"frames must be (T, 3, h, w) each, got {' and '.join(str(f.shape) for f in films)}")
-    parts = []
-    for film in films:
-        shown = enlarged(film, least)
-        parts += [np.full((*shown.shape[:2], GAP, 3), 128, np.uint8), shown]
-    return np.concatenate(parts[1:], axis=2)
+def side_by_side(*clips: np.ndarray, least: int = 192) -> np.ndarray:
+    """Join n enlarged clips of frames (T, 3, h, w), predicted and true for example, into (T, h', n (w' + gap) - gap, 3)
+    uint8."""
+    shapes = {clip.shape for clip in clips}
+    if len(shapes) != 1 or clips[0].ndim != 4 or clips[0].shape[1] != 3:
+        raise ContractError(f"frames must be (T, 3, h, w) in all clips, got {[clip.shape for clip in clips]}")
+    shown = [enlarged(clip, least) for clip in clips]
+    gap = np.full((*shown[0].shape[:2], GAP, 3), 128, np.uint8)
+    return np.concatenate([part for clip in shown for part in (gap, clip)][1:], axis=2)
 
 
 def encode_mp4(frames: np.ndarray, fps: int = 5) -> bytes:
@@ -61,9 +61,9 @@ def encode_mp4(frames: np.ndarray, fps: int = 5) -> bytes:
         return path.read_bytes()
 
 
-def video_data_uri(*films: np.ndarray, fps: int = 5) -> str:
-    """Encode films of one view side by side, (T, 3, h, w) each, as a `data:video/mp4` URI."""
-    return "data:video/mp4;base64," + base64.b64encode(encode_mp4(side_by_side(*films), fps)).decode()
+def video_data_uri(*clips: np.ndarray, fps: int = 5) -> str:
+    """Encode clips of one view side by side, (T, 3, h, w) each, as a `data:video/mp4` URI."""
+    return "data:video/mp4;base64," + base64.b64encode(encode_mp4(side_by_side(*clips), fps)).decode()
 
 
 def video_tag(uri: str, caption: str) -> str:

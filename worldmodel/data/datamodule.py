@@ -14,6 +14,7 @@ from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset, Needs
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import Mixture, Source, make_sources
+from worldmodel.data.pair_mixture import PairMixture
 from worldmodel.data.sampler import StreamLoader, StreamSampler, Tally
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError
@@ -30,6 +31,7 @@ class ClipDataModule(L.LightningDataModule):
         num_workers: loader processes; 0 loads in the training process.
         tasks: only these training tasks of `root`, or weights by task; None is all.
         mixture: what training clips are drawn from and how often (see `mixture`), instead of `root` alone.
+        pairs: weights of kinds of pairs (see `pair_mixture`); training batches are then pairs of `root`, not clips.
         only_success: leave failed demonstrations out of training and evaluation.
         images: False leaves all pictures out.
         future: False leaves future pictures out.
@@ -61,6 +63,7 @@ class ClipDataModule(L.LightningDataModule):
         num_workers: int = 0,
         tasks: Sequence[str] | Mapping[str, float] | None = None,
         mixture: Sequence[Mapping[str, Any] | Source] | None = None,
+        pairs: Mapping[str, float] | None = None,
         only_success: bool = True,
         images: bool = True,
         future: bool = True,
@@ -80,6 +83,9 @@ class ClipDataModule(L.LightningDataModule):
         self.whole = whole or needs is None
         if mixture is not None and tasks is not None:
             raise ConfigError("give either `mixture`, whose sources name their tasks, or `tasks` of `root`, not both")
+        if pairs and (mixture is not None or tasks is not None or camera_map is not None or on_error != "raise"):
+            raise ConfigError("pairs come from all of `root` with its own names, and a damaged one is an error: leave "
+                              "`mixture`, `tasks` and `camera_map` out, and `on_error` at raise")  # fmt: skip
         sources = make_sources([Source(root=root, tasks=tasks)] if mixture is None else mixture)
         roots = list(dict.fromkeys([root, *(source.root for source in sources)]))
         readers = {} if reader is None else {root: reader}
@@ -94,7 +100,11 @@ class ClipDataModule(L.LightningDataModule):
             "masks": masks,
             "camera_map": camera_map,
         }
-        self.train_clips = Mixture(sources, readers, spec, on_error=on_error, **self._options)
+        self.train_clips: Mixture | PairMixture
+        if pairs:
+            self.train_clips = PairMixture(self.reader, spec, pairs, only_success=only_success)
+        else:
+            self.train_clips = Mixture(sources, readers, spec, on_error=on_error, **self._options)
         for part in self.train_clips.parts:
             refuse_heldout(part)
         trained = {entry.embodiment for part in self.train_clips.parts for entry in part.entries()}

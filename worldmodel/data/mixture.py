@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.cache import ByteCache
-from worldmodel.data.clip import Clip
+from worldmodel.data.clip import Clip, deliver
 from worldmodel.data.dataset import ClipDataset, Request
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
@@ -131,6 +131,9 @@ class Mixture(Dataset[Clip]):
     def part(self, index: int) -> int:
         """Number of the part that clip `index` belongs to."""
         return bisect.bisect_right(self._ends, index)
+
+    deliver = staticmethod(deliver)
+    """Makes a batch of items, in the process that loads them."""
 
     def asked(self) -> dict[str, float]:
         """Share of every part by name."""

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from worldmodel.contracts import Batch
-from worldmodel.data.clip import Skip, deliver
+from worldmodel.contracts import Batch, Pair
+from worldmodel.data.clip import Skip
 from worldmodel.data.dataset import Needs, Request
 from worldmodel.data.mixture import PERIOD, Mixture
+from worldmodel.data.pair_mixture import PairMixture
 from worldmodel.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        dataset: Mixture,
+        dataset: Mixture | PairMixture,
         sampler: StreamSampler,
         num_workers: int,
         needs: Callable[[int], Needs] | None = None,
@@ -171,13 +172,13 @@ class StreamLoader:
         self._asked: deque[np.ndarray] = deque()
         self._dataset, self._num_workers = dataset, num_workers
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Pair]:
         self.sampler.start = self.position
         self._asked.clear()
         loader = DataLoader(
             self._dataset,
             batch_sampler=self._requests(),
-            collate_fn=deliver,
+            collate_fn=self._dataset.deliver,
             num_workers=self._num_workers,
             persistent_workers=False,
         )

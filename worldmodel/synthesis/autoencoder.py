@@ -176,16 +176,18 @@ class VideoAutoencoder(nn.Module):
         return self.decode_raw(latents.transpose(1, 2)).transpose(1, 2)
 
 
-def carry_residual(decoded: Tensor, last: Tensor, fade: float = 0.2, hold: float = 0.15, window: int = 11) -> Tensor:
+def carry_residual(
+    decoded: Tensor, rebuilt: Tensor, seen: Tensor, fade: float = 0.2, hold: float = 0.15, window: int = 11
+) -> Tensor:
     """Keeps what a small tokeniser blurs: pictures change where the decoded change is visible, and stay elsewhere.
 
-    decoded (N, 1 + T, 3, h, w) with the reconstruction of the last frame first, last (N, 3, h, w) as it was seen, both
-    in [-1, 1]. The known error of the last frame is added where a pixel has not changed; where the decoded change is
-    large it no longer belongs there: it falls to 1/e at a change of `fade`. A change whose mean over `window` pixels is
-    small against `hold` is taken for an error of the decoder and held back. Returns the T future frames.
+    decoded (N, T, 3, h, w) is what was predicted, seen (N, 1 or T, 3, h, w) the pictures that it changes - the last
+    frame, or one for each - and rebuilt the same through the tokeniser, all in [-1, 1]. The known error of `rebuilt` is
+    added where a pixel has not changed; where the decoded change is large it no longer belongs there: it falls to 1/e
+    at a change of `fade`. A change whose mean over `window` pixels is small against `hold` is taken for an error of the
+    decoder and held back. Returns T frames.
     """
-    first, future, last = decoded[:, :1], decoded[:, 1:], last.unsqueeze(1)
-    change = (future - first).abs().mean(2, keepdim=True)
-    sharp = future + torch.exp(-((change / fade) ** 2)) * (last - first)
+    change = (decoded - rebuilt).abs().mean(2, keepdim=True)
+    sharp = decoded + torch.exp(-((change / fade) ** 2)) * (seen - rebuilt)
     around = F.avg_pool2d(change.flatten(0, 1), window, 1, window // 2, count_include_pad=False).view_as(change)
-    return last + (1 - torch.exp(-((around / hold) ** 2))) * (sharp - last)
+    return seen + (1 - torch.exp(-((around / hold) ** 2))) * (sharp - seen)

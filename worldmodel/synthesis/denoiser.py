@@ -17,6 +17,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.nn import FeedForward, TimeEmbedding, modulate, rope_table
 from worldmodel.synthesis.block import SynthesisBlock
 from worldmodel.synthesis.conditions import ConditionEncoder, Given
+from worldmodel.synthesis.source import Source, SourceEncoder
 from worldmodel.synthesis.state import StreamState, carry
 from worldmodel.synthesis.temporal import block_ends, block_sizes
 
@@ -37,9 +38,9 @@ class Denoiser(nn.Module):
     the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention` names
     the form of windowed attention, `delta` has settings of `GatedDelta`. `block` is how many frames of the history look
     ahead at one another (null: all that are read at once): with it, a long history read at once is what the same
-    history is when it is read block by block. `conditions` reads what is given of the future (null: nothing can be).
-    With the video stream alone, one view, no rays, no conditions and `embed_context` this is the network of Kairos 3
-    (arXiv 2606.16533).
+    history is when it is read block by block. `conditions` reads what is given of the future (null: nothing can be),
+    `source` another clip that the future follows (null: none can be). With the video stream alone, one view, no rays,
+    neither of these two and `embed_context` this is the network of Kairos 3 (arXiv 2606.16533).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Denoiser(nn.Module):
         delta: Mapping[str, Any] | None = None,
         block: int | None = None,
         conditions: ConditionEncoder | None = None,
+        source: SourceEncoder | None = None,
         frequencies: int = 256,
     ) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class Denoiser(nn.Module):
             }
         )
         self.embed_context = FeedForward(width=context, hidden=width, out=width) if embed_context else None
-        self.conditions = conditions
+        self.conditions, self.source = conditions, source
         self.time = TimeEmbedding(width=width, frequencies=frequencies)
         self.blocks = nn.ModuleList(
             SynthesisBlock(
@@ -130,13 +132,14 @@ class Denoiser(nn.Module):
         presence: dict[str, Tensor],
         streams: Sequence[str],
         given: Given | None = None,
+        source: Source | None = None,
     ) -> Tokens:
         """Streams of T frames -> tokens.
 
         anchors holds the newest observed frame of each stream (B, 1, ...), a second input of every token of an anchored
         stream: what hardly changes need not be found by attention. rays (B, T or 1, V, 6, h', w') belong to the
         poses that are known; presence holds `video`, `camera`, `rays` (B, V), `points` (B, K) and `force` (B, S).
-        Streams not named in `streams` cost nothing. `given` is what is given of a future.
+        Streams not named in `streams` cost nothing. `given` is what is given of a future, `source` the clip it follows.
         """
         parts, masks, index = [], [], []
         for name in self.chosen(streams):
@@ -149,6 +152,8 @@ class Denoiser(nn.Module):
                 if given is not None and self.conditions is not None:
                     x = x + self.conditions.heat(self.patchify(given.heat))
                     x = x + self.conditions.moved(self.patchify(given.moved))
+                if source is not None and self.source is not None:
+                    x = x + self.source(source, self.patchify)
                 if name in self.embed_anchor:
                     x = x + self.embed_anchor[name](self.patchify(anchors[name]))
                 if name in self.slot:
@@ -252,13 +257,18 @@ class Denoiser(nn.Module):
         channels = given.moved.shape[3]
         return self.unpatchify(gate.unsqueeze(-2).expand(*gate.shape[:-1], channels, -1).flatten(-2)) * given.moved
 
-    def decode(self, x: Tensor, embedding: Tensor, streams: Sequence[str]) -> dict[str, Tensor]:
-        """Tokens (B, T, N, W) -> velocity of each stream in the shape of `WorldState`."""
+    def decode(
+        self, x: Tensor, embedding: Tensor, streams: Sequence[str], *, follows: bool = False
+    ) -> dict[str, Tensor]:
+        """Tokens (B, T, N, W) -> answer for each stream in the shape of `WorldState`; video may follow a source."""
         shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
         x = modulate(self.norm(x), scale, shift)
         names = self.chosen(streams)
         parts = x.split([self.counts[name] for name in names], dim=2)
-        out = {name: self.embed_out[name](part) for name, part in zip(names, parts, strict=True)}
+        heads = {name: self.embed_out[name] for name in names}
+        if follows and self.source is not None:
+            heads["video"] = self.source.head
+        out = {name: heads[name](part) for name, part in zip(names, parts, strict=True)}
         if "video" in out:
             out["video"] = self.unpatchify(out["video"])
         return out
