@@ -20,7 +20,7 @@ TIERS = [
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},
     {"protocol", "training", "samples", "run_folder", "rollout", "drift"},
-    {"curriculum"},
+    {"curriculum", "features"},
     {"export"},
 ]
 STAGES = {"encoders", "synthesis", "policy"}
