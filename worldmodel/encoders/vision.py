@@ -92,8 +92,11 @@ class VisionBackbone(Pretrained):
         self.grid = (self.pixels[0] // self.patch, self.pixels[1] // self.patch)
         self.width: int = own.hidden_size
         self.patched = own.model_type == "siglip2_vision_model"
-        stretch = "interpolate_pos_encoding" in inspect.signature(self.net.forward).parameters
-        self.extra = {"interpolate_pos_encoding": True} if stretch and self.pixels != (image, image) else {}
+        for axis in (0, 1) if self.patched else ():
+            stretch = resampling(int(own.num_patches**0.5), self.grid[axis])
+            self.register_buffer(f"stretch_{axis}", stretch, persistent=False)
+        able = "interpolate_pos_encoding" in inspect.signature(self.net.forward).parameters
+        self.extra = {"interpolate_pos_encoding": True} if able and self.pixels != (image, image) else {}
         self.mean, self.std = normalisation(self.option, path)
         self.cells = cells
         self.resize = Resize(size=size, pixels=self.pixels, mean=self.mean, std=self.std)
@@ -130,16 +133,22 @@ class VisionBackbone(Pretrained):
         gradients, precision = self.running(rgb.device)
         with gradients, precision:
             x = self.resize(rgb).to(self.net.dtype)
-            if self.patched:
-                n, (rows, columns), p = x.shape[0], self.grid, self.patch
-                x = x.reshape(n, 3, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, -1)
-                shapes = torch.tensor([self.grid], device=x.device).expand(n, 2)
-                mask = torch.ones(n, rows * columns, dtype=torch.int64, device=x.device)
-                hidden = self.net(x, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
-            else:
-                hidden = self.net(pixel_values=x, **self.extra).last_hidden_state
+            hidden = self.read_patches(x) if self.patched else self.net(pixel_values=x, **self.extra).last_hidden_state
             patches = hidden[:, -self.grid[0] * self.grid[1] :]  # after those of the class and registers
             return (self.get_buffer("pool") @ patches.float()).to(patches.dtype)
+
+    def read_patches(self, x: Tensor) -> Tensor:
+        """Hidden states (N, patches, D) of SigLIP 2 for pictures (N, 3, H, W) of one size.
+
+        Its own forward checks the sizes of padded pictures in a way that no graph can hold.
+        """
+        n, (rows, columns), p = x.shape[0], self.grid, self.patch
+        x = x.reshape(n, 3, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, -1)
+        embed = self.net.embeddings
+        square = embed.position_embedding.weight.float().unflatten(0, (embed.position_embedding_size, -1))
+        stretched = torch.einsum("ri,cj,ijd->rcd", self.get_buffer("stretch_0"), self.get_buffer("stretch_1"), square)
+        x = embed.patch_embedding(x) + stretched.flatten(0, 1).to(x.dtype)
+        return self.net.post_layernorm(self.net.encoder(inputs_embeds=x).last_hidden_state)
 
 
 def vision_part(net: Any) -> Any:
