@@ -41,6 +41,39 @@ SEEING: dict[str, dict[str, Any]] = {
         "vision_config": {**EYES, "window_size": 32, "fullatt_block_indexes": [1]},
         **NUMBERS,
     },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl",
+        "text_config": WORDS,
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 16,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": 8,
+        },
+        **NUMBERS,
+    },
+    "qwen3_5": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            **WORDS,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        "vision_config": {**EYES, "num_position_embeddings": 16},
+        **NUMBERS,
+    },
 }
 
 

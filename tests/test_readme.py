@@ -37,6 +37,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "train.py --help",
         "eval.py --help",
         "-m worldmodel.rollout --help",
+        "-m worldmodel.features --help",
         "benchmarks/action_latency.py --help",
         "benchmarks/rollout.py --help",
     ],

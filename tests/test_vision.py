@@ -89,6 +89,22 @@ def test_frozen_weights_get_no_gradient_and_tuned_ones_do(tmp_path):
         assert bool(in_checkpoint) != frozen, "frozen weights of a folder stay there"
 
 
+def test_frozen_networks_run_in_the_precision_they_are_stored_in(tmp_path):
+    """Under autocast too, so that features are the same in every run; tuned ones are float32 and follow it."""
+    path = saved(network(VISION["siglip"]).to(torch.bfloat16), tmp_path)
+    frozen, tuned, exact = encoder(path=path), encoder(path=path, frozen=False), encoder()
+    assert {p.dtype for p in frozen.backbone.net.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+    rgb = pictures(2, 3, 24, 48)
+    with torch.no_grad():
+        apart, coarse = [own.backbone(rgb) for own in (frozen, exact)], tuned.backbone(rgb)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            together = [own.backbone(rgb) for own in (frozen, exact)]
+            assert not torch.equal(tuned.backbone(rgb), coarse)
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    assert torch.equal(apart[0], apart[0].bfloat16().float()), "nothing is lost by storing them so"
+
+
 def test_frozen_and_tuned_networks_side_by_side_miss_only_their_own_weights(tmp_path):
     path = saved(network(VISION["siglip"]), tmp_path)
     both = torch.nn.ModuleDict({"a": encoder(path=path), "b": encoder(path=path, frozen=False)})

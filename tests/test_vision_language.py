@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fakes import END, IMAGE, SEEING, START, VISION, WORDS, network, saved
+from backbone_fakes import END, IMAGE, SEEING, START, WORDS, network, saved
 from conftest import compose
 from test_conditioner import text
 from test_model import generator, observation_of
@@ -43,6 +43,7 @@ def test_states_are_those_of_transformers(name, tmp_path):
     path = saved(net, tmp_path)
     ByT5Tokenizer().save_pretrained(tmp_path)
     own = conditioner(path=path, config=SEEING[name], views=["front", "side"])
+    own.tokeniser = ByT5Tokenizer()  # some models bring a class of their own to a folder of any tokeniser
     rgb, (has_text, has_rgb) = pictures(1), all_there(1)
     tokens, mask = own.see(text("push it"), has_text, rgb, has_rgb)
     x = F.interpolate(rgb[0, [0, 2]] * 0.5 + 0.5, (16, 32), mode="bilinear", antialias=True)
@@ -168,7 +169,6 @@ def test_what_does_not_fit_is_named(tmp_path):
         conditioner(path=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"encoders\.width is 16, but the hidden states"):
         conditioner(config={"model_type": "qwen3", **WORDS, "hidden_size": 32} | {"rope_parameters": None})
-    assert VISION
 
 
 def test_a_model_with_one_answers_and_becomes_no_graph(statistics, tmp_path):
