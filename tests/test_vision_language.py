@@ -193,5 +193,6 @@ def test_a_model_with_one_answers_and_becomes_no_graph(statistics, tmp_path):
         assert mask.sum(1).min() > model.encoder.read_text(unseen)[1].sum(1).max()
         context = model.encoder.context(s, model.encoder(s))
     torch.testing.assert_close(context.tokens[:, -tokens.shape[1] :], tokens)
+    text_encoder: Any = model.encoder.text
     with pytest.raises(ExportError, match="cannot become a graph"):
-        torch.jit.trace(lambda rgb: model.encoder.text.see(s.text, s.has_text, rgb, s.has_rgb)[0], s.rgb)
+        torch.jit.trace(lambda rgb: text_encoder.see(s.text, s.has_text, rgb, s.has_rgb)[0], s.rgb)

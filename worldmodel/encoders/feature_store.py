@@ -6,7 +6,6 @@ per shard: `keys` (n,) int64, `ends` (n,) int64 and `tokens` (sum of M, D), of w
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worldmodel.contracts import SCHEMA_VERSION
+from worldmodel.data.plain import read_json
+from worldmodel.data.shards import write_json
 from worldmodel.errors import ConfigError, DataError
 
 DESCRIPTION = "features.json"
@@ -43,7 +44,7 @@ class FeatureStore:
     def __init__(self, folders: Iterable[Path]) -> None:
         keys, self._ends, self._tokens = [], [], []
         for folder in folders:
-            for shard in json.loads((folder / DESCRIPTION).read_text())["shards"]:
+            for shard in description(folder)["shards"]:
                 held = read_part(folder, shard)
                 keys.append(held["keys"].numpy())
                 self._ends.append(held["ends"].tolist())
@@ -105,25 +106,26 @@ def folder_of(root: Path, part: str, backbone: str, dataset: str) -> Path:
     return root / f"{part}-{backbone}-{dataset[:16]}"
 
 
-def describe(folder: Path, *, part: str, backbone: Mapping[str, Any], dataset: str, name: str, shards: Sequence[str]):
+def describe(
+    folder: Path, *, part: str, backbone: Mapping[str, Any], dataset: str, name: str, shards: Sequence[str]
+) -> None:
     """Writes `features.json`: what the features are of and which shards there will be."""
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "part": part,
-        "backbone": dict(backbone),
-        "dataset": dataset,
-        "dataset_root": name,
-        "shards": list(shards),
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{DESCRIPTION}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(folder / DESCRIPTION)
+    held = {"part": part, "backbone": dict(backbone), "dataset": dataset, "dataset_root": name, "shards": list(shards)}
+    write_json(folder / DESCRIPTION, {"schema_version": SCHEMA_VERSION, **held})
 
 
-def held_in(root: Path) -> list[dict[str, Any]]:
-    """The descriptions of all features below `root`."""
-    return [json.loads(path.read_text()) for path in sorted(root.glob(f"*/{DESCRIPTION}"))]
+def description(folder: Path) -> dict[str, Any]:
+    """What `describe` wrote. Raises `DataError` if it is damaged or of another schema version."""
+    path = folder / DESCRIPTION
+    content = read_json(path, "`python -m worldmodel.features` writes it")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema_version is {content.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
+        )
+    if lacking := {"part", "backbone", "dataset", "dataset_root", "shards"} - set(content):
+        raise DataError(f"{path}: lacks {min(lacking)}; `python -m worldmodel.features` writes it")
+    return content
 
 
 def open_store(root: Path, part: str, kind: str, backbone: str, datasets: Mapping[str, str]) -> FeatureStore:
@@ -135,25 +137,22 @@ def open_store(root: Path, part: str, kind: str, backbone: str, datasets: Mappin
     for name, dataset in datasets.items():
         folder = folder_of(root, part, backbone, dataset)
         if not (folder / DESCRIPTION).is_file():
-            others = [d for d in held_in(root) if d["part"] == part]
+            held = [description(path.parent) for path in sorted(root.glob(f"*/{DESCRIPTION}"))]
             there = "; ".join(
                 f"{d['backbone']['kind']} {d['backbone']['digest']} on {d['dataset_root']} {d['dataset'][:16]}"
-                for d in others
+                for d in held
+                if d["part"] == part
             )
             raise ConfigError(
                 f"data.features: {root} has no features of encoders.{part} ({kind} {backbone}) for {name} "
                 f"({dataset[:16]}), {f'only of {there}' if there else 'and none of any other'}; `python -m "
                 "worldmodel.features` with the settings of this run makes them"
             )
-        content = json.loads((folder / DESCRIPTION).read_text())
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{folder / DESCRIPTION}: schema_version {content['schema_version']!r}, not {SCHEMA_VERSION}"
-            )
-        missing = [shard for shard in content["shards"] if not part_path(folder, shard).is_file()]
+        shards = description(folder)["shards"]
+        missing = [shard for shard in shards if not part_path(folder, shard).is_file()]
         if missing:
             raise ConfigError(
-                f"data.features: {folder} is unfinished, {len(missing)} of {len(content['shards'])} shards lack; "
+                f"data.features: {folder} is unfinished, {len(missing)} of {len(shards)} shards lack; "
                 "the same `python -m worldmodel.features` goes on"
             )
         folders.append(folder)

@@ -42,8 +42,8 @@ class FusionEncoder(nn.Module):
     """Stage 1: one encoder per sense, a learned register that is always present, and a transformer over all tokens.
 
     Low-dimensional senses enter with their newest `frames` history frames; older ones reach the model through stage 2.
-    `gives` is what the other stages read: the `fused` tokens, those of the instruction alone as its encoder leaves them
-    (`text`: what the published transformers were trained on), or `both`.
+    `gives` is what the other stages read: the `fused` tokens, those of the text encoder as it leaves them (`text`:
+    what the published transformers were trained on), or `both`.
     """
 
     def __init__(

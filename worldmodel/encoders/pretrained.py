@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Pretrained(nn.Module, ABC):
                 self.register_load_state_dict_pre_hook(keep_weights)
         self.net.eval()
 
-    def train(self, mode: bool = True) -> "Pretrained":
+    def train(self, mode: bool = True) -> Self:
         """The network stays in evaluation mode."""
         super().train(mode)
         self.net.eval()
