@@ -38,10 +38,12 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "eval.py --help",
         "-m worldmodel.rollout --help",
         "-m worldmodel.edit --help",
+        "-m worldmodel.features --help",
         "benchmarks/action_latency.py --help",
         "benchmarks/experts.py --help",
         "benchmarks/rollout.py --help",
         "benchmarks/ablation.py --help",
+        "benchmarks/features.py --help",
     ],
 )
 def test_help_is_there(command):

@@ -14,7 +14,7 @@ Presence masks (`has_*`) are True where the robot has that sense; what they hide
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ class Fused(NamedTuple):
     tokens: Tensor  # (B, N, W)
     mask: Tensor  # (B, N) bool, True = present
     instruction: Tensor  # (B, W) the instruction before fusion, zero where absent
-    text: Tensor  # (B, M, W) its tokens before fusion, zero where absent
+    text: Tensor  # (B, M, W) its tokens before fusion, and those of images that its encoder sees; zero where absent
     text_mask: Tensor  # (B, M) bool
 
 
@@ -179,6 +179,15 @@ class TextEncoder(Protocol):
 
     def __call__(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and presence."""
+        ...
+
+
+@runtime_checkable
+class SeeingTextEncoder(TextEncoder, Protocol):
+    """A text encoder that can read the newest images together with the instruction."""
+
+    def see(self, text: Tensor, has_text: Tensor, rgb: Tensor, has_rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B, L), has_text (B,), rgb (B, V, 3, h, w) in [-1, 1], has_rgb (B, V) -> tokens and presence."""
         ...
 
 

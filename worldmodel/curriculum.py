@@ -33,6 +33,7 @@ from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import load_statistics, merge_statistics, statistics_hash
+from worldmodel.encoders.pretrained import attach_features
 from worldmodel.model import WorldModel
 from worldmodel.phases import DATA, PARTS, Phase, make_phases
 from worldmodel.run_folder import claim, training_record
@@ -80,6 +81,10 @@ def train(config: Mapping[str, Any]) -> Path:
     )
     if config["init"] is not None:
         initialise(model, config["init"])
+    if config["data"]["features"] is not None:
+        seen = model.metadata["training"]
+        datasets = {seen["data_root"]: seen["index_sha256"], **seen["other_data"]}
+        attach_features(model.encoder, Path(config["data"]["features"]), datasets)
     for part in (name for name in PARTS if getattr(model, name) is not None):
         count = sum(p.numel() for p in getattr(model, part).parameters())
         log.info("%-12s %10s parameters", part, f"{count:,}")

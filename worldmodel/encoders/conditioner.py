@@ -1,19 +1,17 @@
-"""The instruction through a frozen language or vision-language model of transformers: its last hidden states."""
+"""The instruction through a language or vision-language model of transformers: its last hidden states."""
 
-import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from worldmodel.encoders.feature_store import key_of
+from worldmodel.encoders.pretrained import Pretrained
 from worldmodel.errors import ConfigError, ExportError
 
-log = logging.getLogger(__name__)
-
 REMEMBERED = 1024
-"""Sentences whose hidden states are kept: a dataset has few instructions, and the model never changes."""
+"""Sentences whose hidden states a frozen model keeps: a dataset has few instructions."""
 
 
 def sentence(text: Tensor) -> str:
@@ -21,16 +19,21 @@ def sentence(text: Tensor) -> str:
     return bytes((text[text > 0] - 1).tolist()).decode("utf-8", errors="replace")
 
 
-class Conditioner(nn.Module):
-    """UTF-8 bytes + 1 (0 pads) -> last hidden states of a frozen model.
+def stack(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences (M_i, W) -> (B, M, W), padded with zeros to the longest, and presence (B, M)."""
+    sizes = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) < sizes.unsqueeze(-1)
 
-    `path` is a folder with weights (safetensors), configuration and tokeniser, as transformers saves them; its weights
-    stay there and are not copied into checkpoints. Without a path a model is built from `config`, with random weights
-    and bytes for tokens, so that everything runs where nothing can be loaded. `system` is said before the instruction
-    where the tokeniser has a chat template; the first `skip` tokens (the template and that message) are left out.
+
+class Conditioner(Pretrained):
+    """UTF-8 bytes + 1 (0 pads) -> last hidden states of a model.
+
+    `path` is a folder with weights (safetensors), configuration and tokeniser, as transformers saves them. Without a
+    path a model is built from `config`, with random weights and bytes for tokens, so that everything runs where nothing
+    can be loaded. `system` is said before the instruction where the tokeniser has a chat template; the first `skip`
+    tokens (the template and that message) are left out. `frozen` models keep their weights, others train with stage 1.
     """
-
-    frozen = True
 
     def __init__(
         self,
@@ -41,59 +44,64 @@ class Conditioner(nn.Module):
         length: int = 1024,
         system: str = "",
         skip: int = 0,
+        frozen: bool = True,
     ) -> None:
-        super().__init__()
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-
+        super().__init__(option="encoders.text", path=path, config=config, frozen=frozen)
         self.length, self.system, self.skip = length, system, skip if path else 0
         self.tokeniser: Any = None
-        if path is None:
-            log.warning("the conditioner has random weights: encoders.text.path names a folder with trained ones")
-            values = dict(config)
-            self.net = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-        else:
-            if not (Path(path) / "config.json").is_file():
-                raise ConfigError(f"encoders.text.path: {path} has no config.json; transformers saves such a folder")
+        if path is not None:
+            from transformers import AutoTokenizer
+
             self.tokeniser = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            self.net = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
-            self.register_state_dict_post_hook(drop_weights)
-            self.register_load_state_dict_post_hook(miss_no_weights)
         found = self.net.config.get_text_config().hidden_size
         if found != width:
             raise ConfigError(f"encoders.width is {width}, but the hidden states of the conditioner have {found}")
-        self.net.requires_grad_(False).eval()
         self.known: dict[str, Tensor] = {}
 
-    def train(self, mode: bool = True) -> "Conditioner":
-        """Stays in evaluation mode."""
-        super().train(mode)
-        self.net.eval()
-        return self
+    def settings(self) -> dict[str, Any]:
+        """What features depend on beside the weights."""
+        return {"length": self.length, "system": self.system, "skip": self.skip}
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, L) -> hidden states (B, M, W) and presence (B, M); M is that of the longest sentence of the batch.
 
         Raises `ExportError` when traced: a graph would keep the one sentence it was traced with.
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
-            raise ExportError("the conditioner reads sentences, not tensors: a model with one cannot become a graph")
-        rows = [self.encode(sentence(row), text.device) for row in text.cpu()]
-        longest = max(len(row) for row in rows)
-        tokens = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-        sizes = torch.tensor([len(row) for row in rows], device=text.device)
-        return tokens, torch.arange(longest, device=text.device) < sizes.unsqueeze(-1)
+        refuse_graphs()
+        words = [sentence(row) for row in text.cpu()]
+        states = {one: self.encode(one, text.device) for one in dict.fromkeys(words)}
+        return stack([states[one] for one in words])
 
-    @torch.no_grad()
     def encode(self, words: str, device: torch.device) -> Tensor:
         """Hidden states (M, W) of one sentence, at least one."""
+        if not self.frozen:
+            return self.run(words, device).float()
         if words not in self.known:
-            ids = torch.tensor([self.tokens(words)[: self.length]], device=device)
-            with torch.autocast(device.type, enabled=False):
-                hidden = self.net(input_ids=ids).last_hidden_state[0].float()
+            key = key_of(words.encode())
+            (states,) = self.recall([key], device, lambda _: [self.run(words, device)])
             if len(self.known) >= REMEMBERED:
                 self.known.pop(next(iter(self.known)))
-            self.known[words] = hidden[self.skip :] if len(hidden) > self.skip else hidden[-1:]
+            self.known[words] = states
         return self.known[words].to(device)
+
+    def examples(
+        self, text: Tensor, has_text: Tensor, rgb: Tensor, has_rgb: Tensor, *, known: Container[int], silent: bool
+    ) -> dict[int, Tensor]:
+        """Hidden states of the sentences, and of none, which rows without an instruction have."""
+        distinct = dict.fromkeys(["", *(sentence(row) for row in text.cpu())])
+        new = {words: key_of(words.encode()) for words in distinct}
+        return {key: self.run(words, text.device) for words, key in new.items() if key not in known}
+
+    def run(self, words: str, device: torch.device) -> Tensor:
+        """The network itself; its answer has its own precision."""
+        ids = torch.tensor([self.tokens(words)[: self.length]], device=device)
+        gradients, precision = self.running(device)
+        with gradients, precision:
+            return self.told(self.net(input_ids=ids).last_hidden_state[0])
+
+    def told(self, hidden: Tensor) -> Tensor:
+        """States (M, W) without those of the template, at least one."""
+        return hidden[self.skip :] if len(hidden) > self.skip else hidden[-1:]
 
     def tokens(self, words: str) -> list[int]:
         """Numbers of the tokens of a sentence."""
@@ -101,20 +109,16 @@ class Conditioner(nn.Module):
             return [byte + 1 for byte in words.encode()] or [0]
         if self.tokeniser.chat_template is None:
             return self.tokeniser(words)["input_ids"] or [self.tokeniser.eos_token_id]
+        return self.tokeniser(self.chat(words))["input_ids"]
+
+    def chat(self, content: Any) -> str:
+        """What the model is told, in the words of its template."""
         said = [{"role": "system", "content": self.system}] if self.system else []
-        chat = [*said, {"role": "user", "content": words}]
-        text = self.tokeniser.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return self.tokeniser(text)["input_ids"]
+        chat = [*said, {"role": "user", "content": content}]
+        return self.tokeniser.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
-def drop_weights(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Leaves weights that have a file of their own out of checkpoints."""
-    for name in [name for name in state if name.startswith(f"{prefix}net.")]:
-        del state[name]
-
-
-def miss_no_weights(module: nn.Module, incompatible: Any) -> None:
-    """Does not miss in a checkpoint what `drop_weights` left out."""
-    missing = incompatible.missing_keys
-    own = {name for name in missing if any(name.endswith(f"net.{own}") for own in module.net.state_dict())}  # pyright: ignore
-    missing[:] = [name for name in missing if name not in own]
+def refuse_graphs() -> None:
+    """Raises `ExportError` when a model is traced that reads sentences."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
+        raise ExportError("the conditioner reads sentences, not tensors: a model with one cannot become a graph")

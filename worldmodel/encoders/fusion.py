@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from worldmodel.contracts import Fused, Senses, TextEncoder
+from worldmodel.contracts import Fused, SeeingTextEncoder, Senses, TextEncoder
 from worldmodel.encoders.camera import CameraEncoder
 from worldmodel.encoders.heads import CameraHead, QueryHead
 from worldmodel.encoders.proprio import ProprioEncoder
 from worldmodel.encoders.rgb import ImageEncoder
 from worldmodel.encoders.tactile import TactileEncoder
 from worldmodel.encoders.trajectory import TrajectoryEncoder
+from worldmodel.encoders.vision import VisionEncoder
 from worldmodel.errors import ConfigError
 from worldmodel.nn import FeedForward, attend
 
@@ -41,8 +42,8 @@ class FusionEncoder(nn.Module):
     """Stage 1: one encoder per sense, a learned register that is always present, and a transformer over all tokens.
 
     Low-dimensional senses enter with their newest `frames` history frames; older ones reach the model through stage 2.
-    `gives` is what the other stages read: the `fused` tokens, those of the instruction alone as its encoder leaves them
-    (`text`: what the published transformers were trained on), or `both`.
+    `gives` is what the other stages read: the `fused` tokens, those of the text encoder as it leaves them (`text`:
+    what the published transformers were trained on), or `both`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class FusionEncoder(nn.Module):
         hidden: int,
         layers: int,
         frames: int,
-        image: ImageEncoder,
+        image: ImageEncoder | VisionEncoder,
         text: TextEncoder,
         camera: CameraEncoder,
         trajectory: TrajectoryEncoder,
@@ -81,16 +82,27 @@ class FusionEncoder(nn.Module):
         """Newest images (B, V, 3, h, w) -> tokens (B, V, cells, W) that know nothing but the image and its view."""
         return self.image(rgb) + self.view
 
-    def read_text(self, s: Senses) -> tuple[Tensor, Tensor, Tensor]:
+    def words(self, s: Senses) -> tuple[Tensor, Tensor, Tensor]:
         """The instruction alone: tokens (B, M, W), presence (B, M), mean of the present ones (B, W); zero if absent."""
         tokens, mask = self.text(s.text)
         tokens, mask = tokens * s.has_text[:, None, None], mask & s.has_text.unsqueeze(-1)
         weight = mask.unsqueeze(-1).to(tokens.dtype)
         return tokens, mask, (tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
+    def read_text(self, s: Senses) -> tuple[Tensor, Tensor, Tensor]:
+        """As `words`, but the tokens are those of images and instruction together where the text encoder sees.
+
+        The mean stays that of the instruction alone, since the state policy learns without pictures.
+        """
+        tokens, mask, mean = self.words(s)
+        if isinstance(self.text, SeeingTextEncoder):
+            tokens, mask = self.text.see(s.text, s.has_text, s.rgb, s.has_rgb)
+            tokens = tokens * mask.unsqueeze(-1)
+        return tokens, mask, mean
+
     def instruction(self, s: Senses) -> Tensor:
         """The instruction alone, (B, W), zero where absent."""
-        return self.read_text(s)[2]
+        return self.words(s)[2]
 
     def context(self, s: Senses, fused: Fused | None) -> Fused:
         """What the other stages read by cross-attention; only where it gives the text alone it needs no `fused`."""
