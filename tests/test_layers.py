@@ -16,7 +16,7 @@ TIERS = [
     {"model"},
     {"checkpoint", "convert", "streaming"},
     {"losses", "metrics", "closed_loop", "controllers", "baselines", "holdout", "figures"},
-    {"evaluation"},
+    {"evaluation", "distillation"},
     {"report_samples", "report_closed_loop"},
     {"report", "stamp", "comparison"},
     {"phases"},

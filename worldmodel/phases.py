@@ -11,10 +11,13 @@ from worldmodel.config import with_tuples
 from worldmodel.contracts import MODES
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
+from worldmodel.distillation import Distillation
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
-OBJECTIVES = ("tokeniser", "understanding", "world")
+OBJECTIVES = ("tokeniser", "understanding", "world", "distill")
+MIXED = ("world", "distill")
+"""Objectives whose phases have a mixture of modes."""
 INGREDIENTS = (*MODES, "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "denoiser", "expert")
 DATA = ("mixture", "on_error")
@@ -66,7 +69,8 @@ class Phase:
     its memory from each to the next: a history of many frames at the cost of few. `gradients` says whether they flow
     back through it. `given` has the rate at which each condition of synthesis is given in a row - `video`, `camera`,
     `points`, `embodiment` (1 unless said); `forward_dynamics` gives actions - and `absent` that at which cameras and
-    points that are not given are left out instead of predicted; guidance needs both.
+    points that are not given are left out instead of predicted; guidance needs both. `distillation` says what objective
+    `distill` learns from a teacher about the modes of its mixture.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Phase:
     gradients: str = "truncated"
     given: Mapping[str, float] = field(default_factory=dict)
     absent: float = 0.0
+    distillation: Distillation | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,21 +117,40 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: trains {unknown[0]!r}, which is none of {', '.join(PARTS)}")
         if unknown := sorted(set(self.data) - set(DATA)):
             raise ConfigError(f"phase {self.name!r}: data.{unknown[0]} is none of {', '.join(DATA)}")
-        if (self.objective == "world") != bool(self.mixture):
-            raise ConfigError(f"phase {self.name!r}: a mixture of modes belongs to objective `world` and only there")
+        if (self.objective in MIXED) != bool(self.mixture):
+            raise ConfigError(
+                f"phase {self.name!r}: a mixture of modes belongs to objectives `world` and `distill` and only there"
+            )
+        if (self.objective == "distill") != (self.distillation is not None):
+            raise ConfigError(f"phase {self.name!r}: `distillation` belongs to objective `distill` and only there")
+        if self.distillation is not None:
+            self.check_distillation(self.distillation)
+
+    def check_distillation(self, settings: Distillation) -> None:
+        """Raises `ConfigError` for a mode that samples nothing and for guidance by what is never given."""
+        modes = [ingredient.mode for ingredient in self.mixture]
+        if other := [mode for mode in modes if mode not in MODES]:
+            raise ConfigError(f"phase {self.name!r}: mode {other[0]!r} samples nothing that could be distilled")
+        told = {"text", "embodiment"} | {name for name, rate in self.given.items() if rate}
+        told |= {"actions"} if "forward_dynamics" in modes else set()
+        if missing := [name for name, scale in settings.guidance.items() if scale != 1 and name not in told]:
+            raise ConfigError(
+                f"phase {self.name!r}: distillation.guidance.{missing[0]} guides by what the phase never gives; "
+                "actions are given in mode `forward_dynamics`, cameras and points at a rate in `given`"
+            )
 
     def generator(self, seed: int, step: int) -> torch.Generator:
         """Source of everything random in a step, the same after a resume."""
         return torch.Generator().manual_seed(random.Random(f"{seed} {self.name} {step}").getrandbits(63))
 
     def pick(self, seed: int, step: int) -> Ingredient:
-        """The ingredient of a step of a world phase: a function of seed and step, known before its data is loaded."""
+        """The ingredient of a step of a mixture: a function of seed and step, known before its data is loaded."""
         weights = torch.tensor([i.weight for i in self.mixture])
         return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
 
     def needs(self, seed: int, step: int) -> Needs:
         """What the batch of a step will use."""
-        if self.objective != "world":
+        if self.objective not in MIXED:
             return Needs(future=self.objective == "tokeniser")
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")
@@ -143,8 +167,10 @@ def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
     for name, values in config.items():
         try:
             mixture = tuple(Ingredient(**with_tuples(item)) for item in values.get("mixture", []))
-            rest = with_tuples({k: v for k, v in values.items() if k != "mixture"})
-            phases.append(Phase(name=name, mixture=mixture, **rest))
+            rest = with_tuples({k: v for k, v in values.items() if k not in ("mixture", "distillation")})
+            settings = values.get("distillation")
+            distillation = None if settings is None else Distillation(**with_tuples(settings))
+            phases.append(Phase(name=name, mixture=mixture, distillation=distillation, **rest))
         except TypeError as error:
             raise ConfigError(f"phase {name!r}: {error}") from error
     return phases
