@@ -2,15 +2,23 @@
 
 import copy
 import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import compose
+from safetensors.torch import load_file, save_file
 from test_conditioning import clip_of
 from test_model import generator
 
-from worldmodel.checkpoint import save_model
+from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import MODES, Batch
+from worldmodel.curriculum import train
+from worldmodel.data.shards import ShardReader
+from worldmodel.data.statistics import load_statistics, statistics_hash
 from worldmodel.distillation import METHODS, Distillation, distillation_loss, make_teacher
 from worldmodel.errors import ConfigError
 from worldmodel.phases import Phase, make_phases
@@ -128,9 +136,6 @@ def test_students_answer_where_they_sample():
 
 
 def test_a_checkpoint_can_teach_if_its_samples_mean_the_same(tiny_model, statistics, tmp_path):
-    from worldmodel.checkpoint import describe
-    from worldmodel.data.statistics import statistics_hash
-
     config = compose("experiment=kairos_tiny")["model"]
     tiny_model.metadata = describe(config, tiny_model.spec, statistics, statistics_hash(statistics), {})
     folder = str(save_model(tiny_model, tmp_path / "teacher"))
@@ -166,3 +171,88 @@ def test_mistakes_are_named():
     with pytest.raises(ConfigError, match=r"consistency needs student_steps that divide teacher_steps"):
         Distillation(teacher_steps=4, student_steps=(3,), method="consistency")
     assert isinstance(phase(distillation={"guidance": {"text": 2.0}})[0], Phase)
+
+
+@pytest.fixture(scope="module")
+def teacher_run(tiny_dataset, tmp_path_factory) -> Path:
+    """Random weights that say they were trained on the train split."""
+    torch.manual_seed(0)
+    config = compose("experiment=kairos_tiny")
+    spec, statistics = make_spec(config["data"]["spec"]), load_statistics(tiny_dataset)
+    model = build_model(config["model"], spec, statistics)
+    for head in [*model.denoiser.embed_out.values(), model.expert.embed_out]:
+        torch.nn.init.normal_(head.weight, std=0.2)
+    trained = [e for e in ShardReader(tiny_dataset).entries if e.split == "train"]
+    record = {"episodes": [e.key for e in trained], "tasks": sorted({e.task for e in trained})}
+    record["data_root"] = str(tiny_dataset)  # pyright: ignore[reportArgumentType]
+    metadata = describe(config["model"], spec, statistics, statistics_hash(statistics), record)
+    return save_model(model, tmp_path_factory.mktemp("runs") / "teacher", metadata)
+
+
+def short(dataset: Path, init: Path, run: Path) -> dict:
+    """A run of seconds."""
+    rows = {"steps": 4, "batch_size": 3, "warmup": 1, "distillation.teacher_steps": 4}
+    return compose(
+        "experiment=kairos_tiny_distilled",
+        f"data.root={dataset}",
+        f"init={init}",
+        f"run_dir={run}",
+        "wandb.mode=disabled",
+        "trainer.threads=1",
+        "trainer.save_every=2",
+        "phases.distill.mixture=[{mode: joint, weight: 1.0}]",
+        *(f"phases.distill.{name}={value}" for name, value in rows.items()),
+    )
+
+
+@pytest.fixture(scope="module")
+def student_run(tiny_dataset, teacher_run, tmp_path_factory) -> Path:
+    return train(short(tiny_dataset, teacher_run, tmp_path_factory.mktemp("runs") / "student"))
+
+
+def test_a_phase_leaves_a_student_with_its_own_number_of_steps(teacher_run, student_run):
+    student, teacher = load_model(student_run), load_model(teacher_run)
+    assert (student.stream_steps, student.action_steps) == (1, 1)
+    assert not any(name.startswith("teacher.") for name in student.state_dict())
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    moved = {name.split(".")[0] for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert moved == {"denoiser", "expert"}, "what a student answers is in the units of its teacher"
+
+
+def test_a_resumed_phase_has_the_same_teacher(tiny_dataset, teacher_run, student_run, tmp_path, monkeypatch):
+    """Even if the weights that it started from were replaced meanwhile."""
+    init, step = tmp_path / "init.safetensors", PhaseModule.training_step
+    shutil.copy(teacher_run / "model.safetensors", init)
+    settings = short(tiny_dataset, init, tmp_path / "run")
+
+    def stopped(self, batch, number):
+        if self.global_step == 3:
+            raise KeyError("power cut")
+        return step(self, batch, number)
+
+    monkeypatch.setattr(PhaseModule, "training_step", stopped)
+    with pytest.raises(KeyError, match="power cut"):
+        train(settings)
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "phases" / "0-distill" / "last.ckpt").is_file()
+    save_file({n: v + 1 if n.startswith(("denoiser", "expert")) else v for n, v in load_file(init).items()}, init)
+    resumed, whole = (load_file(run / "model.safetensors") for run in (train(settings), student_run))
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], msg=name)
+
+
+def test_the_benchmark_compares_students_with_their_teacher(teacher_run, student_run, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from benchmarks.distillation import arguments, run, table
+
+    words = f"{teacher_run} {student_run} --teacher-steps 1 2 --steps 1 --clips 4 --batch 2 --ticks 2 --trials 1"
+    words += f" --trial-steps 1 --tasks drawer-close-v3 --workers 0 --out {tmp_path / 'rows.json'}"
+    rows, head = run(arguments().parse_args(words.split()))
+    assert [(row["model"], row["steps"]) for row in rows] == [("teacher", 1), ("teacher", 2), ("student", 1)]
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert not any("agreement" in name for name in rows[1]["figures"]), "nobody agrees with himself by merit"
+    for row in (rows[0], rows[2]):
+        assert row["figures"]["action/agreement"]["value"] > 0
+        assert row["closed_loop"]["tasks"][0]["trials"] == 1
+    lines = table(rows, head).splitlines()
+    assert len(lines) == 4 + len(rows) and len({line.count("|") for line in lines[2:]}) == 1
