@@ -8,7 +8,8 @@ HELP = """Trains one experiment, phase after phase, into a run folder that is al
 usage: python train.py experiment=NAME [KEY=VALUE ...]
 
   experiment=NAME          a file of configs/experiment: kairos_tiny (laptop CPU, minutes), kairos_small (one GPU),
-                           kairos_base (the published shape, a cluster)
+                           kairos_base (the published shape, a cluster), kairos_tiny_distilled (a student of kairos_tiny
+                           that needs fewer sampling steps)
   data.root=DIR            shards to train on (made by `python -m worldmodel.data generate ...`)
   run_dir=DIR              where the run goes; the same folder again resumes it, or does nothing when it is done
   init=FILE                weights to start from: a run folder, or what `python -m worldmodel.convert` wrote

@@ -98,6 +98,31 @@ def make_teacher(model: WorldModel, trains: tuple[str, ...], folder: str | None)
     return teacher
 
 
+def lesson(
+    settings: Distillation,
+    guide: GuidedFlow,
+    student: GuidedFlow,
+    data: Mapping[str, Tensor],
+    shift: float,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Noisy values, their noise levels, one per row, and the clean values that the student should see behind them.
+
+    `data` has what happened, of which `endpoint` uses the shapes alone.
+    """
+    noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in data.items()}
+    first = next(iter(data.values()))
+    level, then = (x.to(first) for x in settings.levels(first.shape[0], shift, generator))
+    if settings.method == "endpoint":
+        target = integrate(guide, noise, sampling_sigmas(settings.teacher_steps, shift))
+        return {name: add_noise(value, noise[name], level) for name, value in target.items()}, level, target
+    noisy = {name: add_noise(value, noise[name], level) for name, value in data.items()}
+    step = guide(noisy, level)
+    near = {name: z + expand_as(then - level, z) * step[name] for name, z in noisy.items()}
+    answer = student(near, then)
+    return noisy, level, {name: z - expand_as(then, z) * answer[name] for name, z in near.items()}
+
+
 def distillation_loss(
     model: WorldModel,
     teacher: WorldModel,
@@ -125,59 +150,52 @@ def distillation_loss(
     s = model.normaliser(observation, model.grid)
     policy = mode == "policy"
     do_streams, do_actions = DENOISED[mode]
-    rows, draws = s.text.shape[0], draws if policy else 1
+    draws = draws if policy else 1
     clean: dict[str, Tensor] = {}
     flags: dict[str, Tensor] = {}
     lacks: dict[str, Tensor] = {}
-    with torch.no_grad():
-        if not policy:
+    if not policy:
+        with torch.no_grad():
             target = model.future_state(s, future, model.future_latents(observation, future))
-            clean = {name: getattr(target, name) for name in model.denoiser.streams}
-            flags, lacks = draw_flags(model, mode, rows, generator, given, absent, s.text.device)
-        if mode != "video_prediction":
-            actions = model.normaliser.standardise("action", future.actions, s.embodiment)
-            clean["actions"] = repeat_rows(actions, draws)
-        free = {name: value for name, value in clean.items() if (do_actions if name == "actions" else do_streams)}
-        fixed = {name: value for name, value in clean.items() if name not in free}
+        clean = {name: getattr(target, name) for name in model.denoiser.streams}
+        flags, lacks = draw_flags(model, mode, s.text.shape[0], generator, given, absent, s.text.device)
+    if mode != "video_prediction":
+        actions = model.normaliser.standardise("action", future.actions, s.embodiment)
+        clean["actions"] = repeat_rows(actions, draws)
+    data = {name: value for name, value in clean.items() if (do_actions if name == "actions" else do_streams)}
+    fixed = {name: value for name, value in clean.items() if name not in data}
 
-        def known(of: WorldModel, without: str | None) -> Given | None:
-            less = {} if without in (None, "text") else {without: False}
-            lacking = {} if without not in flags else {without: rowwise(flags[without]) | lacks.get(without, False)}
-            found = clean.get("video")
-            return give(of, observation, s, future, flags | less, lacks=lacks | lacking, latents=found)
+    def conditions(of: WorldModel, without: str | None = None) -> Given | None:
+        if policy:
+            return None
+        denied = {} if without in (None, "text") else {without: False}
+        # Only rows that were given the condition lack it now; the others are not guided by it.
+        lacking = {} if without not in flags else {without: rowwise(flags[without]) | lacks.get(without, False)}
+        views = clean.get("video")
+        return give(of, observation, s, future, flags | denied, lacks=lacks | lacking, latents=views)
 
-        scales = settings.guidance if do_streams else {}
-        scales = {name: scale for name, scale in scales.items() if name in flags or name in ("text", "embodiment")}
+    memory = model.remember(s, latents, read_only=insulate and policy)
+    known = conditions(model)
+    student = GuidedFlow(model, {None: memory}, {None: known}, fixed, {}, model.coupling)
+    with torch.no_grad():
+        told = (*flags, "text", "embodiment") if do_streams else ()
+        scales = {name: scale for name, scale in settings.guidance.items() if name in told}
         memories: dict[str | None, Memory] = {None: teacher.remember(s, latents)}
         if "text" in scales:
             memories["text"] = teacher.remember(s._replace(has_text=torch.zeros_like(s.has_text)), latents)
-        asked: dict[str | None, Given | None] = {n: None if policy else known(teacher, n) for n in (None, *scales)}
+        asked = {name: conditions(teacher, name) for name in (None, *scales)}
         guide = GuidedFlow(teacher, memories, asked, fixed, scales, model.coupling)
-        noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in free.items()}
         shift = model.stream_shift if do_streams else model.action_shift
-        level, then = (x.to(s.points) for x in settings.levels(rows * draws, shift, generator))
-        if settings.method == "endpoint":
-            free = integrate(guide, noise, sampling_sigmas(settings.teacher_steps, shift))
-        noisy = {name: add_noise(value, noise[name], level) for name, value in free.items()}
-    memory = model.remember(s, latents, read_only=insulate and policy)
-    conditions = None if policy else known(model, None)
-    student = GuidedFlow(model, {None: memory}, {None: conditions}, fixed, {}, model.coupling)
-    if settings.method == "consistency":
-        with torch.no_grad():
-            step = guide(noisy, level)
-            near = {n: z + expand_as(then - level, z) * step[n] for n, z in noisy.items()}
-            answer = student(near, then)
-            free = {n: z - expand_as(then, z) * answer[n] for n, z in near.items()}
+        noisy, level, target = lesson(settings, guide, student, data, shift, generator)
+    answer = student(noisy, level)
     losses: dict[str, Tensor] = {}
-    for name, velocity in student(noisy, level).items():
-        if name not in free:
-            continue
-        error = velocity - clean_to_velocity(free[name], noisy[name], level)
+    for name, goal in target.items():
+        error = answer[name] - clean_to_velocity(goal, noisy[name], level)
         error = model.loss_weight(name, level, error) * error
         if name == "actions":
             losses[name] = masked_mean(error.square(), repeat_rows(action_mask(future), draws))
         else:
-            losses[name] = masked_mean(distance(error, huber), asked_slots(memory, conditions, future, name))
+            losses[name] = masked_mean(distance(error, huber), asked_slots(memory, known, future, name))
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
     return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}
 
