@@ -69,14 +69,14 @@ def test_an_exact_student_loses_nothing_and_another_does(tiny_model, method, mod
     assert all(value > 1e-3 for value in found.values())
 
 
-@pytest.mark.parametrize("predicts", ["clean", "velocity"])
-def test_a_teacher_of_one_step_is_its_own_student_and_guidance_is_what_it_would_have_to_learn(tiny_model, predicts):
-    tiny_model.predicts = predicts
+@pytest.mark.parametrize(("predicts", "coupling"), [("clean", "history_only"), ("velocity", "joint")])
+def test_a_teacher_of_one_step_is_its_own_student_but_for_guidance(tiny_model, predicts, coupling):
+    tiny_model.predicts, tiny_model.coupling = predicts, coupling
     teacher = make_teacher(tiny_model, ("denoiser",), None)
     alone = Distillation(teacher_steps=1, student_steps=(1,))
     guided = Distillation(teacher_steps=1, student_steps=(1,), guidance={"text": 3.0})
-    assert loss(tiny_model, teacher, alone)["loss"] < 1e-6
-    assert loss(tiny_model, teacher, guided)["loss"] > 1e-4
+    assert loss(tiny_model, teacher, alone, "joint")["loss"] < 1e-6
+    assert loss(tiny_model, teacher, guided, "joint")["loss"] > 1e-4
     assert loss(tiny_model, teacher, guided, "policy")["loss"] < 1e-6, "actions are sampled unguided"
 
 
