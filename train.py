@@ -8,9 +8,9 @@ HELP = """Trains one experiment, phase after phase, into a run folder that is al
 usage: python train.py experiment=NAME [KEY=VALUE ...]
 
   experiment=NAME          a file of configs/experiment: kairos_tiny (laptop CPU, minutes), kairos_small (one GPU),
-                           kairos_base (the published shape, a cluster), kairos_tiny_scene (adds to a kairos_tiny what
-                           separates the moving from the standing), kairos_tiny_edit (edits of recorded clips, on top
-                           of a finished kairos_tiny)
+                           kairos_base (the published shape, a cluster); on top of a finished kairos_tiny:
+                           kairos_tiny_scene (what moves and what stands), kairos_tiny_edit (edits of recorded clips),
+                           kairos_tiny_distilled (a student that needs fewer sampling steps)
   data.root=DIR            shards to train on (made by `python -m worldmodel.data generate ...`)
   run_dir=DIR              where the run goes; the same folder again resumes it, or does nothing when it is done
   init=FILE                weights to start from: a run folder, or what `python -m worldmodel.convert` wrote

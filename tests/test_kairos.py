@@ -238,13 +238,14 @@ def test_the_reduced_base_trains(tiny_dataset, tmp_path):
     """All 32 layers, every stream, every phase; twenty steps of the joint one."""
     from worldmodel.curriculum import train
 
-    steps = {"understanding": 1, "physical": 1, "human": 1, "robot": 1, "world_action": 20}
+    steps = {"understanding": 1, "physical": 1, "human": 1, "robot": 1, "world_action": 20, "distill": 1}
     short = [f"phases.{n}.{key}={v}" for n, k in steps.items() for key, v in (("steps", k), ("batch_size", 2))]
     run = [f"data.root={tiny_dataset}", f"run_dir={tmp_path / 'run'}", "wandb.mode=disabled", "trainer.threads=1"]
     rate = ["phases.world_action.learning_rate=3e-3", "phases.world_action.warmup=1"]
-    less = ["data.cache_latents=false", "synthesis.stream_steps=1"]
+    less = ["data.cache_latents=false", "synthesis.stream_steps=1", "phases.distill.distillation.teacher_steps=4"]
     out = train(compose("experiment=kairos_base", *REDUCED, *run, *short, *rate, *less))
-    before, after = (load_file(p / "model.safetensors") for p in (out / "phases" / "3-robot", out))
+    phases = [out / "phases" / name for name in ("3-robot", "4-world_action")]
+    before, after = (load_file(phase / "model.safetensors") for phase in phases)
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in moved} == {"denoiser", "expert"}

@@ -26,7 +26,7 @@ TIERS = [
         "holdout",
         "figures",
     },
-    {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation"},
+    {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation", "distillation"},
     {"report_samples", "report_closed_loop", "report_motion", "report_edits"},
     {"report", "stamp", "comparison"},
     {"phases"},

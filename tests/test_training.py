@@ -128,7 +128,7 @@ def test_mistakes_in_a_phase_are_named():
     for change, message in (
         ({"objective": "dreaming"}, "'dreaming' is none of tokeniser"),
         ({"trains": ["brain"]}, "trains 'brain', which is none of autoencoder"),
-        ({"mixture": [{"mode": "policy", "weight": 1.0}]}, "belongs to objective `world`"),
+        ({"mixture": [{"mode": "policy", "weight": 1.0}]}, "belongs to objectives `world`"),
         ({"stepz": 3}, "phase 'p': .*stepz"),
         ({"chunks": 2}, "chunks is 2; .* more than 1 for objective `world` alone"),
         ({"gradients": "half"}, "gradients 'half' is none of truncated, full"),

@@ -1,15 +1,16 @@
 """Given futures as the video transformer reads them, and guidance by what they change."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worldmodel.contracts import ClipSpec, Future, Observation, Senses
+from worldmodel.contracts import STREAMS, ClipSpec, Future, Observation, Senses, WorldState
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import seen_from
-from worldmodel.joint import JointTransformer
+from worldmodel.joint import JointTransformer, Memory
 from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
 
 Flags = Mapping[str, Tensor | bool]
@@ -154,6 +155,47 @@ def guided(velocity: Callable[[str | None], dict[str, Tensor]], scales: Mapping[
             out = {key: value + (scale - 1) * (full[key] - lacking[key]) if key in lacking else value
                    for key, value in out.items()}  # fmt: skip
     return out
+
+
+@dataclass(frozen=True)
+class GuidedFlow:
+    """From noise to data: the guided velocity of whatever is denoised, everything beside it held fixed.
+
+    `memories` and `conditions` have what is known under None and, for each condition of `scales` that is known there,
+    what is left without it; `fixed` are clean streams and actions.
+    """
+
+    model: JointTransformer
+    memories: Mapping[str | None, Memory]
+    conditions: Mapping[str | None, Given | None]
+    fixed: Mapping[str, Tensor]
+    scales: Mapping[str, float]
+    coupling: str
+
+    def __call__(self, now: dict[str, Tensor], sigma: float | Tensor) -> dict[str, Tensor]:
+        """Velocities of `now`, noisy streams and actions, all at noise level sigma, one number or one per row."""
+        return guided(lambda without: self.velocity(now, sigma, without), self.scales)
+
+    def velocity(self, now: dict[str, Tensor], sigma: float | Tensor, without: str | None) -> dict[str, Tensor]:
+        """The same without one of the conditions, unguided."""
+        values = {**self.fixed, **now}
+        if without == "actions":
+            values.pop("actions")
+        has_streams, has_actions = any(name in values for name in STREAMS), "actions" in values
+        first = next(iter(now.values()))
+        level = torch.as_tensor(sigma).to(first).expand(first.shape[0])
+        filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
+        stream_level = level if any(name in now for name in STREAMS) else torch.zeros_like(level)
+        streams, action = self.model.velocity(
+            self.memories.get(without, self.memories[None]),
+            state=WorldState(*(filled[n] for n in STREAMS)) if has_streams else None,
+            levels=stream_level[:, None].expand(-1, len(STREAMS)) if has_streams else None,
+            actions=values.get("actions"),
+            action_level=(level if "actions" in now else torch.zeros_like(level)) if has_actions else None,
+            coupling=self.coupling,
+            given=self.conditions[without] if has_streams else None,
+        )
+        return streams if action is None else {**streams, "actions": action}
 
 
 def check_guidance(scales: Mapping[str, float], given: Sequence[str]) -> None:

@@ -101,18 +101,21 @@ class EagerPolicy:
 
 @dataclass(frozen=True)
 class CheckpointFactory:
-    """Builds the eager policy of a run folder."""
+    """Builds the eager policy of a run folder, with its own number of flow steps or with another."""
 
     folder: Path
     mask: tuple[str, ...] = ()
     seed: int = 0
     stateful: bool = False
+    action_steps: int | None = None
 
     def __call__(self) -> Policy:
         """The policy with the weights in `folder`."""
         from worldmodel.checkpoint import load_model
 
-        return EagerPolicy(load_model(self.folder), mask=self.mask, seed=self.seed, stateful=self.stateful)
+        model = load_model(self.folder)
+        model.action_steps = self.action_steps or model.action_steps
+        return EagerPolicy(model, mask=self.mask, seed=self.seed, stateful=self.stateful)
 
 
 class ExpertPolicy:

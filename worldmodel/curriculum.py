@@ -35,7 +35,7 @@ from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import load_statistics, merge_statistics, statistics_hash
 from worldmodel.encoders.pretrained import attach_features
 from worldmodel.model import WorldModel
-from worldmodel.phases import DATA, PARTS, Phase, make_phases
+from worldmodel.phases import DATA, MIXED, PARTS, Phase, make_phases
 from worldmodel.run_folder import claim, training_record
 from worldmodel.samples import log_samples, write_samples
 from worldmodel.training import MovingAverage, PhaseModule, SaveProgress, Throughput
@@ -150,12 +150,13 @@ def run_phase(
     chosen = data_settings(config, phase)
     # The cache holds the frames of one dataset whose every sample can be read.
     sound = chosen["on_error"] == "raise" and not other_roots(config, [phase])
-    cached = phase.objective == "world" and config["data"]["cache_latents"] and sound
+    cached = phase.objective in MIXED and config["data"]["cache_latents"] and sound
     latents = latent_cache(model, reader, spec, run) if cached else None
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
-    if not resumed and phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean":
+    fitted = phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean"
+    if not resumed and fitted:
         # Rows of the fit are cells of images: where images are large, few clips are enough.
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])

@@ -203,13 +203,8 @@ def clip_loss(
     if not policy:
         with torch.no_grad():
             target = model.future_state(s, future, model.future_latents(observation, future))
+        flags, lacks = draw_flags(model, mode, b, generator, given, absent, s.text.device)
         if model.denoiser.conditions is not None:
-            flags, lacks = draw_given(
-                given if do_streams else {}, absent if do_streams else 0.0, model.spec, b, generator
-            )
-            if mode == "forward_dynamics":
-                flags["actions"] = torch.ones(b, dtype=torch.bool)
-            flags, lacks = ({n: f.to(s.text.device) for n, f in part.items()} for part in (flags, lacks))
             known = give(model, observation, s, future, flags, lacks=lacks, latents=target.video)
             arguments["given"] = known
         levels = torch.zeros(b, len(STREAMS))
@@ -238,12 +233,7 @@ def clip_loss(
         for name, velocity in streams.items():
             error = velocity - velocity_target(clean_of[name], noise_of[name])
             error = distance(model.loss_weight(name, level_of[name], error) * error, huber)
-            asked = memory.presence[name]
-            if known is not None:
-                slots = known.clean(name)
-                asked = asked & known.presence(memory.presence)[name] & (True if slots is None else ~slots)
-            present = asked[:, None] & future.valid[..., None]
-            losses[name] = masked_mean(error, present)
+            losses[name] = masked_mean(error, asked_slots(memory, known, future, name))
     if do_actions and action_velocity is not None:
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
         error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
@@ -252,3 +242,32 @@ def clip_loss(
         losses["proposal"] = proposal_error(model, memory.proposal, batch)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
     return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}, memory
+
+
+def draw_flags(
+    model: WorldModel,
+    mode: str,
+    rows: int,
+    generator: torch.Generator,
+    given: Mapping[str, float],
+    absent: float,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is given in each row of a batch that trains `mode`, and what is left out; nothing a model does not read."""
+    if model.denoiser.conditions is None:
+        return {}, {}
+    streams = DENOISED[mode][0]
+    flags, lacks = draw_given(given if streams else {}, absent if streams else 0.0, model.spec, rows, generator)
+    if mode == "forward_dynamics":
+        flags["actions"] = torch.ones(rows, dtype=torch.bool)
+    flags, lacks = ({name: flag.to(device) for name, flag in part.items()} for part in (flags, lacks))
+    return flags, lacks
+
+
+def asked_slots(memory: Memory, known: Given | None, future: Future, name: str) -> Tensor:
+    """Which slots of a stream count (B, F, n): there, not given, and before the end of the episode."""
+    asked = memory.presence[name]
+    if known is not None:
+        slots = known.clean(name)
+        asked = asked & known.presence(memory.presence)[name] & (True if slots is None else ~slots)
+    return asked[:, None] & future.valid[..., None]

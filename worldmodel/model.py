@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldmodel.conditioning import Flags, check_guidance, give, guided
+from worldmodel.conditioning import Flags, GuidedFlow, check_guidance, give
 from worldmodel.contracts import (
     MODES,
     STREAMS,
@@ -16,7 +16,6 @@ from worldmodel.contracts import (
     Senses,
     Separation,
     Understanding,
-    WorldState,
 )
 from worldmodel.editing import Reference, composite, draw, look_from, read_request, replace_element
 from worldmodel.errors import ConfigError
@@ -177,30 +176,9 @@ class WorldModel(JointTransformer):
         if mode == "inverse_dynamics" and future is not None and clean is not None:
             fixed |= self.future_state(s, future, clean)._asdict()
 
-        def velocities(now: dict[str, Tensor], sigma: float, without: str | None) -> dict[str, Tensor]:
-            values = {**fixed, **now}
-            if without == "actions":
-                values.pop("actions")
-            has_streams, has_actions = do_streams or "video" in fixed, "actions" in values
-            level = s.points.new_full((b,), sigma)
-            filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
-            stream_level = level if do_streams else torch.zeros_like(level)
-            streams, action = self.velocity(
-                memories.get(without, memories[None]),
-                state=WorldState(*(filled[n] for n in STREAMS)) if has_streams else None,
-                levels=stream_level[:, None].expand(-1, len(STREAMS)) if has_streams else None,
-                actions=values.get("actions"),
-                action_level=(level if do_actions else torch.zeros_like(level)) if has_actions else None,
-                coupling=coupling,
-                given=conditions[without] if has_streams else None,
-            )
-            return streams if action is None else {**streams, "actions": action}
-
-        def step(now: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
-            return guided(lambda without: velocities(now, sigma, without), scales)
-
+        flow = GuidedFlow(self, memories, conditions, fixed, scales, coupling)
         count = steps or (self.stream_steps if do_streams else self.action_steps)
-        done = integrate(step, free, sampling_sigmas(count, self.stream_shift if do_streams else self.action_shift))
+        done = integrate(flow, free, sampling_sigmas(count, self.stream_shift if do_streams else self.action_shift))
         all_given = conditions[None]
         if do_streams and all_given is not None:
             done = {name: all_given.fill(name, value) if name in STREAMS else value for name, value in done.items()}

@@ -11,10 +11,13 @@ from worldmodel.config import with_tuples
 from worldmodel.contracts import MODES, PAIR_KINDS
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
+from worldmodel.distillation import Distillation
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
-OBJECTIVES = ("tokeniser", "understanding", "motion", "world", "edit")
+OBJECTIVES = ("tokeniser", "understanding", "motion", "world", "distill", "edit")
+MIXED = ("world", "distill")
+"""Objectives whose phases have a mixture of modes."""
 INGREDIENTS = (*MODES, "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
 DATA = ("mixture", "on_error")
@@ -70,7 +73,7 @@ class Phase:
     `points`, `embodiment` (1 unless said); `forward_dynamics` gives actions - and `absent` that at which cameras and
     points that are not given are left out instead of predicted; guidance needs both. A network without conditions
     learns without. An `edit` phase learns from pairs of clips: `pairs` weighs their kinds, `rates` are those of
-    `RATES`.
+    `RATES`. `distillation` says what objective `distill` learns from a teacher about the modes of its mixture.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Phase:
     absent: float = 0.0
     pairs: Mapping[str, float] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    distillation: Distillation | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,21 +128,40 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: trains {unknown[0]!r}, which is none of {', '.join(PARTS)}")
         if unknown := sorted(set(self.data) - set(DATA)):
             raise ConfigError(f"phase {self.name!r}: data.{unknown[0]} is none of {', '.join(DATA)}")
-        if (self.objective == "world") != bool(self.mixture):
-            raise ConfigError(f"phase {self.name!r}: a mixture of modes belongs to objective `world` and only there")
+        if (self.objective in MIXED) != bool(self.mixture):
+            raise ConfigError(
+                f"phase {self.name!r}: a mixture of modes belongs to objectives `world` and `distill` and only there"
+            )
+        if (self.objective == "distill") != (self.distillation is not None):
+            raise ConfigError(f"phase {self.name!r}: `distillation` belongs to objective `distill` and only there")
+        if self.distillation is not None:
+            self.check_distillation(self.distillation)
+
+    def check_distillation(self, settings: Distillation) -> None:
+        """Raises `ConfigError` for a mode that samples nothing and for guidance by what is never given."""
+        modes = [ingredient.mode for ingredient in self.mixture]
+        if other := [mode for mode in modes if mode not in MODES]:
+            raise ConfigError(f"phase {self.name!r}: mode {other[0]!r} samples nothing that could be distilled")
+        told = {"text", "embodiment"} | {name for name, rate in self.given.items() if rate}
+        told |= {"actions"} if "forward_dynamics" in modes else set()
+        if missing := [name for name, scale in settings.guidance.items() if scale != 1 and name not in told]:
+            raise ConfigError(
+                f"phase {self.name!r}: distillation.guidance.{missing[0]} guides by what the phase never gives; "
+                "actions are given in mode `forward_dynamics`, cameras and points at a rate in `given`"
+            )
 
     def generator(self, seed: int, step: int) -> torch.Generator:
         """Source of everything random in a step, the same after a resume."""
         return torch.Generator().manual_seed(random.Random(f"{seed} {self.name} {step}").getrandbits(63))
 
     def pick(self, seed: int, step: int) -> Ingredient:
-        """The ingredient of a step of a world phase: a function of seed and step, known before its data is loaded."""
+        """The ingredient of a step of a mixture: a function of seed and step, known before its data is loaded."""
         weights = torch.tensor([i.weight for i in self.mixture])
         return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
 
     def needs(self, seed: int, step: int, *, cached: bool = False) -> Needs:
         """What the batch of a step will use; `cached` says that latents of the history are at hand."""
-        if self.objective != "world":
+        if self.objective not in MIXED:
             whole = self.objective in ("motion", "edit")
             return Needs(history=None if whole else 1, future=whole or self.objective == "tokeniser")
         pick = self.pick(seed, step)
@@ -158,8 +181,10 @@ def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
     for name, values in config.items():
         try:
             mixture = tuple(Ingredient(**with_tuples(item)) for item in values.get("mixture", []))
-            rest = with_tuples({k: v for k, v in values.items() if k != "mixture"})
-            phases.append(Phase(name=name, mixture=mixture, **rest))
+            rest = with_tuples({k: v for k, v in values.items() if k not in ("mixture", "distillation")})
+            settings = values.get("distillation")
+            distillation = None if settings is None else Distillation(**with_tuples(settings))
+            phases.append(Phase(name=name, mixture=mixture, distillation=distillation, **rest))
         except TypeError as error:
             raise ConfigError(f"phase {name!r}: {error}") from error
     return phases

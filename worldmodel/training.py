@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from worldmodel.contracts import Batch, Pair
 from worldmodel.data.datamodule import ClipDataModule
+from worldmodel.distillation import distillation_loss, make_teacher
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
@@ -36,6 +37,9 @@ class PhaseModule(L.LightningModule):
         for part in model.modules():
             if getattr(part, "frozen", False):
                 part.requires_grad_(False)
+        # Part of the module, so that it moves with it and a resumed phase finds it in its checkpoint.
+        settings = phase.distillation
+        self.teacher = None if settings is None else make_teacher(model, phase.trains, settings.teacher)
 
     def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
         """One optimisation step; logs each part of the loss."""
@@ -77,23 +81,23 @@ class PhaseModule(L.LightningModule):
         if alone is not None:
             losses = alone(self.model, batch, dropout, generator)
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
-        return world_loss(
-            self.model,
-            batch,
-            self.history_latents(batch) if pick.images else None,
-            generator,
-            mode=pick.mode,
-            drop=pick.drop,
-            dropout=dropout,
-            draws=pick.draws,
-            weights=phase.weights,
-            insulate=phase.insulate,
-            huber=phase.huber,
-            chunks=phase.clips(pick),
-            truncate=phase.gradients == "truncated",
-            given=phase.given,
-            absent=phase.absent,
-        )
+        latents = self.history_latents(batch) if pick.images else None
+        settings: dict[str, Any] = {
+            "mode": pick.mode,
+            "drop": pick.drop,
+            "dropout": dropout,
+            "draws": pick.draws,
+            "weights": phase.weights,
+            "insulate": phase.insulate,
+            "huber": phase.huber,
+            "given": phase.given,
+            "absent": phase.absent,
+        }
+        if self.teacher is not None and phase.distillation is not None:
+            how = phase.distillation
+            return distillation_loss(self.model, self.teacher, batch, latents, generator, settings=how, **settings)
+        chunks, truncate = phase.clips(pick), phase.gradients == "truncated"
+        return world_loss(self.model, batch, latents, generator, chunks=chunks, truncate=truncate, **settings)
 
     def history_latents(self, batch: Batch) -> Tensor:
         """Latents of the observed frames, from the cache if this phase has one."""
