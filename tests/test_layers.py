@@ -14,7 +14,7 @@ TIERS = [
     {"policy"},
     {"joint"},
     {"model"},
-    {"checkpoint", "convert", "streaming"},
+    {"acceleration", "checkpoint", "convert", "streaming"},
     {"losses", "metrics", "closed_loop", "controllers", "baselines", "holdout", "figures"},
     {"evaluation"},
     {"report_samples", "report_closed_loop"},

@@ -163,7 +163,7 @@ class GatedDelta(nn.Module):
             raise ConfigError(f"synthesis.denoiser.delta.form: unknown {form!r}; one of {', '.join(FORMS)}")
         if form == "fused" and not fused_installed():
             raise ConfigError("delta.form: fused needs `pip install flash-linear-attention`; chunked and auto do not")
-        self.heads, self.eps, self.form = heads, eps, form
+        self.heads, self.eps, self.rule = heads, eps, FORMS[form]
         self.head_dim = head_dim or width // heads
         keys, values = heads * self.head_dim, heads * self.head_dim * expansion
         self.sizes = (keys, keys, values)
@@ -195,6 +195,6 @@ class GatedDelta(nn.Module):
         q, k = unit_length(q, self.eps) * self.head_dim**-0.5, unit_length(k, self.eps)
         g = -self.a_log.exp() * F.softplus(self.decay(x) + self.dt_bias) * present
         beta = self.beta(x).sigmoid() * present
-        out, state = FORMS[self.form](q, k, v, g, beta, state)
+        out, state = self.rule(q, k, v, g, beta, state)
         out = self.norm(out).flatten(-2) * F.silu(self.gate(x))
         return self.out(out).unflatten(1, (t, n)), DeltaState(state, tail)

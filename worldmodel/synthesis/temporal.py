@@ -132,6 +132,7 @@ def windowed_attention(
     return attend(q.flatten(0, 1), k, v, mask[:, None, None]).unflatten(0, (b, tq))
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
 def window_blocks(
     queries: int,
@@ -162,10 +163,10 @@ def window_blocks(
 
 @lru_cache(maxsize=1)
 def compiled_flex() -> Any:
-    """`flex_attention` as a fused kernel."""
+    """`flex_attention` as a fused kernel, one for each shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def windowed_attention_flex(
@@ -198,14 +199,19 @@ def windowed_attention_flex(
     sizes = None if blocks is None else tuple(blocks)
     pattern = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))
-    if q.device.type == "cpu":
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise ConfigError("attention: flex has no gradient on a CPU; folded and dense have")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast knows no flex_attention and leaves normalised ones in float32
+    cpu = q.device.type == "cpu"
+    if cpu and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ConfigError("attention: flex has no gradient on a CPU; folded and dense have")
+    if torch.compiler.is_compiling():
+        out = flex_attention(q, k, v, score_mod=absent, block_mask=pattern)
+    elif cpu:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*flex_attention.*")  # it says that it is slow here
             out = flex_attention(q, k, v, score_mod=absent, block_mask=pattern)
     else:
-        out = compiled_flex()(q, k, v, score_mod=absent, block_mask=pattern)
+        with torch._dynamo.config.patch(recompile_limit=64):
+            out = compiled_flex()(q, k, v, score_mod=absent, block_mask=pattern)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (tq, n))
 
