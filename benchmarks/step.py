@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--product", type=int, default=8192, help="size of the matrix product that is the peak")
-    parser.add_argument("--profile", type=Path, help="writes what the last row's kernels take to this file")
+    parser.add_argument("--profile", type=Path, help="writes what each row's kernels take to this file")
     parser.add_argument("--json", type=Path, help="writes all figures to this file, after each row")
     return parser
 
@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     report |= {"arguments": sys.argv[1:] if argv is None else argv, "torch": torch.__version__, "rows": found}
     if given.tokeniser:
         report["tokeniser_seconds"] = bench.tokeniser()
-    for number, row in enumerate(rows):
+    for row in rows:
         try:
-            found.append(row._asdict() | bench.measure(row, given.profile if number == len(rows) - 1 else None))
+            found.append(row._asdict() | bench.measure(row, given.profile))
         except torch.cuda.OutOfMemoryError:
             found.append(row._asdict() | {"failed": "out of memory"})
         print(f"{found[-1]}", file=sys.stderr, flush=True)
@@ -116,9 +116,9 @@ def table(report: dict[str, Any], given: argparse.Namespace) -> str:
     parameters = ", ".join(f"{name} {sizes[name] / 1e6:.0f} M" for name in ("denoiser", "expert", "trained"))
     lines = [
         f"{' '.join(given.overrides)}: {parameters} parameters, {sizes['layers']} layers, "
-        f"{report['tokens_per_sample']} tokens and {flops / 1e12:.3g} TFLOP a sample{' forward' * given.forward}; matrix product of "
-        f"{given.product}: {report['peak'] / 1e12:.4g} TFLOP/s; mode {given.mode}; {given.steps} steps after "
-        f"{given.warmup}; torch {report['torch']}"
+        f"{report['tokens_per_sample']} tokens and {flops / 1e12:.3g} TFLOP a sample{' forward' * given.forward}; "
+        f"matrix product of {given.product}: {report['peak'] / 1e12:.4g} TFLOP/s; mode {given.mode}; "
+        f"{given.steps} steps after {given.warmup}; torch {report['torch']}"
     ]
     if given.tokeniser:
         lines.append(

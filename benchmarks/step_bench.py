@@ -216,7 +216,8 @@ class Bench:
                 with peak_memory(self.device) as bytes_:
                     seconds = [timed(step) for _ in range(self.given.steps)]
                 if profile:
-                    profile.write_text(kernels(step))
+                    with profile.open("a") as file:
+                        file.write(f"{row}\n{kernels(step)}\n")
         finally:
             self.model.zero_grad()
         spread = [min(seconds), max(seconds)]

@@ -132,7 +132,7 @@ def windowed_attention(
     return attend(q.flatten(0, 1), k, v, mask[:, None, None]).unflatten(0, (b, tq))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # once for each shape, not once for each call
 @lru_cache(maxsize=64)
 def window_blocks(
     queries: int,
@@ -186,18 +186,16 @@ def windowed_attention_flex(
 
     b, tq, n, e, d = q.shape
     tk, m = keys.k.shape[1], keys.k.shape[2]
+    more, sizes = 0 if extra is None else extra[0].shape[1], None if blocks is None else tuple(blocks)
+    pattern = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     k, v, mask = keys.k.flatten(1, 2), keys.v.flatten(1, 2), keys.mask.flatten(1, 2)
-    more = 0
     if extra is not None:
-        more = extra[0].shape[1]
         k, v, mask = torch.cat([k, extra[0]], 1), torch.cat([v, extra[1]], 1), F.pad(mask, (0, more), value=True)
     bias = attention_bias(mask, torch.float32)
 
     def absent(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[batch, key]
 
-    sizes = None if blocks is None else tuple(blocks)
-    pattern = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast knows no flex_attention and leaves normalised ones in float32
     cpu = q.device.type == "cpu"
