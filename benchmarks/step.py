@@ -2,9 +2,10 @@
 
   python benchmarks/step.py experiment=kairos_small [KEY=VALUE ...] [--batch 4] [--rows ROW ...] [--steps 10]
 
-A row is ATTENTION,DELTA,BLOCKS,CHECKPOINTING[,BATCH]: folded or flex; chunked or fused (flash-linear-attention); eager
-or compiled; none, selective or full. Sizes are changed as in train.py (synthesis.denoiser.repeats=3 and
-policy.expert.layers=12 make a slice). `--forward` leaves out gradients and the optimiser.
+A row is ATTENTION,DELTA,BLOCKS,CHECKPOINTING[,BATCH]: folded or flex, with -cudnn if that library is preferred for
+masked attention; chunked or fused (flash-linear-attention); eager or compiled; none, selective or full. Sizes are
+changed as in train.py (synthesis.denoiser.repeats=3 and policy.expert.layers=12 make a slice). `--forward` leaves out
+gradients and the optimiser.
 
 A step is that of the phase: stage 1, both transformers, loss, backward, clipping, AdamW and moving average. Batches are
 random, of the shapes of `data.spec`. Left out: reading data, logging, and the two frozen networks whose answers a cache
@@ -38,7 +39,12 @@ ROWS = (
     "flex,fused,compiled,selective",
     "flex,fused,compiled,full",
 )
-CHOICES = (("folded", "flex", "dense"), ("chunked", "fused"), ("eager", "compiled"), ("none", "selective", "full"))
+CHOICES = (
+    ("folded", "folded-cudnn", "flex", "flex-cudnn", "dense"),
+    ("chunked", "fused"),
+    ("eager", "compiled"),
+    ("none", "selective", "full"),
+)
 GIB = 2**30
 
 
@@ -57,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--product", type=int, default=8192, help="size of the matrix product that is the peak")
-    parser.add_argument("--profile", type=Path, help="writes what each row's kernels take to this file")
+    parser.add_argument("--profile", type=Path, help="writes what the first row's kernels take to this file")
     parser.add_argument("--json", type=Path, help="writes all figures to this file, after each row")
     return parser
 
@@ -67,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     given = arguments().parse_args(argv)
     rows = [parse(row, given.batch) for row in given.rows]
     import torch
+
+    from worldmodel.errors import ConfigError
 
     torch.set_num_threads(given.threads)
     config = compose(given.overrides)
@@ -80,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         report["tokeniser_seconds"] = bench.tokeniser()
     for row in rows:
         try:
-            found.append(row._asdict() | bench.measure(row, given.profile))
-        except torch.cuda.OutOfMemoryError:
-            found.append(row._asdict() | {"failed": "out of memory"})
+            found.append(row._asdict() | bench.measure(row, None if found else given.profile))
+        except (RuntimeError, ConfigError) as error:  # out of memory is one; the rows after it may run
+            found.append(row._asdict() | {"failed": str(error).strip().splitlines()[0][:120]})
         print(f"{found[-1]}", file=sys.stderr, flush=True)
         if given.json:
             given.json.write_text(json.dumps(report, indent=1))

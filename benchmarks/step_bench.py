@@ -47,7 +47,7 @@ class Bench:
         from worldmodel.curriculum import make_phases
         from worldmodel.training import PhaseModule
 
-        self.given, self.device = given, torch.device(given.device)
+        self.given, self.device, self.graphs = given, torch.device(given.device), ("", "")
         self.spec = make_spec(config["data"]["spec"])
         phases = [p for p in make_phases(config["phases"]) if p.objective == "world" and given.phase in (None, p.name)]
         if not phases:
@@ -186,7 +186,10 @@ class Bench:
                 block.mix.rule = FORMS[row.delta]
             else:
                 assert isinstance(block.mix, WindowAttention)
-                block.mix.attention = row.attention
+                block.mix.attention = row.attention.split("-")[0]
+        if row.blocks == "compiled" and self.graphs != row[:2]:
+            torch.compiler.reset()  # graphs do not know which kernels of attention were preferred
+            self.graphs = row[:2]
         batch, latents = self.batch(row.batch)
         average, optimiser = MovingAverage(decay=self.phase.ema), None
         if not self.given.forward:
@@ -207,7 +210,10 @@ class Bench:
             return float(loss.detach())
 
         try:
-            with accelerated(self.model, compiled=row.blocks == "compiled", checkpointing=row.checkpointing):
+            with (
+                prefer_cudnn(row.attention.endswith("cudnn")),
+                accelerated(self.model, compiled=row.blocks == "compiled", checkpointing=row.checkpointing),
+            ):
                 started = time.perf_counter()
                 loss = step()
                 first = time.perf_counter() - started
@@ -245,6 +251,14 @@ def timed(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def prefer_cudnn(wanted: bool) -> Any:
+    """Attention under a mask by cuDNN where it can, instead of the kernels that torch chooses."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True) if wanted else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

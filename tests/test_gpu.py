@@ -19,6 +19,7 @@ from worldmodel.synthesis.delta import (
     gated_delta_chunked,
     gated_delta_fused,
     gated_delta_recurrent,
+    short_convolution,
 )
 from worldmodel.synthesis.temporal import Keys, WindowAttention, windowed_attention_dense, windowed_attention_flex
 
@@ -33,14 +34,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}
 
 def error(found: Tensor, reference: Tensor) -> float:
     """Length of the error over that of the reference, which is in float64."""
-    return float((found.double() - reference).norm() / reference.norm())
+    return float((found.detach().double() - reference).norm() / reference.norm())
 
 
 def run(form: Callable[..., Any], inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
     """Output and gradients of a weighted sum of it."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = form(*leaves)
-    return [out, *torch.autograd.grad((out * weights.to(out)).sum(), leaves)]
+    return [out.detach(), *torch.autograd.grad((out * weights.to(out)).sum(), leaves)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,6 +121,20 @@ def test_fused_delta_rule_equals_recurrent(strong):
         assert error(value, expected) < 1.5e-2, name
 
 
+def test_short_convolution_equals_torchs():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(6, 6, 4, groups=6, bias=False).double()
+    x, weights = torch.randn(2, 20, 6, dtype=torch.float64), torch.randn(2, 17, 6, dtype=torch.float64)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        out = short_convolution(leaf, conv.to(device))
+        grads = torch.autograd.grad((out * weights.to(device)).sum(), [leaf, conv.weight])
+        results.append([value.detach().cpu() for value in (out, *grads)])
+    for value, reference in zip(*results, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
 def gradients(model: Any, dtype: torch.dtype) -> tuple[float, Tensor]:
     """Loss and all gradients of the joint mode, in one vector."""
     move = lambda values: type(values)(*(x.cuda() for x in values))  # noqa: E731
@@ -131,12 +146,13 @@ def gradients(model: Any, dtype: torch.dtype) -> tuple[float, Tensor]:
         batch = Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"])
         loss = world_loss(model, batch, latents, generator(), mode="joint", draws=1, **SETTINGS)["loss"]
     loss.backward()
+    loss = loss.detach()
     trained = [p for part in (model.denoiser, model.expert) for p in part.parameters() if p.grad is not None]
     return float(loss), torch.cat([p.grad.flatten() for p in trained])
 
 
 @needs_fla
-@pytest.mark.parametrize(("compiled", "checkpointing"), [(False, "none"), (True, "none"), (True, "full")])
+@pytest.mark.parametrize(("compiled", "checkpointing"), [(False, "none"), (True, "full")])
 def test_fast_paths_train_like_the_plain_ones(tiny_model, compiled, checkpointing):
     """Flex and fused kernels in bfloat16, compiled and checkpointed, against plain torch in float32."""
     model = tiny_model.cuda().train()

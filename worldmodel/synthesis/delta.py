@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.errors import ConfigError
+from worldmodel.synthesis.hopper import install
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -55,13 +56,21 @@ def invert_unit_lower(lower: Tensor) -> Tensor:
 
 
 def gated_delta_chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int = 32
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same as `gated_delta_recurrent` in chunks of tokens (a power of two), with matrix products inside a chunk.
+    """The same as `gated_delta_recurrent` in chunks of tokens, with matrix products inside a chunk.
 
-    Within a chunk with cumulated log decay c_i the written values u solve (I + L) u = beta (v - exp(c) S^T k),
-    L_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i. Every exponent is at most zero, so strong gates cannot overflow.
+    `chunk` is a power of two: 32 on a CPU, 64 on a GPU, where launching small kernels takes the time.
+
+    Within a chunk with cumulated log decay c_i the written values solve (I + L) x = beta (v - exp(c) S^T k),
+    L_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i. They are u - w S, and only that waits for the chunk before; all
+    else is done for all chunks at once. Every exponent is at most zero, so strong gates cannot overflow. In float32 at
+    least, under autocast too: a rounded inverse is none.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return gated_delta_chunked(*(x.float() for x in (q, k, v, g, beta, state)), chunk)
+    chunk = chunk or (64 if q.is_cuda else 32)
     length = q.shape[1]
     pad = -length % chunk
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v))
@@ -72,19 +81,20 @@ def gated_delta_chunked(
     causal = index[:, None] >= index[None]
     between = decay.unsqueeze(-1) - decay.unsqueeze(-2)
     between = between.masked_fill(~causal, -torch.inf).exp()
-    solve = invert_unit_lower((k @ k.mT) * between * strict * beta.unsqueeze(-1))
-    scores = (q @ k.mT) * between
+    solve = invert_unit_lower((k @ k.mT) * between * strict * beta.unsqueeze(-1)) * beta.unsqueeze(-2)
     grown = decay.exp().unsqueeze(-1)
     last = decay[..., -1:]
-    to_end = (last - decay).exp().unsqueeze(-1)
-    outputs = []
+    u, w = solve @ v, solve @ (grown * k)
+    into = (k * (last - decay).exp().unsqueeze(-1)).mT
+    kept = last.exp().unsqueeze(-1)
+    states, written = [], []
     for i in range(q.shape[1]):
-        wanted = (v[:, i] - grown[:, i] * (k[:, i] @ state)) * beta[:, i].unsqueeze(-1)
-        written = solve[:, i] @ wanted
-        outputs.append(grown[:, i] * (q[:, i] @ state) + scores[:, i] @ written)
-        state = last[:, i].exp().unsqueeze(-1) * state + (k[:, i] * to_end[:, i]).mT @ written
-    out = torch.stack(outputs, dim=1).transpose(2, 3).flatten(1, 2)
-    return out[:, :length], state
+        states.append(state)
+        written.append(u[:, i] - w[:, i] @ state)
+        state = kept[:, i] * state + into[:, i] @ written[-1]
+    before, values = torch.stack(states, 1), torch.stack(written, 1)
+    out = grown * (q @ before) + ((q @ k.mT) * between) @ values
+    return out.transpose(2, 3).flatten(1, 2)[:, :length], state
 
 
 def unit_length(x: Tensor, eps: float) -> Tensor:
@@ -105,6 +115,7 @@ def gated_delta_fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, 
         )
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
+    install()
     out, last = chunk_gated_delta_rule(
         q.to(v.dtype),
         k.to(v.dtype),
@@ -136,6 +147,20 @@ FORMS = {
     "recurrent": gated_delta_recurrent,
     "fused": gated_delta_fused,
 }
+
+
+def short_convolution(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Depthwise convolution of x (B, M + kernel - 1, channels) along its tokens -> (B, M, channels).
+
+    On a GPU as a sum of products: a few passes over memory, which a compiler makes one of, where torch's own kernels
+    have a slow gradient.
+    """
+    if not x.is_cuda:
+        return conv(x.mT).mT
+    size = conv.weight.shape[-1]
+    length = x.shape[1] - size + 1
+    parts = [x[:, i : i + length] * conv.weight[:, 0, i] for i in range(size)]
+    return sum(parts[1:], parts[0]).to(x.dtype)
 
 
 class GatedDelta(nn.Module):
@@ -190,7 +215,7 @@ class GatedDelta(nn.Module):
             state, tail = past
         mixed = torch.cat([tail, mixed], dim=1)
         tail = mixed[:, 1 - self.kernel :]
-        mixed = F.silu(self.conv(mixed.mT)).mT
+        mixed = F.silu(short_convolution(mixed, self.conv))
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.split(self.sizes, dim=-1))
         q, k = unit_length(q, self.eps) * self.head_dim**-0.5, unit_length(k, self.eps)
         g = -self.a_log.exp() * F.softplus(self.decay(x) + self.dt_bias) * present
