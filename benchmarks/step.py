@@ -2,10 +2,10 @@
 
   python benchmarks/step.py experiment=kairos_small [KEY=VALUE ...] [--batch 4] [--rows ROW ...] [--steps 10]
 
-A row is ATTENTION,DELTA,BLOCKS,CHECKPOINTING[,BATCH]: folded or flex, with -cudnn if that library is preferred for
-masked attention; chunked or fused (flash-linear-attention); eager or compiled; none, selective or full. Sizes are
-changed as in train.py (synthesis.denoiser.repeats=3 and policy.expert.layers=12 make a slice). `--forward` leaves out
-gradients and the optimiser.
+A row is ATTENTION,DELTA,BLOCKS,CHECKPOINTING[,BATCH]: folded or flex; chunked or fused (flash-linear-attention); eager
+or compiled; none, selective or full. Sizes are changed as in train.py (synthesis.denoiser.repeats=3 and
+policy.expert.layers=12 make a slice). `--forward` leaves out gradients and the optimiser. A row that cannot run says
+why.
 
 A step is that of the phase: stage 1, both transformers, loss, backward, clipping, AdamW and moving average. Batches are
 random, of the shapes of `data.spec`. Left out: reading data, logging, and the two frozen networks whose answers a cache
@@ -40,7 +40,7 @@ ROWS = (
     "flex,fused,compiled,full",
 )
 CHOICES = (
-    ("folded", "folded-cudnn", "flex", "flex-cudnn", "dense"),
+    ("folded", "flex", "dense"),
     ("chunked", "fused"),
     ("eager", "compiled"),
     ("none", "selective", "full"),
@@ -70,7 +70,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures the rows in turn and prints a Markdown table."""
-    given = arguments().parse_args(argv)
+    given = arguments().parse_intermixed_args(argv)
     rows = [parse(row, given.batch) for row in given.rows]
     import torch
 

@@ -47,7 +47,7 @@ class Bench:
         from worldmodel.curriculum import make_phases
         from worldmodel.training import PhaseModule
 
-        self.given, self.device, self.graphs = given, torch.device(given.device), ("", "")
+        self.given, self.device = given, torch.device(given.device)
         self.spec = make_spec(config["data"]["spec"])
         phases = [p for p in make_phases(config["phases"]) if p.objective == "world" and given.phase in (None, p.name)]
         if not phases:
@@ -131,6 +131,7 @@ class Bench:
     def flops(self) -> float:
         """FLOPs that the model needs for one sample (see the top of this file)."""
         import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
         from worldmodel.synthesis import temporal
@@ -155,6 +156,7 @@ class Bench:
             stack.enter_context(patch.dict(temporal.FORMS, dict.fromkeys(temporal.FORMS, window)))
             for mix in gated:
                 stack.enter_context(patch.object(mix, "rule", rule))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # not every kernel is known to the counter
             counter = stack.enter_context(FlopCounterMode(display=False))
             start: list[int] = []
             handles = [
@@ -186,10 +188,7 @@ class Bench:
                 block.mix.rule = FORMS[row.delta]
             else:
                 assert isinstance(block.mix, WindowAttention)
-                block.mix.attention = row.attention.split("-")[0]
-        if row.blocks == "compiled" and self.graphs != row[:2]:
-            torch.compiler.reset()  # graphs do not know which kernels of attention were preferred
-            self.graphs = row[:2]
+                block.mix.attention = row.attention
         batch, latents = self.batch(row.batch)
         average, optimiser = MovingAverage(decay=self.phase.ema), None
         if not self.given.forward:
@@ -210,10 +209,7 @@ class Bench:
             return float(loss.detach())
 
         try:
-            with (
-                prefer_cudnn(row.attention.endswith("cudnn")),
-                accelerated(self.model, compiled=row.blocks == "compiled", checkpointing=row.checkpointing),
-            ):
+            with accelerated(self.model, compiled=row.blocks == "compiled", checkpointing=row.checkpointing):
                 started = time.perf_counter()
                 loss = step()
                 first = time.perf_counter() - started
@@ -251,14 +247,6 @@ def timed(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def prefer_cudnn(wanted: bool) -> Any:
-    """Attention under a mask by cuDNN where it can, instead of the kernels that torch chooses."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True) if wanted else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

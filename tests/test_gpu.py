@@ -19,7 +19,6 @@ from worldmodel.synthesis.delta import (
     gated_delta_chunked,
     gated_delta_fused,
     gated_delta_recurrent,
-    short_convolution,
 )
 from worldmodel.synthesis.temporal import Keys, WindowAttention, windowed_attention_dense, windowed_attention_flex
 
@@ -119,20 +118,6 @@ def test_fused_delta_rule_equals_recurrent(strong):
     found = run(fused, inputs, weights)
     for name, value, expected in zip(("out", "q", "k", "v", "g", "beta", "state"), found, reference, strict=True):
         assert error(value, expected) < 1.5e-2, name
-
-
-def test_short_convolution_equals_torchs():
-    torch.manual_seed(0)
-    conv = torch.nn.Conv1d(6, 6, 4, groups=6, bias=False).double()
-    x, weights = torch.randn(2, 20, 6, dtype=torch.float64), torch.randn(2, 17, 6, dtype=torch.float64)
-    results = []
-    for device in ("cpu", "cuda"):
-        leaf = x.to(device).requires_grad_()
-        out = short_convolution(leaf, conv.to(device))
-        grads = torch.autograd.grad((out * weights.to(device)).sum(), [leaf, conv.weight])
-        results.append([value.detach().cpu() for value in (out, *grads)])
-    for value, reference in zip(*results, strict=True):
-        torch.testing.assert_close(value, reference)
 
 
 def gradients(model: Any, dtype: torch.dtype) -> tuple[float, Tensor]:

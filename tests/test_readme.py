@@ -39,6 +39,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "-m worldmodel.rollout --help",
         "benchmarks/action_latency.py --help",
         "benchmarks/rollout.py --help",
+        "benchmarks/step.py --help",
     ],
 )
 def test_help_is_there(command):

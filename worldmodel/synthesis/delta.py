@@ -149,20 +149,6 @@ FORMS = {
 }
 
 
-def short_convolution(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Depthwise convolution of x (B, M + kernel - 1, channels) along its tokens -> (B, M, channels).
-
-    On a GPU as a sum of products: a few passes over memory, which a compiler makes one of, where torch's own kernels
-    have a slow gradient.
-    """
-    if not x.is_cuda:
-        return conv(x.mT).mT
-    size = conv.weight.shape[-1]
-    length = x.shape[1] - size + 1
-    parts = [x[:, i : i + length] * conv.weight[:, 0, i] for i in range(size)]
-    return sum(parts[1:], parts[0]).to(x.dtype)
-
-
 class GatedDelta(nn.Module):
     """Gated DeltaNet layer over the raster of all tokens (frame, then order within the frame).
 
@@ -215,7 +201,7 @@ class GatedDelta(nn.Module):
             state, tail = past
         mixed = torch.cat([tail, mixed], dim=1)
         tail = mixed[:, 1 - self.kernel :]
-        mixed = F.silu(short_convolution(mixed, self.conv))
+        mixed = F.silu(self.conv(mixed.mT)).mT
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in mixed.split(self.sizes, dim=-1))
         q, k = unit_length(q, self.eps) * self.head_dim**-0.5, unit_length(k, self.eps)
         g = -self.a_log.exp() * F.softplus(self.decay(x) + self.dt_bias) * present
