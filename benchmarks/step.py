@@ -102,7 +102,7 @@ def parse(text: str, batch: int) -> Row:
     parts = text.split(",")
     if len(parts) not in (4, 5) or any(part not in known for part, known in zip(parts, CHOICES, strict=False)):
         sys.exit(f"row {text!r}: expected {', '.join('|'.join(known) for known in CHOICES)} and perhaps a batch size")
-    return Row(*parts[:4], int(parts[4]) if len(parts) == 5 else batch)
+    return Row(parts[0], parts[1], parts[2], parts[3], int(parts[4]) if len(parts) == 5 else batch)
 
 
 def product_rate(device: str, size: int) -> float:
@@ -113,7 +113,7 @@ def product_rate(device: str, size: int) -> float:
     if device != "cpu":
         a, b = a.bfloat16(), b.bfloat16()
     for _ in range(3):
-        a @ b
+        torch.matmul(a, b)
     seconds = statistics.median(timed(lambda: float((a @ b)[0, 0])) for _ in range(20))
     return 2 * size**3 / seconds
 

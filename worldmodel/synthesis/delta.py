@@ -56,7 +56,7 @@ def invert_unit_lower(lower: Tensor) -> Tensor:
 
 
 def gated_delta_chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same as `gated_delta_recurrent` in chunks of tokens, with matrix products inside a chunk.
 
@@ -68,8 +68,9 @@ def gated_delta_chunked(
     least, under autocast too: a rounded inverse is none.
     """
     if torch.is_autocast_enabled(q.device.type):
+        q, k, v, g, beta, state = (x.float() for x in (q, k, v, g, beta, state))
         with torch.autocast(q.device.type, enabled=False):
-            return gated_delta_chunked(*(x.float() for x in (q, k, v, g, beta, state)), chunk)
+            return gated_delta_chunked(q, k, v, g, beta, state, chunk=chunk)
     chunk = chunk or (64 if q.is_cuda else 32)
     length = q.shape[1]
     pad = -length % chunk

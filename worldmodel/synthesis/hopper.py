@@ -98,8 +98,8 @@ def install() -> None:
         def chunk_bwd_dqkwg(self, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, ...]:
             """The step, in the library's own arguments."""
             scale = k.shape[-1] ** -0.5 if rest.get("scale") is None else rest["scale"]
-            given = (rest[name] for name in ("do", "h", "dh", "dv", "g"))
+            do, h, dh, dv, g = (rest[name] for name in ("do", "h", "dh", "dv", "g"))
             with torch.autocast(q.device.type, enabled=False):
-                return chunk_gradients(q, k, v, *given, scale, rest.get("chunk_size", 64))
+                return chunk_gradients(q, k, v, do, h, dh, dv, g, scale, rest.get("chunk_size", 64))
 
     register("common")(Products)

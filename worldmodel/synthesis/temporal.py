@@ -132,7 +132,6 @@ def windowed_attention(
     return attend(q.flatten(0, 1), k, v, mask[:, None, None]).unflatten(0, (b, tq))
 
 
-@torch.compiler.disable  # once for each shape, not once for each call
 @lru_cache(maxsize=64)
 def window_blocks(
     queries: int,
@@ -161,6 +160,10 @@ def window_blocks(
     return create_block_mask(visible, None, None, *size, device=device)
 
 
+untraced_blocks: Any = torch.compiler.disable(window_blocks)
+"""`window_blocks` in compiled code, whose tracer looks through the cache and would make them at every call."""
+
+
 @lru_cache(maxsize=1)
 def compiled_flex() -> Any:
     """`flex_attention` as a fused kernel, one for each shape."""
@@ -187,7 +190,7 @@ def windowed_attention_flex(
     b, tq, n, e, d = q.shape
     tk, m = keys.k.shape[1], keys.k.shape[2]
     more, sizes = 0 if extra is None else extra[0].shape[1], None if blocks is None else tuple(blocks)
-    pattern = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
+    pattern = untraced_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     k, v, mask = keys.k.flatten(1, 2), keys.v.flatten(1, 2), keys.mask.flatten(1, 2)
     if extra is not None:
         k, v, mask = torch.cat([k, extra[0]], 1), torch.cat([v, extra[1]], 1), F.pad(mask, (0, more), value=True)
