@@ -19,6 +19,7 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
   phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...
   trainer=NAME             a file of configs/trainer: cpu (default), gpu
   trainer.threads=N        CPU threads of torch
+  trainer.compile=true     compiled blocks; trainer.checkpointing=selective or full: less memory, more time
   wandb.mode=MODE          offline (default), online or disabled
 
 The composed configuration is printed by `python train.py experiment=NAME --cfg job`.

@@ -5,7 +5,8 @@
 Both are the video transformer with random weights on the same sizes, and generate the same way: a chunk of latent
 frames is denoised in a few passes after the memory, then read into the memory in one pass at noise level 0. The hybrid
 has the layers [swa, swa, dswa, gated] and keeps a bounded memory; full attention keeps keys and values of every frame
-in every layer. Every length runs in a process of its own. Prints a Markdown table:
+in every layer, and needs no mask. On a CPU every length runs in a process of its own; on a GPU blocks run in bfloat16.
+Prints a Markdown table:
 
   ms/frame   median over all chunks, and over the last quarter of them; on a CPU the time that processors spent on this
              process, all threads together, which other work on the machine hardly changes; on a GPU that of the clock
@@ -55,22 +56,39 @@ def main() -> None:
     rows: dict[int, dict[str, dict[str, float]]] = {}
     for frames in given.frames:
         for kind in KINDS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--frames", str(frames), "--one", kind]
-            # Threads that spin for long while they wait make a busy machine many times slower.
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"GOMP_SPINCOUNT": "20000"})
-            if done.returncode:
-                sys.exit(f"{kind}, {frames} frames: {done.stderr.strip()}")
-            rows.setdefault(frames, {})[kind] = json.loads(done.stdout)
+            rows.setdefault(frames, {})[kind] = run(given, kind, frames)
             print(f"{kind}, {frames} frames: {rows[frames][kind]}", file=sys.stderr)
     print(table(rows, given))
+
+
+def run(given: argparse.Namespace, kind: str, frames: int) -> dict[str, float]:
+    """One kind and length: in its own process on a CPU, whose peak memory only ever grows within one."""
+    if given.device != "cpu":
+        return measure(argparse.Namespace(**(vars(given) | {"one": kind, "frames": [frames]})))
+    command = [sys.executable, __file__, *sys.argv[1:], "--frames", str(frames), "--one", kind]
+    # Threads that spin for long while they wait make a busy machine many times slower.
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"GOMP_SPINCOUNT": "20000"})
+    if done.returncode:
+        sys.exit(f"{kind}, {frames} frames: {done.stderr.strip()}")
+    return json.loads(done.stdout)
+
+
+def everything(q: Any, keys: Any, *, window: int, dilation: int, extra: Any = None, blocks: Any = None) -> Any:
+    """Windowed attention where every query sees every key."""
+    from worldmodel.nn import attend
+
+    out = attend(q.flatten(1, 2), keys.k.flatten(1, 2), keys.v.flatten(1, 2))
+    return out.unflatten(1, q.shape[1:3])
 
 
 def build(given: argparse.Namespace, kind: str, frames: int) -> Any:
     """The video transformer, random but for its zero-initialised output."""
     import torch
 
+    from worldmodel.synthesis import temporal
     from worldmodel.synthesis.denoiser import Denoiser
 
+    temporal.FORMS["everything"] = everything
     torch.manual_seed(0)
     full = kind == "full"
     model = Denoiser(
@@ -91,7 +109,7 @@ def build(given: argparse.Namespace, kind: str, frames: int) -> Any:
         anchored=[],
         streams=["video"],
         rays=False,
-        attention="dense" if full else "folded",
+        attention="everything" if full else "folded",
     )
     return model.eval().to(given.device)
 
@@ -107,7 +125,8 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     clock = time.process_time if given.device == "cpu" else time.perf_counter
     frames = given.frames[0]
     model = build(given, given.one, frames)
-    with torch.inference_mode():
+    half = torch.autocast("cuda", torch.bfloat16, enabled=given.device != "cpu")
+    with torch.inference_mode(), half:
         state = None
         for _ in range(8):
             state = generate(model, given, state)
@@ -176,11 +195,14 @@ def peak(device: str) -> int:
 
 def table(rows: dict[int, dict[str, dict[str, float]]], given: argparse.Namespace) -> str:
     """A Markdown table, and how flat the streamed columns are."""
+    import torch
+
+    device = given.device if given.device == "cpu" else torch.cuda.get_device_name()
     tokens = (given.latent // 2) ** 2
     heads = " | ".join(f"{name}: ms/frame | at the end | memory MB | peak MB" for name in KINDS.values())
     lines = [
         f"width {given.width}, {given.layers} layers, {tokens} tokens a frame, chunks of {given.chunk}, {given.steps} "
-        f"denoising passes and one that remembers, {given.device}, {given.threads} threads",
+        f"denoising passes and one that remembers, {device}, {given.threads} threads",
         "",
         f"| frames | {heads} |",
         "| ---: |" + " ---: |" * (4 * len(KINDS)),

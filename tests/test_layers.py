@@ -14,7 +14,7 @@ TIERS = [
     {"policy"},
     {"joint", "conditioning", "editing"},
     {"model"},
-    {"checkpoint", "convert", "streaming"},
+    {"acceleration", "checkpoint", "convert", "streaming"},
     {
         "losses",
         "editing_losses",

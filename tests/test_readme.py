@@ -45,6 +45,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/ablation.py --help",
         "benchmarks/features.py --help",
         "benchmarks/distillation.py --help",
+        "benchmarks/step.py --help",
     ],
 )
 def test_help_is_there(command):

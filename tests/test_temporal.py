@@ -1,10 +1,13 @@
 """Windows and the gated delta rule: every fast form equals its reference, forward and gradients."""
 
+import math
+
 import pytest
 import torch
 
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.delta import GatedDelta, gated_delta_chunked, gated_delta_recurrent, invert_unit_lower
+from worldmodel.synthesis.hopper import chunk_gradients
 from worldmodel.synthesis.temporal import (
     Keys,
     WindowAttention,
@@ -91,6 +94,49 @@ def test_chunked_delta_rule_equals_recurrent(length, strong):
     for a, c in zip(results[0][2], results[1][2], strict=True):
         assert torch.isfinite(c).all()
         torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("length", [8, 13])
+def test_the_step_for_hopper_is_the_gradient(length):
+    """Of what one chunk computes from its state, its written values given: by automatic differentiation."""
+    g = torch.Generator().manual_seed(2)
+    b, e, dk, dv, chunk, scale = 2, 3, 5, 6, 4, 0.7
+    n = -(-length // chunk)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    q, k, w = (draw(b, length, e, dk).requires_grad_() for _ in range(3))
+    v, do, d_values = (draw(b, length, e, dv) for _ in range(3))
+    h, dh = draw(b, n, e, dk, dv), draw(b, n, e, dk, dv)
+    decay = -draw(b, length, e).abs().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    sums = []
+    for i, part in enumerate(range(0, length, chunk)):
+        at = slice(part, min(part + chunk, length))
+        c = decay[:, at].cumsum(1)
+        sums.append(c)
+        scores = torch.einsum("bieh,bjeh->beij", q[:, at], k[:, at])
+        between = (c[:, :, None] - c[:, None]).permute(0, 3, 1, 2).exp().tril()
+        out = torch.einsum("bieh,behv->biev", q[:, at] * c.exp()[..., None], h[:, i])
+        out = scale * (out + torch.einsum("beij,bjev->biev", scores * between, v[:, at]))
+        keys = k[:, at] * (c[:, -1:] - c).exp()[..., None]
+        state = c[:, -1].exp()[..., None, None] * h[:, i] + torch.einsum("bieh,biev->behv", keys, v[:, at])
+        written = v[:, at] - torch.einsum("bieh,behv->biev", w[:, at], h[:, i])
+        total = total + (out * do[:, at]).sum() + (state * dh[:, i]).sum() + (written * d_values[:, at]).sum()
+    expected = torch.autograd.grad(total, [q, k, w, decay])
+    cumulative = torch.cat(sums, 1).detach() / math.log(2)
+    with torch.no_grad():
+        *found, dg = chunk_gradients(q, k, v, do, h, dh, d_values, cumulative, scale, chunk)
+    # The library adds up the decay's gradient from the end of each chunk in a step after this one.
+    parts = [part.flip(1).cumsum(1).flip(1) for part in dg.split(chunk, 1)]
+    for value, reference in zip([*found, torch.cat(parts, 1)], expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+def test_chunks_are_exact_under_autocast():
+    inputs = [x.detach().float() for x in delta_inputs(37)]
+    expected = gated_delta_chunked(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gated_delta_chunked(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_inverse_survives_identical_keys():

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from worldmodel.acceleration import accelerated
 from worldmodel.checkpoint import build_model, describe, initialise, load_model, make_spec, save_model
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.clip import collate
@@ -195,7 +196,8 @@ def run_phase(
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+            with accelerated(model, compiled=settings["compile"], checkpointing=settings["checkpointing"]):
+                trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
         except SIGTERMException:
             log.warning("stopped by SIGTERM in phase %s, saved; the same command continues from here", phase.name)
             raise SystemExit(143) from None

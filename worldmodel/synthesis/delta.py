@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.errors import ConfigError
+from worldmodel.synthesis.hopper import install
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -55,13 +56,22 @@ def invert_unit_lower(lower: Tensor) -> Tensor:
 
 
 def gated_delta_chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int = 32
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same as `gated_delta_recurrent` in chunks of tokens (a power of two), with matrix products inside a chunk.
+    """The same as `gated_delta_recurrent` in chunks of tokens, with matrix products inside a chunk.
 
-    Within a chunk with cumulated log decay c_i the written values u solve (I + L) u = beta (v - exp(c) S^T k),
-    L_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i. Every exponent is at most zero, so strong gates cannot overflow.
+    `chunk` is a power of two: 32 on a CPU, 64 on a GPU, where launching small kernels takes the time.
+
+    Within a chunk with cumulated log decay c_i the written values solve (I + L) x = beta (v - exp(c) S^T k),
+    L_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i. They are u - w S, and only that waits for the chunk before; all
+    else is done for all chunks at once. Every exponent is at most zero, so strong gates cannot overflow. In float32 at
+    least, under autocast too: a rounded inverse is none.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, g, beta, state = (x.float() for x in (q, k, v, g, beta, state))
+        with torch.autocast(q.device.type, enabled=False):
+            return gated_delta_chunked(q, k, v, g, beta, state, chunk=chunk)
+    chunk = chunk or (64 if q.is_cuda else 32)
     length = q.shape[1]
     pad = -length % chunk
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v))
@@ -72,19 +82,20 @@ def gated_delta_chunked(
     causal = index[:, None] >= index[None]
     between = decay.unsqueeze(-1) - decay.unsqueeze(-2)
     between = between.masked_fill(~causal, -torch.inf).exp()
-    solve = invert_unit_lower((k @ k.mT) * between * strict * beta.unsqueeze(-1))
-    scores = (q @ k.mT) * between
+    solve = invert_unit_lower((k @ k.mT) * between * strict * beta.unsqueeze(-1)) * beta.unsqueeze(-2)
     grown = decay.exp().unsqueeze(-1)
     last = decay[..., -1:]
-    to_end = (last - decay).exp().unsqueeze(-1)
-    outputs = []
+    u, w = solve @ v, solve @ (grown * k)
+    into = (k * (last - decay).exp().unsqueeze(-1)).mT
+    kept = last.exp().unsqueeze(-1)
+    states, written = [], []
     for i in range(q.shape[1]):
-        wanted = (v[:, i] - grown[:, i] * (k[:, i] @ state)) * beta[:, i].unsqueeze(-1)
-        written = solve[:, i] @ wanted
-        outputs.append(grown[:, i] * (q[:, i] @ state) + scores[:, i] @ written)
-        state = last[:, i].exp().unsqueeze(-1) * state + (k[:, i] * to_end[:, i]).mT @ written
-    out = torch.stack(outputs, dim=1).transpose(2, 3).flatten(1, 2)
-    return out[:, :length], state
+        states.append(state)
+        written.append(u[:, i] - w[:, i] @ state)
+        state = kept[:, i] * state + into[:, i] @ written[-1]
+    before, values = torch.stack(states, 1), torch.stack(written, 1)
+    out = grown * (q @ before) + ((q @ k.mT) * between) @ values
+    return out.transpose(2, 3).flatten(1, 2)[:, :length], state
 
 
 def unit_length(x: Tensor, eps: float) -> Tensor:
@@ -105,6 +116,7 @@ def gated_delta_fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, 
         )
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
+    install()
     out, last = chunk_gated_delta_rule(
         q.to(v.dtype),
         k.to(v.dtype),
@@ -163,7 +175,7 @@ class GatedDelta(nn.Module):
             raise ConfigError(f"synthesis.denoiser.delta.form: unknown {form!r}; one of {', '.join(FORMS)}")
         if form == "fused" and not fused_installed():
             raise ConfigError("delta.form: fused needs `pip install flash-linear-attention`; chunked and auto do not")
-        self.heads, self.eps, self.form = heads, eps, form
+        self.heads, self.eps, self.rule = heads, eps, FORMS[form]
         self.head_dim = head_dim or width // heads
         keys, values = heads * self.head_dim, heads * self.head_dim * expansion
         self.sizes = (keys, keys, values)
@@ -195,6 +207,6 @@ class GatedDelta(nn.Module):
         q, k = unit_length(q, self.eps) * self.head_dim**-0.5, unit_length(k, self.eps)
         g = -self.a_log.exp() * F.softplus(self.decay(x) + self.dt_bias) * present
         beta = self.beta(x).sigmoid() * present
-        out, state = FORMS[self.form](q, k, v, g, beta, state)
+        out, state = self.rule(q, k, v, g, beta, state)
         out = self.norm(out).flatten(-2) * F.silu(self.gate(x))
         return self.out(out).unflatten(1, (t, n)), DeltaState(state, tail)

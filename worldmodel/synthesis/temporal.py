@@ -160,12 +160,16 @@ def window_blocks(
     return create_block_mask(visible, None, None, *size, device=device)
 
 
+untraced_blocks: Any = torch.compiler.disable(window_blocks)
+"""`window_blocks` in compiled code, whose tracer looks through the cache and would make them at every call."""
+
+
 @lru_cache(maxsize=1)
 def compiled_flex() -> Any:
-    """`flex_attention` as a fused kernel."""
+    """`flex_attention` as a fused kernel, one for each shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def windowed_attention_flex(
@@ -185,27 +189,30 @@ def windowed_attention_flex(
 
     b, tq, n, e, d = q.shape
     tk, m = keys.k.shape[1], keys.k.shape[2]
+    more, sizes = 0 if extra is None else extra[0].shape[1], None if blocks is None else tuple(blocks)
+    pattern = untraced_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     k, v, mask = keys.k.flatten(1, 2), keys.v.flatten(1, 2), keys.mask.flatten(1, 2)
-    more = 0
     if extra is not None:
-        more = extra[0].shape[1]
         k, v, mask = torch.cat([k, extra[0]], 1), torch.cat([v, extra[1]], 1), F.pad(mask, (0, more), value=True)
     bias = attention_bias(mask, torch.float32)
 
     def absent(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[batch, key]
 
-    sizes = None if blocks is None else tuple(blocks)
-    pattern = window_blocks(tq, tk, tk - tq, (n, m), more, window, dilation, sizes, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))
-    if q.device.type == "cpu":
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise ConfigError("attention: flex has no gradient on a CPU; folded and dense have")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast knows no flex_attention and leaves normalised ones in float32
+    cpu = q.device.type == "cpu"
+    if cpu and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ConfigError("attention: flex has no gradient on a CPU; folded and dense have")
+    if torch.compiler.is_compiling():
+        out = flex_attention(q, k, v, score_mod=absent, block_mask=pattern)
+    elif cpu:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*flex_attention.*")  # it says that it is slow here
             out = flex_attention(q, k, v, score_mod=absent, block_mask=pattern)
     else:
-        out = compiled_flex()(q, k, v, score_mod=absent, block_mask=pattern)
+        with torch._dynamo.config.patch(recompile_limit=64):
+            out = compiled_flex()(q, k, v, score_mod=absent, block_mask=pattern)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (tq, n))
 
