@@ -123,7 +123,7 @@ class Bench:
                 return world_loss(
                     self.model, batch, latents[:, :h], torch.Generator().manual_seed(1), mode=self.given.mode,
                     drop=(), dropout={}, draws=1, weights=self.phase.weights, insulate=self.phase.insulate,
-                    huber=self.phase.huber,
+                    huber=self.phase.huber, given=self.phase.given, absent=self.phase.absent,
                 )["loss"]  # fmt: skip
         finally:
             del vars(self.model)["future_latents"]

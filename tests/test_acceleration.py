@@ -16,7 +16,15 @@ from worldmodel.synthesis.delta import GatedDelta, gated_delta_auto
 # Torch's tracer asks every tensor for its gradient, and hides the warning from people but not from pytest.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
-SETTINGS: dict[str, Any] = {"drop": (), "dropout": {}, "weights": {}, "insulate": False, "huber": None}
+SETTINGS: dict[str, Any] = {
+    "drop": (),
+    "dropout": {},
+    "weights": {},
+    "insulate": False,
+    "huber": None,
+    "given": {},
+    "absent": 0.0,
+}
 
 
 def gradients(model: Any, mode: str, draws: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
