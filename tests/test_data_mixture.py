@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from synthetic import made_up_dataset
 
-from worldmodel.contracts import ClipSpec
+from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
 from worldmodel.data.mixture import PERIOD, Source, apportion, make_sources
 from worldmodel.data.sampler import StreamSampler
@@ -99,6 +99,7 @@ def test_the_realised_mix_is_the_asked_one(roots: tuple[str, str]) -> None:
     counts: Counter[str] = Counter()
     frames: dict[str, set[int]] = {"one": set(), "two": set()}
     for batch in itertools.islice(data.train_dataloader(), 40):
+        assert isinstance(batch, Batch)
         for key, frame in zip(batch.key, batch.frame.tolist(), strict=True):
             root, robot, task = key.split("-")[:3]
             counts["two" if root == "two" else f"{root}/{robot}/{task}"] += 1

@@ -116,7 +116,7 @@ def pictures_of(data: "ClipDataset", number: int) -> "np.ndarray":
 
     spec, length = data.spec, data.reader.entries[number].length
     clips = [data.at(number, int(start)) for start in range(-1, length - 1, spec.window)]
-    return np.concatenate([clip.future_rgb for clip in clips])[:length]
+    return np.concatenate([clip.pictures[1] for clip in clips])[:length]
 
 
 def draw_windows(

@@ -133,7 +133,7 @@ def training_looks(reader: ShardReader, spec: ClipSpec, seed: int) -> Means:
     pairs = PairDataset(reader, spec, split="train")
     for index in choose_pairs(pairs, PALETTE, seed):
         item, link = pairs[index], pairs.locate(index)[0]
-        now = torch.from_numpy(item.target.rgb[-1]).float() / 255
+        now = torch.from_numpy(item.target.pictures[0][-1]).float() / 255
         pictures.append(now)
         assert item.target.masks is not None
         masks = torch.from_numpy(item.target.masks[0][-1])

@@ -49,6 +49,12 @@ class Clip(NamedTuple):
     elements: tuple[str, ...] = ()
 
     @property
+    def pictures(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures of the history and of the future, of a clip that was cut with both."""
+        assert self.rgb is not None and self.future_rgb is not None
+        return self.rgb, self.future_rgb
+
+    @property
     def key(self) -> str:
         """Sample key and step."""
         return f"{self.episode}@{self.step}"

@@ -133,7 +133,7 @@ class PairDataset(Dataset[PairItem]):
 
 def _change(source: Clip, target: Clip) -> np.ndarray:
     """(H + F*R, V, h, w) levels of 255 by which the channels of a pixel differ at most."""
-    before, after = (np.concatenate([clip.rgb, clip.future_rgb]) for clip in (source, target))
+    before, after = (np.concatenate(clip.pictures) for clip in (source, target))
     return (np.maximum(before, after) - np.minimum(before, after)).max(2)
 
 
