@@ -11,7 +11,7 @@ from worldmodel.contracts import STREAMS, ClipSpec, Future, Observation, Senses,
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import seen_from
 from worldmodel.joint import JointTransformer, Memory
-from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
+from worldmodel.synthesis.conditions import CONDITIONS, Given, carry_patches, heat_maps
 
 Flags = Mapping[str, Tensor | bool]
 """Condition -> whether it is given: for all rows, per row (B,), or per slot (B, V) or (B, K)."""
@@ -77,7 +77,7 @@ def give(
         points=model.future_points(s, tracks),
         actions=actions.unflatten(1, (frames, spec.stride)).flatten(2),
         rays=model.normaliser.rays(lens.expand(-1, frames, -1, -1, -1), poses, model.grid),
-        moved=moved_pictures(model, observation, poses, has["camera"]),
+        moved=moved_pictures(model, observation, poses, tracks, has["camera"], has["points"]),
         heat=torch.cat([now, then], 3) * (shown.repeat(1, 1, 1, 2, 1, 1) & known),
         embodiment=s.embodiment,
         **{f"has_{name}": flag for name, flag in has.items()},
@@ -86,24 +86,34 @@ def give(
 
 
 @torch.no_grad()
-def moved_pictures(model: JointTransformer, o: Observation, poses: Tensor, given: Tensor) -> Tensor:
-    """Latents of the newest pictures as seen along paths (B, F, V, 4, 4), less those of the pictures themselves.
+def moved_pictures(
+    model: JointTransformer, o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor
+) -> Tensor:
+    """Latents of the newest pictures, moved along what is given, less those of the pictures themselves.
 
-    What the camera sees is taken to lie on the horizontal plane through the lowest known point, or through the base.
-    Returns (B, F, V, C, h', w'), zero where the path is not `given` (B, V) or the picture is not known.
+    Along paths (B, F, V, 4, 4) of the given `cameras` (B, V) all that is seen is taken to lie on the horizontal plane
+    through the lowest known point, or through the base; along `tracks` (B, F, K, 3) patches around the given `points`
+    (B, K) are carried. Returns (B, F, V, C, h', w'), zero where nothing is given or the picture is not known.
     """
     b, frames, v = poses.shape[:3]
-    rows = given & o.has_rgb
+    rows = (cameras | (o.has_camera & points.any(1, keepdim=True))) & o.has_rgb
     out = poses.new_zeros(b, v, frames, model.autoencoder.channels, *model.grid)
     if rows.any():
         lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
-        height = torch.where(lowest.isfinite(), lowest, 0.0)[:, None].expand(-1, v)[rows]
+        height = torch.where(lowest.isfinite(), lowest, 0.0)
+
+        def each(x: Tensor) -> Tensor:
+            """What every view of a row shares, for its chosen views and all frames."""
+            return x[:, None].expand(-1, v, *x.shape[1:])[rows].repeat_interleave(frames, 0)
+
         pictures = o.rgb[:, -1][rows].float() / 127.5 - 1.0
-        lens, here, height = (
-            x.repeat_interleave(frames, 0) for x in (o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows], height)
+        lens, here, before = (
+            x.repeat_interleave(frames, 0) for x in (o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows], pictures)
         )
         path = poses.transpose(1, 2)[rows].flatten(0, 1)
-        moved, _ = seen_from(pictures.repeat_interleave(frames, 0), lens, here, lens, path, plane=height)
+        then = tracks[:, None].expand(-1, v, -1, -1, -1)[rows].flatten(0, 1)
+        moved, _ = seen_from(before, lens, here, lens, path, plane=each(height))
+        moved = carry_patches(before, moved, lens, (here, path), (each(o.points[:, -1]), then), each(points))
         codes = model.autoencoder.encode_frames(torch.cat([moved, pictures])).split([len(moved), len(pictures)])
         there, still = (model.still_latents(c[None, None])[0, 0] for c in codes)
         out[rows] = there.unflatten(0, (-1, frames)) - still[:, None]
