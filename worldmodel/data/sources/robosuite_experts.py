@@ -159,7 +159,7 @@ def _stack(scene: "RobosuiteScene") -> Plan:
 
 GRASPS: dict[str, tuple[tuple[int, ...], float]] = {
     "PickPlaceMilk": ((0, 1), 0.02),
-    "PickPlaceBread": ((0, 1), 0.0),
+    "PickPlaceBread": ((0, 1), 0.01),
     "PickPlaceCereal": ((1,), 0.0),
     "PickPlaceCan": ((), 0.01),
 }
