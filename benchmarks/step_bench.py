@@ -45,6 +45,7 @@ class Bench:
 
         from worldmodel.checkpoint import build_model, make_spec
         from worldmodel.curriculum import make_phases
+        from worldmodel.phases import Ingredient
         from worldmodel.training import PhaseModule
 
         self.given, self.device = given, torch.device(given.device)
@@ -52,7 +53,8 @@ class Bench:
         phases = [p for p in make_phases(config["phases"]) if p.objective == "world" and given.phase in (None, p.name)]
         if not phases:
             sys.exit(f"no phase of objective world is named {given.phase!r}")
-        self.phase = dataclasses.replace(phases[-1], learning_rate=0.0)
+        mixture = (Ingredient(mode=given.mode, weight=1.0),)
+        self.phase = dataclasses.replace(phases[-1], learning_rate=0.0, mixture=mixture, dropout={})
         torch.manual_seed(0)
         with self.device:
             self.model = build_model(
@@ -105,7 +107,7 @@ class Bench:
             draw(spec.chunk, spec.action), yes(f), yes(spec.chunk), yes(spec.action),
         )  # fmt: skip
         move = lambda values: type(values)(*(x.to(self.device) for x in values))  # noqa: E731
-        frame = torch.zeros(b, h, dtype=torch.int64)
+        frame = torch.arange(b * h).unflatten(0, (b, h))
         latents = draw(h + f, v, self.model.autoencoder.channels, *self.model.grid).to(self.device)
         return Batch(move(observation), move(future), frame, ["random"] * b), latents
 
@@ -113,18 +115,13 @@ class Bench:
         """Loss of the phase's step; the same noise every time."""
         import torch
 
-        from worldmodel.losses import world_loss
-
         h = self.spec.history
         # An instance attribute hides the method: pictures are not encoded.
         vars(self.model)["future_latents"] = lambda observation, future: latents[:, h:]
+        self.module.latents = latents[:, :h].flatten(0, 1)
         try:
             with self.autocast():
-                return world_loss(
-                    self.model, batch, latents[:, :h], torch.Generator().manual_seed(1), mode=self.given.mode,
-                    drop=(), dropout={}, draws=1, weights=self.phase.weights, insulate=self.phase.insulate,
-                    huber=self.phase.huber, given=self.phase.given, absent=self.phase.absent,
-                )["loss"]  # fmt: skip
+                return self.module.world_step(batch, torch.Generator().manual_seed(1))["loss"]
         finally:
             del vars(self.model)["future_latents"]
 

@@ -10,31 +10,28 @@ from test_model import future_of, generator, observation_of
 from worldmodel.acceleration import accelerated
 from worldmodel.contracts import Batch
 from worldmodel.errors import ConfigError
-from worldmodel.losses import world_loss
+from worldmodel.phases import PARTS, Ingredient, Phase
 from worldmodel.synthesis.delta import GatedDelta, gated_delta_auto
+from worldmodel.training import PhaseModule
 
 # Torch's tracer asks every tensor for its gradient, and hides the warning from people but not from pytest.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
-SETTINGS: dict[str, Any] = {
-    "drop": (),
-    "dropout": {},
-    "weights": {},
-    "insulate": False,
-    "huber": None,
-    "given": {},
-    "absent": 0.0,
-}
+
+def step_loss(model: Any, batch: Batch, mode: str, draws: int = 1) -> torch.Tensor:
+    """Loss of one step of a phase that trains every part."""
+    mixture = (Ingredient(mode=mode, weight=1.0, draws=draws),)
+    rest: dict[str, Any] = {"trains": tuple(p for p in PARTS if p != "motion"), "steps": 1}
+    rest |= {"batch_size": 2, "learning_rate": 1e-3, "insulate": False}
+    phase = Phase(name="test", objective="world", mixture=mixture, **rest)
+    return PhaseModule(model=model, phase=phase, seed=0).world_step(batch, generator())["loss"]
 
 
 def gradients(model: Any, mode: str, draws: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one batch."""
-    o, f = observation_of(model.spec), future_of(model.spec)
-    with torch.no_grad():
-        latents = model.history_latents(o)
     model.zero_grad()
-    batch = Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"])
-    loss = world_loss(model, batch, latents, generator(), mode=mode, draws=draws, **SETTINGS)["loss"]
+    o, f = observation_of(model.spec), future_of(model.spec)
+    loss = step_loss(model, Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"]), mode, draws)
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_acceleration import SETTINGS
+from test_acceleration import step_loss
 from test_model import future_of, generator, observation_of
 from torch import Tensor
 
 from worldmodel.acceleration import accelerated
 from worldmodel.contracts import Batch
-from worldmodel.losses import world_loss
 from worldmodel.synthesis.delta import (
     FORMS,
     GatedDelta,
@@ -126,10 +125,7 @@ def gradients(model: Any, dtype: torch.dtype) -> tuple[float, Tensor]:
     o, f = move(observation_of(model.spec)), move(future_of(model.spec))
     model.zero_grad()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        with torch.no_grad():
-            latents = model.history_latents(o)
-        batch = Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"])
-        loss = world_loss(model, batch, latents, generator(), mode="joint", draws=1, **SETTINGS)["loss"]
+        loss = step_loss(model, Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"]), "joint")
     loss.backward()
     loss = loss.detach()
     trained = [p for part in (model.denoiser, model.expert) for p in part.parameters() if p.grad is not None]
