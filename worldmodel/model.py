@@ -111,7 +111,7 @@ class WorldModel(JointTransformer):
         check_guidance(scales, [*(n for n in flags if flags[n] is not False), "embodiment", "text"])
         if "text" in scales and memory is not None:
             raise ConfigError("guidance: the instruction of a memory that was carried on cannot be taken out of it")
-        memories = {None: self.remember(s, latents) if memory is None else memory}
+        memories: dict[str | None, Memory] = {None: self.remember(s, latents) if memory is None else memory}
         if "text" in scales:
             memories["text"] = self.remember(s._replace(has_text=torch.zeros_like(s.has_text)), latents)
         clean = None if future is None else self.future_latents(observation, future)
