@@ -18,10 +18,8 @@ from worldmodel.losses import action_mask, asked_slots, distance, draw_flags, ma
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
 from worldmodel.synthesis.conditions import Given
-from worldmodel.synthesis.flow import add_noise, clean_to_velocity, expand_as
+from worldmodel.synthesis.flow import add_noise, clean_to_velocity
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
-
-METHODS = ("endpoint", "consistency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +27,19 @@ class Distillation:
     """What a phase distils: the teacher's samples of `teacher_steps`, into a student of any of `student_steps`.
 
     `guidance` has the scales at which the teacher's streams follow their conditions; the student follows them as far
-    with one pass. Actions are distilled unguided, as a policy samples them. `teacher` is a checkpoint folder; None is
-    the model as the phase found it.
+    with one pass. Mode `policy` is distilled unguided, as it is deployed. `teacher` is a checkpoint folder; None is the
+    model as the phase found it.
 
-    Methods: `endpoint` regresses, from the line between a noise and the teacher's sample of it, onto that sample
-    (reflow, Liu et al. 2022, arXiv 2209.03003, section 2.2, and its distillation where the line begins). `consistency`
-    makes the student's answers at two neighbouring points of the teacher's path agree (Song et al. 2023, arXiv
-    2303.01469, algorithm 2, without a moving average, after Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
+    From the line between a noise and the teacher's sample of it the student answers with that sample: reflow (Liu et
+    al. 2022, arXiv 2209.03003, section 2.2), and its distillation where the line begins.
     """
 
     teacher_steps: int
     student_steps: tuple[int, ...]
-    method: str = "endpoint"
     guidance: Mapping[str, float] = field(default_factory=dict)
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"distillation.method {self.method!r} is none of {', '.join(METHODS)}")
         if not self.student_steps or min(self.student_steps) < 1 or max(self.student_steps) > self.teacher_steps:
             raise ConfigError(
                 f"distillation: student_steps {list(self.student_steps)} of a teacher of {self.teacher_steps} steps; "
@@ -54,23 +47,12 @@ class Distillation:
             )
         if unknown := sorted(set(self.guidance) - set(GUIDABLE)):
             raise ConfigError(f"distillation.guidance.{unknown[0]} is none of {', '.join(GUIDABLE)}")
-        if self.method == "consistency" and any(self.teacher_steps % n for n in self.student_steps):
-            raise ConfigError(
-                f"distillation: consistency needs student_steps that divide teacher_steps, {self.teacher_steps}; "
-                f"they are {list(self.student_steps)}"
-            )
 
-    def levels(self, rows: int, shift: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random noise levels (rows,) at which the student answers, and those (rows,) that the teacher goes to next.
-
-        `endpoint`: levels at which a student of any of `student_steps` samples, each number of steps as often as the
-        others. `consistency`: levels of the teacher's path.
-        """
-        counts = self.student_steps if self.method == "endpoint" else (self.teacher_steps,)
-        paths = [torch.tensor(sampling_sigmas(count, shift), dtype=torch.float32) for count in counts]
-        weights = torch.cat([torch.full((count,), 1 / count) for count in counts])
-        pick = torch.multinomial(weights, rows, replacement=True, generator=generator)
-        return torch.cat([p[:-1] for p in paths])[pick], torch.cat([p[1:] for p in paths])[pick]
+    def levels(self, rows: int, shift: float, generator: torch.Generator) -> Tensor:
+        """Random noise levels (rows,) at which a student of any of `student_steps` samples, each number as often."""
+        paths = [torch.tensor(sampling_sigmas(count, shift)[:-1], dtype=torch.float32) for count in self.student_steps]
+        weights = torch.cat([torch.full((count,), 1 / count) for count in self.student_steps])
+        return torch.cat(paths)[torch.multinomial(weights, rows, replacement=True, generator=generator)]
 
 
 def make_teacher(model: WorldModel, trains: tuple[str, ...], folder: str | None) -> WorldModel:
@@ -96,31 +78,6 @@ def make_teacher(model: WorldModel, trains: tuple[str, ...], folder: str | None)
     if other := [name for name, equal in same.items() if not equal]:
         raise ConfigError(f"distillation.teacher {folder}: its {other[0]} is not that of the student")
     return teacher
-
-
-def lesson(
-    settings: Distillation,
-    guide: GuidedFlow,
-    student: GuidedFlow,
-    data: Mapping[str, Tensor],
-    shift: float,
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Noisy values, their noise levels, one per row, and the clean values that the student should see behind them.
-
-    `data` has what happened, of which `endpoint` uses the shapes alone.
-    """
-    noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in data.items()}
-    first = next(iter(data.values()))
-    level, then = (x.to(first) for x in settings.levels(first.shape[0], shift, generator))
-    if settings.method == "endpoint":
-        target = integrate(guide, noise, sampling_sigmas(settings.teacher_steps, shift))
-        return {name: add_noise(value, noise[name], level) for name, value in target.items()}, level, target
-    noisy = {name: add_noise(value, noise[name], level) for name, value in data.items()}
-    step = guide(noisy, level)
-    near = {name: z + expand_as(then - level, z) * step[name] for name, z in noisy.items()}
-    answer = student(near, then)
-    return noisy, level, {name: z - expand_as(then, z) * answer[name] for name, z in near.items()}
 
 
 def distillation_loss(
@@ -156,14 +113,14 @@ def distillation_loss(
     lacks: dict[str, Tensor] = {}
     if not policy:
         with torch.no_grad():
-            target = model.future_state(s, future, model.future_latents(observation, future))
-        clean = {name: getattr(target, name) for name in model.denoiser.streams}
+            truth = model.future_state(s, future, model.future_latents(observation, future))
+        clean = {name: getattr(truth, name) for name in model.denoiser.streams}
         flags, lacks = draw_flags(model, mode, s.text.shape[0], generator, given, absent, s.text.device)
     if mode != "video_prediction":
         actions = model.normaliser.standardise("action", future.actions, s.embodiment)
         clean["actions"] = repeat_rows(actions, draws)
-    data = {name: value for name, value in clean.items() if (do_actions if name == "actions" else do_streams)}
-    fixed = {name: value for name, value in clean.items() if name not in data}
+    like = {name: value for name, value in clean.items() if (do_actions if name == "actions" else do_streams)}
+    fixed = {name: value for name, value in clean.items() if name not in like}
 
     def conditions(of: WorldModel, without: str | None = None) -> Given | None:
         if policy:
@@ -186,7 +143,10 @@ def distillation_loss(
         asked = {name: conditions(teacher, name) for name in (None, *scales)}
         guide = GuidedFlow(teacher, memories, asked, fixed, scales, model.coupling)
         shift = model.stream_shift if do_streams else model.action_shift
-        noisy, level, target = lesson(settings, guide, student, data, shift, generator)
+        noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in like.items()}
+        level = settings.levels(s.text.shape[0] * draws, shift, generator).to(s.points)
+        target = integrate(guide, noise, sampling_sigmas(settings.teacher_steps, shift))
+        noisy = {name: add_noise(value, noise[name], level) for name, value in target.items()}
     answer = student(noisy, level)
     losses: dict[str, Tensor] = {}
     for name, goal in target.items():
