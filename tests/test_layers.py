@@ -12,7 +12,7 @@ TIERS = [
     {"encoders"},
     {"synthesis"},
     {"policy"},
-    {"joint", "conditioning", "editing"},
+    {"guess", "joint", "conditioning", "editing"},
     {"model"},
     {"acceleration", "checkpoint", "convert", "streaming"},
     {

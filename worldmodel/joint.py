@@ -13,35 +13,16 @@ from worldmodel.contracts import STREAMS, ClipSpec, Fused, Future, Observation, 
 from worldmodel.encoders.fusion import SENSES, FusionEncoder
 from worldmodel.encoders.motion import MotionEncoder
 from worldmodel.errors import ConfigError
+from worldmodel.guess import Guess, Memory
 from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
-from worldmodel.synthesis.flow import clean_to_velocity, expand_as
-from worldmodel.synthesis.source import Source
-from worldmodel.synthesis.state import StreamState
 from worldmodel.synthesis.temporal import Keys, newest
 
 COUPLINGS = ("history_only", "joint")
-PREDICTS = ("clean", "velocity")
-
-
-class Memory(NamedTuple):
-    """The clean history after one pass: all that any denoising step needs."""
-
-    kept: StreamState
-    context: Fused  # as the video transformer reads it
-    action_context: Fused  # as the action transformer reads it
-    condition: Tensor | None  # (B, W) of the action transformer
-    proposal: Tensor | None  # (B, A, D) what the state alone suggests
-    anchors: dict[str, Tensor]
-    rays: Tensor
-    presence: dict[str, Tensor]
-    embodiment: Tensor
-    streams: tuple[str, ...]
-    source: Source | None = None  # another clip that the future follows
 
 
 class Track(NamedTuple):
@@ -54,7 +35,7 @@ class Track(NamedTuple):
     rope: tuple[Tensor, Tensor]
 
 
-class JointTransformer(nn.Module):
+class JointTransformer(Guess):
     """Understanding and fusion, video synthesis and action prediction as one network."""
 
     def __init__(
@@ -74,11 +55,9 @@ class JointTransformer(nn.Module):
         predicts: str,
         motion: MotionEncoder | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(predicts=predicts, channels=autoencoder.channels)
         if coupling not in COUPLINGS:
             raise ConfigError(f"unknown coupling {coupling!r}; one of {', '.join(COUPLINGS)}")
-        if predicts not in PREDICTS:
-            raise ConfigError(f"predicts: unknown target {predicts!r}; one of {', '.join(PREDICTS)}")
         if spec.stride != autoencoder.temporal:
             raise ConfigError(
                 f"data.spec.stride is {spec.stride}, but the autoencoder packs {autoencoder.temporal} steps into a "
@@ -92,10 +71,6 @@ class JointTransformer(nn.Module):
         self.spec, self.coupling = spec, coupling
         self.stream_steps, self.action_steps = stream_steps, action_steps
         self.stream_shift, self.action_shift = stream_shift, action_shift
-        self.predicts = predicts
-        channels = autoencoder.channels
-        self.register_buffer("stream_scale", torch.ones(len(STREAMS)))
-        self.register_buffer("still", torch.eye(channels + 1, channels))
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
         self.motion = motion
@@ -141,11 +116,6 @@ class JointTransformer(nn.Module):
         state = state._replace(video=state.video - self.still_latents(last[:, None]))
         scales = [value[future.valid].square().mean().sqrt() for value in state]
         self.get_buffer("stream_scale").copy_(torch.stack(scales).clamp(min=0.02))
-
-    def still_latents(self, last: Tensor) -> Tensor:
-        """Single-frame latents (B, 1, V, C, h', w') -> temporal latents of a film of that frame."""
-        still = self.get_buffer("still")
-        return (last.movedim(3, -1) @ still[:-1] + still[-1]).movedim(-1, 3)
 
     def relative(self, value: Tensor, anchor: Tensor) -> Tensor:
         """Anchored streams as amplified differences to now."""
@@ -282,37 +252,6 @@ class JointTransformer(nn.Module):
             answer = self.expert.decode(action.x, action.embedding)
             action_velocity = self.to_velocity("actions", answer, memory, actions, action_level)
         return velocities, action_velocity
-
-    def to_velocity(
-        self, name: str, answer: Tensor, memory: Memory, noisy: Tensor, level: Tensor, lead: Tensor | None = None
-    ) -> Tensor:
-        """Network output -> velocity of a stream or `actions`.
-
-        They are the same where the model predicts `velocity`. Where it predicts `clean`, the output is how far the
-        clean value lies from a guess: for video that the picture stands still or, where there is a source, is the
-        source's, for actions the state policy's proposal, for the other streams the newest value or the mean, which are
-        zero in their units. `lead` adds to the guess.
-        """
-        if self.predicts == "velocity":
-            return answer if lead is None else answer - lead
-        if name == "actions":
-            clean = answer
-            if memory.proposal is not None:
-                clean = clean + repeat_rows(memory.proposal, noisy.shape[0] // memory.proposal.shape[0])
-        else:
-            clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
-            if name == "video":
-                source = memory.source
-                guess = self.still_latents(memory.anchors[name]) if source is None else source.video
-                clean = clean + guess + (0.0 if lead is None else lead)
-        return clean_to_velocity(clean, noisy, level)
-
-    def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:
-        """Factor on the velocity error of a stream or `actions` that makes it the error of the network's answer."""
-        if self.predicts == "velocity":
-            return 1.0
-        scale = self.get_buffer("stream_scale")[STREAMS.index(name)] if name in STREAMS else 1.0
-        return expand_as(level, like) / scale
 
     def open_streams(self, memory: Memory, state: WorldState, levels: Tensor, given: Given | None) -> Track:
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""
