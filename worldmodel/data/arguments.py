@@ -27,7 +27,7 @@ wrist force/torque, finger taxels, proprioception, actions and a written instruc
 
   metaworld   one arm (sawyer), fifteen tasks of ML10, five of them held out
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
-              experts fail often at PickPlaceBread with sawyer_osc and at PickPlaceCereal with panda and iiwa
+              experts fail often at PickPlaceCereal with panda and iiwa, at PickPlaceCan with sawyer_osc
 
 Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
 to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot, failures included: training
