@@ -35,7 +35,9 @@ def test_the_page_is_self_contained_and_names_every_task(
         assert words in page
     assert page.count("data:video/mp4") == 2 * len(reader.index["tasks"])
     assert page.count('svg class="chart scene orbit"') == 2 * len(reader.index["tasks"])
-    assert page == render(reader)
+    # The encoder of videos does not give the same bytes every time, not even for the same frames.
+    without = [re.sub(r"data:video/mp4;base64,[^\"]+", "", text) for text in (page, render(reader))]
+    assert without[0] == without[1]
     assert main(["inspect", str(tiny_dataset), "--html", str(tmp_path)]) == USAGE
 
 
