@@ -83,6 +83,8 @@ def test_untrained_conditions_change_nothing(tiny_model):
     with_them = synthesise(tiny_model, o, f, "forward_dynamics").rgb
     tiny_model.denoiser.conditions = None
     torch.testing.assert_close(with_them, synthesise(tiny_model, o, f, "forward_dynamics").rgb, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"'embodiment' is not given here; given are text"):
+        synthesise(tiny_model, o, None, guidance={"embodiment": 2.0})
     with pytest.raises(ConfigError, match=r"'camera' cannot be given .* synthesis.denoiser.conditions"):
         synthesise(tiny_model, o, f, given={"camera": True})
 

@@ -121,7 +121,7 @@ class WorldModel(JointTransformer):
 
         `memory` is what was read up to and with this observation; without it the observation's own history is read.
         `given` says what else of `future` is given where streams are predicted: views (`video`), the path of the
-        `camera`, tracks of `points`, for all rows, per row or per slot. `guidance` has a scale for any of these,
+        `camera`, tracks of `points`, for all rows, per row or per slot. `guidance` has a scale for `camera`, `points`,
         `actions`, `embodiment` or `text`: above 1 the answer follows it more than the data did. Each scale but 1 costs
         another pass of the transformers. Raises `ConfigError` for an unknown mode, for a dynamics mode without
         `future`, for a dynamics mode under `history_only`, where streams and actions cannot see each other, and for
@@ -143,7 +143,8 @@ class WorldModel(JointTransformer):
         if mode == "forward_dynamics":
             flags["actions"] = True
         scales = {name: scale for name, scale in (guidance or {}).items() if scale != 1}
-        check_guidance(scales, [*(n for n in flags if flags[n] is not False), "embodiment", "text"])
+        always = ["text"] if self.denoiser.conditions is None else ["embodiment", "text"]
+        check_guidance(scales, [*(n for n in flags if flags[n] is not False), *always])
         if "text" in scales and memory is not None:
             raise ConfigError("guidance: the instruction of a memory that was carried on cannot be taken out of it")
         memories: dict[str | None, Memory] = {None: self.remember(s, latents) if memory is None else memory}
