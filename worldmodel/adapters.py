@@ -92,9 +92,8 @@ def inject(model: nn.Module, trains: Sequence[str], lora: Lora, seed: int) -> No
             f"lora.targets: {unknown or list(lora.targets)} are no linear layers of {list(trains)}, whose names end in "
             f"{kinds}"
         )
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
-    )  # pyright: ignore[reportArgumentType]
+    alpha: Any = lora.alpha  # a number, though peft's annotation says a whole one
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws A from the global generator
         inject_adapter_in_model(config, model)

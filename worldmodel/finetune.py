@@ -53,7 +53,7 @@ def plan_model(config: Mapping[str, Any], readers: Sequence[ShardReader]) -> Pla
     old = make_spec(metadata["spec"])
     firsts = first_episodes(readers)
     new = [name for name in firsts if name not in old.embodiments]
-    spec = rename_cameras(replace(old, embodiments=(*old.embodiments, *new)), settings["cameras"])
+    spec = rename_cameras(replace(old, embodiments=(*old.embodiments, *new)), settings["cameras"] or {})
     known = metadata["statistics"]["embodiments"]
     statistics = dict(known)
     for name, (reader, number) in firsts.items():
