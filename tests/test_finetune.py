@@ -197,8 +197,9 @@ def test_what_was_fine_tuned_on_a_held_out_task_is_refused_there(init, new_task,
 
 
 def test_a_run_that_breaks_in_a_phase_with_adapters_ends_as_an_undisturbed_one(init, new_task, tmp_path, monkeypatch):
-    more = ["phases.adapt.lora.dropout=0.2", "trainer.save_every=1", "phases.adapt.lora.whole=[embodiment]"]
-    whole = train(short("finetune_lora", init, new_task, tmp_path / "whole", *more))
+    adapters = "+phases.adapt.lora={rank: 4, dropout: 0.2, whole: [embodiment]}"
+    more = [adapters, "trainer.save_every=1"]
+    whole = train(short("finetune_frozen", init, new_task, tmp_path / "whole", *more))
     step = PhaseModule.training_step
 
     def breaking(self, batch, batch_idx):
@@ -207,7 +208,7 @@ def test_a_run_that_breaks_in_a_phase_with_adapters_ends_as_an_undisturbed_one(i
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(PhaseModule, "training_step", breaking)
-    config = short("finetune_lora", init, new_task, tmp_path / "broken", *more)
+    config = short("finetune_frozen", init, new_task, tmp_path / "broken", *more)
     with pytest.raises(RuntimeError, match="power cut"):
         train(config)
     monkeypatch.setattr(PhaseModule, "training_step", step)
@@ -219,6 +220,12 @@ def test_a_run_that_breaks_in_a_phase_with_adapters_ends_as_an_undisturbed_one(i
     broken = train(config)
     first, second = (load_file(run / "model.safetensors") for run in (whole, broken))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_mode_that_trains_nothing_is_named(init, new_task, tmp_path):
+    mixture = "phases.adapt.mixture=[{mode: video_prediction, weight: 1.0}]"
+    with pytest.raises(ConfigError, match=r"video_prediction/camera.* trains nothing of \['expert.embed_out'\]"):
+        train(short("finetune_frozen", init, new_task, tmp_path, mixture, "phases.adapt.trains=[expert.embed_out]"))
 
 
 def entry(task: str, number: int, **more: Any) -> Entry:

@@ -97,8 +97,7 @@ def inject(model: nn.Module, trains: Sequence[str], lora: Lora, seed: int) -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws A from the global generator
         inject_adapter_in_model(config, model)
-    if wrapped := sorted(set(targets) ^ {name for name, _ in wrapped_layers(model)}):
-        raise AssertionError(f"wrapped other layers than asked for: {wrapped}")
+    assert {name for name, _ in wrapped_layers(model)} == set(targets), "peft wrapped other layers than asked for"
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if ".lora_" in name or is_whole(name, lora):

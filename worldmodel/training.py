@@ -74,6 +74,11 @@ class PhaseModule(L.LightningModule):
             raise FloatingPointError(
                 f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
             )
+        if not losses["loss"].requires_grad:
+            raise ConfigError(
+                f"phase {phase.name!r}: a batch of {', '.join(losses)} trains nothing of {list(phase.trains)}; leave "
+                "its mode out of the mixture"
+            )
         self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
         return losses["loss"]
