@@ -75,13 +75,13 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
     view["wrench"], view["action"] = series[:, : sensors * 6].reshape(t, sensors, 6), series[:, sensors * 6 :]
 
     view["intrinsics"][:], view["camera_to_base"][:] = np.eye(3), np.eye(4)
-    names = [camera_map.get(camera, camera) for camera in spec.cameras]
+    names = [None if c in spec.absent_cameras else camera_map.get(c, c) for c in spec.cameras]
     masks["has_rgb"] = np.array(
         [name in meta.get("cameras", ()) and "rgb" not in meta.get("absent", ()) for name in names]
     )
     masks["has_camera"] = np.array([name in episode.camera_to_base for name in names])
     for v, name in enumerate(names):
-        if name in episode.camera_to_base:
+        if name is not None and name in episode.camera_to_base:
             view["intrinsics"][:, v] = episode.intrinsics[name]
             view["camera_to_base"][:, v] = episode.camera_to_base[name]
 
