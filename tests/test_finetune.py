@@ -259,13 +259,13 @@ def test_a_robot_with_other_cameras_and_sizes_is_added_to_those_that_the_checkpo
     root = made_up_dataset(tmp_path / "panda", {("panda", "lift"): 2}, length=12, pixels=64)
     more = ["model.from_init.cameras={front: wrist, wrist: null}", "phases.adapt.lora.whole=[embodiment]"]
     with pytest.raises(DataError, match=r"cameras \['wrist'\] are missing: the data have \['front'\]") as raised:
-        train(short("finetune_lora", init, root, tmp_path / "unmapped"))
+        train(short("finetune_lora", init, root, tmp_path / "run"))
     assert "'model.from_init.cameras={wrist: null}'" in str(raised.value)
     with pytest.raises(ConfigError, match="gives two cameras one name"):
-        train(short("finetune_lora", init, root, tmp_path / "twice", "model.from_init.cameras={front: wrist}"))
+        train(short("finetune_lora", init, root, tmp_path / "run", "model.from_init.cameras={front: wrist}"))
     more[0] = "model.from_init.cameras={front: null, wrist: front2}"
     with pytest.raises(DataError, match=r"set 'model.from_init.cameras=\{front2: front\}'"):
-        train(short("finetune_lora", init, root, tmp_path / "misnamed", more[0]))
+        train(short("finetune_lora", init, root, tmp_path / "run", more[0]))
     more[0] = "model.from_init.cameras={wrist: null}"
     folder = train(short("finetune_lora", init, root, tmp_path / "run", *more))
     model, old = load_model(folder), load_model(init)

@@ -65,8 +65,8 @@ def train(config: Mapping[str, Any]) -> Path:
     L.seed_everything(config["seed"], verbose=False)
     torch.set_num_threads(config["trainer"]["threads"])
     run = Path(config["run_dir"])
-    claim(run, config)
     if (run / "model.safetensors").is_file():
+        claim(run, config)
         log.info("%s is already trained; another run_dir or an empty one trains again", run)
         return run
     phases = make_phases(config["phases"])
@@ -84,6 +84,7 @@ def train(config: Mapping[str, Any]) -> Path:
     plan = plan_model(config, readers)
     spec, statistics = plan.spec, plan.statistics
     check_embodiments(spec, trained, ", ".join(str(r.root) for r in readers), complete=not plan.adapted)
+    claim(run, config)  # not before the data are known to fit: what was mended must not be refused as other settings
     model = build_model(plan.model, spec, statistics)
     record = training_record(config, readers)
     if config["init"] is not None:
