@@ -10,10 +10,12 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
   experiment=NAME          a file of configs/experiment: kairos_tiny (laptop CPU, minutes), kairos_small (one GPU),
                            kairos_base (the published shape, a cluster); on top of a finished kairos_tiny:
                            kairos_tiny_scene (what moves and what stands), kairos_tiny_edit (edits of recorded clips),
-                           kairos_tiny_distilled (a student that needs fewer sampling steps)
+                           kairos_tiny_distilled (a student that needs fewer sampling steps); from any finished run
+                           to new data: finetune_full, finetune_lora, finetune_frozen
   data.root=DIR            shards to train on (made by `python -m worldmodel.data generate ...`)
   run_dir=DIR              where the run goes; the same folder again resumes it, or does nothing when it is done
   init=FILE                weights to start from: a run folder, or what `python -m worldmodel.convert` wrote
+  data.episodes=N          so many training demonstrations per task and robot, chosen by the seed
   seed=N                   seed of weights, data order and noise
   phases.NAME.steps=N      length of a phase; any other field of a phase likewise
   phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...

@@ -8,6 +8,7 @@ from export.manifest import RobotNames
 from worldmodel.contracts import ClipSpec, Observation
 from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
+from worldmodel.data.embodiments import load_embodiments
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import DataError
 
@@ -36,15 +37,18 @@ def held_out_observations(reader: ShardReader, spec: ClipSpec, count: int) -> li
 def robot_names(reader: ShardReader, spec: ClipSpec) -> dict[str, RobotNames]:
     """Names and units of every embodiment of the spec, from one episode of each.
 
+    A robot without an episode, which only the checkpoint knows that this one was fine-tuned from, has those of the
+    registry.
+
     Raises:
-        DataError: an embodiment has no episode.
+        DataError: an embodiment has neither episode nor entry.
     """
     robots: dict[str, RobotNames] = {}
     for embodiment in spec.embodiments:
         numbers = [i for i, entry in enumerate(reader.entries) if entry.embodiment == embodiment]
         if not numbers:
-            known = reader.index["embodiments"]
-            raise DataError(f"{Path(reader.root)}: no episode of embodiment {embodiment!r}; there are {known}")
+            robots[embodiment] = _registered(embodiment, reader)
+            continue
         meta = reader.read(numbers[0], images=False).meta
         robots[embodiment] = RobotNames(
             action_names=tuple(meta["action_names"]),
@@ -54,3 +58,22 @@ def robot_names(reader: ShardReader, spec: ClipSpec) -> dict[str, RobotNames]:
             sensor_frames=dict(meta.get("sensor_frames", {})),
         )
     return robots
+
+
+def _registered(embodiment: str, reader: ShardReader) -> RobotNames:
+    """Names and units by the registry of robots."""
+    entry = load_embodiments().get(embodiment)
+    if entry is None:
+        known = reader.index["embodiments"]
+        raise DataError(
+            f"{Path(reader.root)}: no episode of embodiment {embodiment!r}; there are {known}, and configs/embodiments "
+            "has no entry for it that could say what its numbers mean"
+        )
+    action, proprio = entry.action, entry.proprio
+    return RobotNames(
+        action_names=action.names if action else (),
+        proprio_names=proprio.names if proprio else (),
+        action_units=action.units if action else (),
+        proprio_units=proprio.units if proprio else (),
+        sensor_frames={},
+    )

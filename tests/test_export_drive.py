@@ -76,6 +76,9 @@ def test_expert_solves_the_task() -> None:
     assert Rollout(replan=1, image_every=0)(scene, ExpertPolicy(), "drawer-close-v3", 0).success
 
 
-def test_unknown_embodiment_is_named(tiny_dataset: Path) -> None:
-    with pytest.raises(DataError, match=r"no episode of embodiment 'panda'; there are \['sawyer'\]"):
-        robot_names(ShardReader(tiny_dataset), ClipSpec(embodiments=("panda",)))
+def test_a_robot_without_data_is_that_of_the_registry_or_named(tiny_dataset: Path) -> None:
+    names = robot_names(ShardReader(tiny_dataset), ClipSpec(embodiments=("panda", "sawyer")))
+    assert names["panda"].action_names[-1] == "gripper" and len(names["panda"].action_units) == 7
+    assert names["sawyer"].action_names[-1] == "gripper_effort"
+    with pytest.raises(DataError, match=r"no episode of embodiment 'robot_x'; there are \['sawyer'\], and .* no entry"):
+        robot_names(ShardReader(tiny_dataset), ClipSpec(embodiments=("robot_x",)))

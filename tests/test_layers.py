@@ -14,7 +14,7 @@ TIERS = [
     {"policy"},
     {"guess", "joint", "conditioning", "editing"},
     {"model"},
-    {"acceleration", "checkpoint", "convert", "streaming"},
+    {"acceleration", "adapters", "checkpoint", "convert", "streaming"},
     {
         "losses",
         "editing_losses",
@@ -26,7 +26,7 @@ TIERS = [
         "holdout",
         "figures",
     },
-    {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation", "distillation"},
+    {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation", "distillation", "finetune"},
     {"report_samples", "report_closed_loop", "report_motion", "report_edits"},
     {"report", "stamp", "comparison"},
     {"phases"},

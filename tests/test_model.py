@@ -57,6 +57,8 @@ def test_every_experiment_composes_and_builds(statistics):
     for name in names:
         configs = [compose(f"experiment={name}", f"trainer={trainer}") for trainer in ("cpu", "gpu")]
         assert configs[0]["model"] == configs[1]["model"]
+        if "from_init" in configs[0]["model"]:
+            continue  # test_finetune builds these from a checkpoint
         spec = make_spec(configs[0]["data"]["spec"])
         fields = dict.fromkeys(spec.embodiments, statistics["embodiments"]["sawyer"])
         loaded = {"autoencoder"} if "path" in configs[0]["model"]["autoencoder"] else set()

@@ -95,12 +95,12 @@ def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any
     return folder
 
 
-def initialise(model: WorldModel, path: str | Path) -> None:
+def initialise(model: WorldModel, path: str | Path, *, grow: bool = False) -> None:
     """Starts from the weights of a file, `python -m worldmodel.convert` makes such, or of a run folder.
 
     Parts of the model that the file does not know stay as they are, but what is only added to known tokens starts at
-    zero, so that the known network is not disturbed. Raises `DataError` for a tensor that the model has not, or has in
-    another shape.
+    zero, so that the known network is not disturbed. With `grow`, tables of robots may have more rows here; the new
+    start as the mean of the known. Raises `DataError` for a tensor that the model has not, or has in another shape.
     """
     weights = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     if not weights.is_file():
@@ -108,6 +108,10 @@ def initialise(model: WorldModel, path: str | Path) -> None:
     # Statistics belong to the data, and those of this run are what its description will say.
     found = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("normaliser.")}
     own = model.state_dict()
+    if grow:
+        for name in [n for n in found if n.endswith("embodiment.weight") and n in own]:
+            rows = len(own[name]) - len(found[name])
+            found[name] = torch.cat([found[name], found[name].mean(0, keepdim=True).expand(max(rows, 0), -1)])
     wrong = [
         f"{name} {tuple(tensor.shape)} ({f'here {tuple(own[name].shape)}' if name in own else 'not here'})"
         for name, tensor in found.items()
@@ -126,11 +130,11 @@ def initialise(model: WorldModel, path: str | Path) -> None:
     log.info("started from %s: %d of %d tensors", weights, len(found), len(own))
 
 
-def load_model(folder: str | Path) -> WorldModel:
-    """Loads a checkpoint folder, in evaluation mode.
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The content of `model.json` of a checkpoint folder.
 
-    Raises `DataError` for missing files, another schema version, statistics that are not those the weights were
-    trained with, or tensors that do not fit.
+    Raises `DataError` for missing files, another schema version, or statistics that are not those the weights were
+    trained with.
     """
     from worldmodel.data.statistics import statistics_hash
 
@@ -148,6 +152,17 @@ def load_model(folder: str | Path) -> WorldModel:
             f"{folder / DESCRIPTION}: statistics hash to {digest[:12]}, but the weights were trained with "
             f"{metadata['statistics_hash'][:12]}; the statistics were changed after training"
         )
+    return metadata
+
+
+def load_model(folder: str | Path) -> WorldModel:
+    """Loads a checkpoint folder, in evaluation mode.
+
+    Raises `DataError` for missing files, another schema version, statistics that are not those the weights were
+    trained with, or tensors that do not fit.
+    """
+    folder = Path(folder)
+    metadata = read_description(folder)
     model = build_model(metadata["config"], make_spec(metadata["spec"]), metadata["statistics"])
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))

@@ -39,6 +39,7 @@ class ClipSpec:
     """The names and sizes that data, model and runtime must agree on. Stored in every checkpoint and artefact."""
 
     cameras: tuple[str, ...] = ("front", "wrist")
+    absent_cameras: tuple[str, ...] = ()  # those of `cameras` that the robot lacks: always masked
     sensors: tuple[str, ...] = ("wrist", "left_finger", "right_finger")
     embodiments: tuple[str, ...] = ("sawyer",)
     height: int = 64

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worldmodel.acceleration import accelerated
-from worldmodel.checkpoint import build_model, describe, initialise, load_model, make_spec, save_model
+from worldmodel.adapters import merge, save_adapters
+from worldmodel.checkpoint import build_model, describe, initialise, load_model, save_model
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
@@ -33,8 +34,9 @@ from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
-from worldmodel.data.statistics import load_statistics, merge_statistics, statistics_hash
+from worldmodel.data.statistics import statistics_hash
 from worldmodel.encoders.pretrained import attach_features
+from worldmodel.finetune import FROM_INIT, inherit, plan_model
 from worldmodel.model import WorldModel
 from worldmodel.phases import DATA, MIXED, PARTS, Phase, make_phases
 from worldmodel.run_folder import claim, training_record
@@ -63,25 +65,32 @@ def train(config: Mapping[str, Any]) -> Path:
     L.seed_everything(config["seed"], verbose=False)
     torch.set_num_threads(config["trainer"]["threads"])
     run = Path(config["run_dir"])
-    claim(run, config)
     if (run / "model.safetensors").is_file():
+        claim(run, config)
         log.info("%s is already trained; another run_dir or an empty one trains again", run)
         return run
-    spec = make_spec(config["data"]["spec"])
     phases = make_phases(config["phases"])
     strict = config["data"]["on_error"] == "raise"
-    reader = ShardReader(config["data"]["root"], cache_bytes=config["data"]["cache_bytes"], check_sizes=strict)
+    reader = ShardReader(
+        config["data"]["root"],
+        cache_bytes=config["data"]["cache_bytes"],
+        check_sizes=strict,
+        episodes=config["data"]["episodes"],
+        seed=config["seed"],
+    )
     others = other_roots(config, phases)
     readers = [reader, *(ShardReader(root, cache_bytes=0, check_sizes=strict) for root in others)]
     trained = {entry.embodiment for r in readers for entry in r.entries if entry.split == "train"}
-    check_embodiments(spec, trained, ", ".join(str(r.root) for r in readers))
-    statistics = merge_statistics([load_statistics(r.root) for r in readers])
-    model = build_model(config["model"], spec, statistics)
-    model.metadata = describe(
-        config["model"], spec, statistics, statistics_hash(statistics), training_record(config, readers)
-    )
+    plan = plan_model(config, readers)
+    spec, statistics = plan.spec, plan.statistics
+    check_embodiments(spec, trained, ", ".join(str(r.root) for r in readers), complete=not plan.adapted)
+    claim(run, config)  # not before the data are known to fit: what was mended must not be refused as other settings
+    model = build_model(plan.model, spec, statistics)
+    record = training_record(config, readers)
     if config["init"] is not None:
-        initialise(model, config["init"])
+        initialise(model, config["init"], grow=plan.adapted)
+        record = inherit(record, config["init"])
+    model.metadata = describe(plan.model, spec, statistics, statistics_hash(statistics), record)
     if config["data"]["features"] is not None:
         seen = model.metadata["training"]
         datasets = {seen["data_root"]: seen["index_sha256"], **seen["other_data"]}
@@ -156,13 +165,17 @@ def run_phase(
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
-    fitted = phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean"
+    # A network that was taken over whole answers in the units that it learned.
+    own = FROM_INIT not in config["model"] and phase.lora is None
+    fitted = own and phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean"
     if not resumed and fitted:
         # Rows of the fit are cells of images: where images are large, few clips are enough.
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
         model.fit_guess(sample.observation, sample.future)
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+    log.info("phase %s trains %s of %s parameters", phase.name, *(f"{count:,}" for count in counts))
     average = MovingAverage(decay=phase.ema)
     settings = config["trainer"]
     data = ClipDataModule(
@@ -202,6 +215,9 @@ def run_phase(
             log.warning("stopped by SIGTERM in phase %s, saved; the same command continues from here", phase.name)
             raise SystemExit(143) from None
     average.copy_to(module)
+    if phase.lora is not None:
+        save_adapters(model, phase.lora, phase.trains, folder)
+        merge(model)
     if phase.objective == "tokeniser":
         with torch.no_grad():
             clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
@@ -234,21 +250,25 @@ def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Pa
     from tqdm import tqdm
 
     path = run / "latents.safetensors"
+    entries = [(i, e) for i, e in enumerate(reader.entries) if e.split == "train"]
     digest = hashlib.sha256(model.metadata["training"]["index_sha256"].encode())
     for name, value in model.autoencoder.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
+    if reader.chosen is not None:
+        digest.update(reader.chosen.encode())
     key = digest.hexdigest()[:16]
     if path.is_file():
         held = load_file(path)
         if key in held:
             return held[key]
-    entries = [(i, e) for i, e in enumerate(reader.entries) if e.split == "train"]
-    total = sum(e.length for e in reader.entries)
-    cache = torch.full((total, len(spec.cameras), model.autoencoder.channels, *model.grid), torch.nan)
+    cache = torch.full((reader.frames, len(spec.cameras), model.autoencoder.channels, *model.grid), torch.nan)
     model.autoencoder.eval()
     with torch.no_grad():
         for i, entry in tqdm(entries, desc="latents", unit="episode"):
-            rgb = np.stack([reader.pictures(i, camera, range(entry.length)) for camera in spec.cameras], 1)
+            rgb = np.zeros((entry.length, len(spec.cameras), 3, spec.height, spec.width), np.uint8)
+            for v, camera in enumerate(spec.cameras):
+                if camera not in spec.absent_cameras:
+                    rgb[:, v] = reader.pictures(i, camera, range(entry.length))
             flat = torch.from_numpy(rgb).flatten(0, 1).float() / 127.5 - 1.0
             encoded = model.autoencoder.encode_frames(flat)
             cache[entry.start : entry.start + entry.length] = encoded.unflatten(0, rgb.shape[:2])

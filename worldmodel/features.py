@@ -40,33 +40,35 @@ def make_features(config: Mapping[str, Any], *, batch: int = 32, progress: bool 
     from hydra.utils import instantiate
     from tqdm import tqdm
 
-    from worldmodel.checkpoint import make_spec
     from worldmodel.curriculum import data_settings, make_phases, other_roots
     from worldmodel.data.index import INDEX
     from worldmodel.data.shards import ShardReader
     from worldmodel.encoders.feature_store import describe, folder_of, part_path, write_part
     from worldmodel.encoders.pretrained import frozen_parts
     from worldmodel.errors import ConfigError
+    from worldmodel.finetune import plan_model
 
     if config["data"]["features"] is None:
         raise ConfigError("data.features is null; it names the folder that the features go to")
     torch.set_num_threads(config["trainer"]["threads"])
     device = torch.device("cuda" if config["trainer"]["accelerator"] in ("gpu", "cuda") else "cpu")
-    encoder = instantiate(config["model"]["encoder"], _convert_="all")
+    phases = make_phases(config["phases"])
+    skip = any(data_settings(config, phase)["on_error"] == "skip" for phase in phases)
+    roots = [config["data"]["root"], *other_roots(config, phases)]
+    readers = [ShardReader(root, cache_bytes=0, check_sizes=not skip) for root in roots]
+    plan = plan_model(config, readers)
+    encoder = instantiate(plan.model["encoder"], _convert_="all")
     parts = frozen_parts(encoder)
     digests = {name: part.digest() for name, part in parts.items()}
     encoder.to(device)
-    phases = make_phases(config["phases"])
     silent = any(
         "text" in item.drop or (phase.dropout if item.dropout is None else item.dropout).get("text", 0) > 0
         for phase in phases
         for item in phase.mixture
     ) or any(phase.dropout.get("text", 0) > 0 for phase in phases if not phase.mixture)
-    skip = any(data_settings(config, phase)["on_error"] == "skip" for phase in phases)
     written = []
-    for root in [config["data"]["root"], *other_roots(config, phases)]:
-        reader = ShardReader(root, cache_bytes=0, check_sizes=not skip)
-        clips = frames_by_shard(reader, make_spec(config["data"]["spec"]), on_error="skip" if skip else "raise")
+    for root, reader in zip(roots, readers, strict=True):
+        clips = frames_by_shard(reader, plan.spec, on_error="skip" if skip else "raise")
         dataset = hashlib.sha256((reader.root / INDEX).read_bytes()).hexdigest()
         folders = {}
         for name, part in parts.items():

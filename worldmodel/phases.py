@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from worldmodel.adapters import Lora
 from worldmodel.config import with_tuples
 from worldmodel.contracts import MODES, PAIR_KINDS
 from worldmodel.data.dataset import Needs
@@ -67,13 +68,15 @@ class Ingredient:
 class Phase:
     """One phase of the curriculum: what it trains, on what, for how long.
 
-    With `chunks` above 1 every row of a world batch is that many consecutive clips of one episode, and stage 2 carries
-    its memory from each to the next: a history of many frames at the cost of few. `gradients` says whether they flow
-    back through it. `given` has the rate at which each condition of synthesis is given in a row - `video`, `camera`,
-    `points`, `embodiment` (1 unless said); `forward_dynamics` gives actions - and `absent` that at which cameras and
-    points that are not given are left out instead of predicted; guidance needs both. A network without conditions
-    learns without. An `edit` phase learns from pairs of clips: `pairs` weighs their kinds, `rates` are those of
-    `RATES`. `distillation` says what objective `distill` learns from a teacher about the modes of its mixture.
+    `trains` names parts of the model or, with dots, what lies in them (`expert.embed_out`); with `lora`, low-rank
+    adapters are trained in them and nothing else. With `chunks` above 1 every row of a world batch is that many
+    consecutive clips of one episode, and stage 2 carries its memory from each to the next: a history of many frames at
+    the cost of few. `gradients` says whether they flow back through it. `given` has the rate at which each condition of
+    synthesis is given in a row - `video`, `camera`, `points`, `embodiment` (1 unless said); `forward_dynamics` gives
+    actions - and `absent` that at which cameras and points that are not given are left out instead of predicted;
+    guidance needs both. A network without conditions learns without. An `edit` phase learns from pairs of clips:
+    `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
+    teacher about the modes of its mixture.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Phase:
     pairs: Mapping[str, float] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     distillation: Distillation | None = None
+    lora: Lora | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,7 +128,7 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
-        if unknown := [part for part in self.trains if part not in PARTS]:
+        if unknown := [part for part in self.trains if part.partition(".")[0] not in PARTS]:
             raise ConfigError(f"phase {self.name!r}: trains {unknown[0]!r}, which is none of {', '.join(PARTS)}")
         if unknown := sorted(set(self.data) - set(DATA)):
             raise ConfigError(f"phase {self.name!r}: data.{unknown[0]} is none of {', '.join(DATA)}")
@@ -134,6 +138,8 @@ class Phase:
             )
         if (self.objective == "distill") != (self.distillation is not None):
             raise ConfigError(f"phase {self.name!r}: `distillation` belongs to objective `distill` and only there")
+        if self.objective == "distill" and (inner := [part for part in self.trains if part not in PARTS]):
+            raise ConfigError(f"phase {self.name!r}: trains {inner[0]!r}, but objective `distill` trains whole parts")
         if self.distillation is not None:
             self.check_distillation(self.distillation)
 
@@ -181,10 +187,11 @@ def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
     for name, values in config.items():
         try:
             mixture = tuple(Ingredient(**with_tuples(item)) for item in values.get("mixture", []))
-            rest = with_tuples({k: v for k, v in values.items() if k not in ("mixture", "distillation")})
-            settings = values.get("distillation")
+            rest = with_tuples({k: v for k, v in values.items() if k not in ("mixture", "distillation", "lora")})
+            settings, adapters = values.get("distillation"), values.get("lora")
             distillation = None if settings is None else Distillation(**with_tuples(settings))
-            phases.append(Phase(name=name, mixture=mixture, distillation=distillation, **rest))
+            lora = None if adapters is None else Lora(**with_tuples(adapters))
+            phases.append(Phase(name=name, mixture=mixture, distillation=distillation, lora=lora, **rest))
         except TypeError as error:
             raise ConfigError(f"phase {name!r}: {error}") from error
     return phases

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from worldmodel.adapters import inject
 from worldmodel.contracts import Batch, Pair
 from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.distillation import distillation_loss, make_teacher
@@ -31,12 +32,16 @@ class PhaseModule(L.LightningModule):
         for name in PARTS:
             part = getattr(model, name)
             if part is not None:
-                part.requires_grad_(name in phase.trains)
-            elif name in phase.trains:
+                part.requires_grad_(False)
+            elif any(word.partition(".")[0] == name for word in phase.trains):
                 raise ConfigError(f"phase {phase.name!r}: trains {name!r}, which this model has not (model.{name})")
+        for word in phase.trains:
+            within(model, word, phase.name).requires_grad_(True)
         for part in model.modules():
             if getattr(part, "frozen", False):
                 part.requires_grad_(False)
+        if phase.lora is not None:
+            inject(model, phase.trains, phase.lora, phase.generator(seed, -1).initial_seed())
         # Part of the module, so that it moves with it and a resumed phase finds it in its checkpoint.
         settings = phase.distillation
         self.teacher = None if settings is None else make_teacher(model, phase.trains, settings.teacher)
@@ -45,6 +50,8 @@ class PhaseModule(L.LightningModule):
         """One optimisation step; logs each part of the loss."""
         phase = self.phase
         generator = phase.generator(self.seed, self.global_step)
+        if phase.lora is not None and phase.lora.dropout:
+            torch.manual_seed(generator.initial_seed())  # peft's dropout draws from the global generator
         if isinstance(batch, Pair):
             losses = edit_loss(
                 self.model,
@@ -66,6 +73,11 @@ class PhaseModule(L.LightningModule):
         if not bool(torch.isfinite(losses["loss"])):
             raise FloatingPointError(
                 f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
+            )
+        if not losses["loss"].requires_grad:
+            raise ConfigError(
+                f"phase {phase.name!r}: a batch of {', '.join(losses)} trains nothing of {list(phase.trains)}; leave "
+                "its mode out of the mixture"
             )
         self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
@@ -120,6 +132,19 @@ class PhaseModule(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def within(model: nn.Module, word: str, phase: str) -> nn.Module | nn.Parameter:
+    """The part of the model with a dotted name. Raises `ConfigError` with the names at the place where it fails."""
+    found: Any = model
+    for part in word.split("."):
+        inner = [*(n for n, _ in found.named_children()), *(n for n, _ in found.named_parameters(recurse=False))]
+        if part not in inner:
+            raise ConfigError(f"phase {phase!r}: trains {word!r}, but {part!r} is none of {', '.join(inner)}")
+        found = getattr(found, part)
+        if isinstance(found, nn.Parameter):
+            break
+    return found
 
 
 class MovingAverage(L.Callback):

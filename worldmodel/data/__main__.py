@@ -34,6 +34,7 @@ def _generate(options: argparse.Namespace) -> int:
         benchmark=options.benchmark,
         tasks=options.tasks,
         robots=options.robots,
+        heldout_tasks=options.heldout_tasks,
         heldout_robots=options.heldout_robots,
         episodes=options.episodes,
         heldout_episodes=options.heldout_episodes,

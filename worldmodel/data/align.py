@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,13 +75,13 @@ def align(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str | None]
     view["wrench"], view["action"] = series[:, : sensors * 6].reshape(t, sensors, 6), series[:, sensors * 6 :]
 
     view["intrinsics"][:], view["camera_to_base"][:] = np.eye(3), np.eye(4)
-    names = [camera_map.get(camera, camera) for camera in spec.cameras]
+    names = [None if c in spec.absent_cameras else camera_map.get(c, c) for c in spec.cameras]
     masks["has_rgb"] = np.array(
         [name in meta.get("cameras", ()) and "rgb" not in meta.get("absent", ()) for name in names]
     )
     masks["has_camera"] = np.array([name in episode.camera_to_base for name in names])
     for v, name in enumerate(names):
-        if name in episode.camera_to_base:
+        if name is not None and name in episode.camera_to_base:
             view["intrinsics"][:, v] = episode.intrinsics[name]
             view["camera_to_base"][:, v] = episode.camera_to_base[name]
 
@@ -129,20 +129,26 @@ def check_cameras(episode: Episode, spec: ClipSpec, camera_map: Mapping[str, str
     if "rgb" in episode.meta.get("absent", ()):
         return
     data = list(episode.meta["cameras"])
-    wanted = {camera: camera_map.get(camera, camera) for camera in spec.cameras}
+    present = [camera for camera in spec.cameras if camera not in spec.absent_cameras]
+    wanted = {camera: camera_map.get(camera, camera) for camera in present}
     if not (missing := [camera for camera, name in wanted.items() if name is not None and name not in data]):
         return
-    free = [name for name in data if name not in wanted.values()]
-    suggestion: dict[str, str | None] = {}
-    for camera in missing:
-        close = difflib.get_close_matches(camera, free, n=1, cutoff=0.0)
-        suggestion[camera] = close[0] if close else None
-        free = [name for name in free if name not in close]
+    suggestion = suggest_cameras(missing, [name for name in data if name not in wanted.values()])
     raise DataError(
         f"{where}: cameras {missing} are missing: the data have {data}, the clips ask for "
         f"{list(spec.cameras)}. If they are the same cameras, set camera_map={suggestion} "
         "(None marks a camera as absent)"
     )
+
+
+def suggest_cameras(missing: Sequence[str], free: Sequence[str]) -> dict[str, str | None]:
+    """The free name most like each missing one, each once; None where there is none left."""
+    suggestion: dict[str, str | None] = {}
+    for camera in missing:
+        close = difflib.get_close_matches(camera, free, n=1, cutoff=0.0)
+        suggestion[camera] = close[0] if close else None
+        free = [name for name in free if name not in close]
+    return suggestion
 
 
 def text_ids(text: str, length: int) -> np.ndarray:

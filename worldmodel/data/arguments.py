@@ -89,6 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path, help="folder for shards, index.json and stats.json")
     command.add_argument("--benchmark", metavar="NAME", help="task list (default: the source's only one)")
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, for example reach-v3 or Lift")
+    command.add_argument(
+        "--heldout-tasks",
+        nargs="*",
+        metavar="TASK",
+        help="those of the tasks that training never sees; alone: none (default: the benchmark's)",
+    )
     command.add_argument("--robots", nargs="+", metavar="ROBOT", help="only these robots, for example panda ur5e")
     command.add_argument(
         "--heldout-robots",

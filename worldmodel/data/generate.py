@@ -35,6 +35,7 @@ def generate(
     benchmark: str | None = None,
     tasks: list[str] | None = None,
     robots: list[str] | None = None,
+    heldout_tasks: list[str] | None = None,
     heldout_robots: list[str] | None = None,
     episodes: int = 50,
     heldout_episodes: int = 8,
@@ -61,6 +62,7 @@ def generate(
         benchmark: the source's list of tasks, which names the training and the held-out ones; None is its only one.
         tasks: subset of the benchmark's tasks; None is all of them.
         robots: embodiments of the source; None is all of them.
+        heldout_tasks: those of `tasks` that training never sees; None are the benchmark's.
         heldout_robots: those of `robots` that training never sees; they have `heldout_episodes` each.
         episodes: per training task, for `train`.
         heldout_episodes: per training task, for `heldout_episodes`.
@@ -88,6 +90,7 @@ def generate(
         benchmark=benchmark,
         tasks=tasks,
         robots=robots,
+        heldout_tasks=heldout_tasks,
         heldout_robots=heldout_robots,
         counts=counts,
         seed=seed,
@@ -108,6 +111,8 @@ def generate(
         **plan.extras,
     }
     parameters |= stored_as(pictures)
+    if heldout_tasks is not None:
+        parameters |= {"heldout_tasks": plan.heldout_tasks}
     if len(plan.source.robots) > 1:
         parameters |= {"robots": plan.robots, "heldout_robots": plan.heldout_robots}
     claim(root, parameters)
@@ -115,7 +120,7 @@ def generate(
         root,
         list(plan.chunks()),
         partial(collect_chunk, source),
-        heldout_tasks=lambda entries: [task for task in plan.source.heldout_tasks if task in plan.tasks],
+        heldout_tasks=lambda entries: plan.heldout_tasks,
         extra={"generated": parameters},
         workers=workers,
         ray=ray,
@@ -150,6 +155,7 @@ class Plan:
     source: Source
     tasks: list[str]
     robots: list[str]
+    heldout_tasks: list[str]
     heldout_robots: list[str]
     counts: dict[str, int]
     seed: int
@@ -169,11 +175,12 @@ class Plan:
         """All shards of the dataset."""
         number = 0
         for split in SPLITS:
-            members = self.source.heldout_tasks if split == "heldout_tasks" else self.source.train_tasks
             episodes = self.counts["heldout_episodes" if split == "heldout_robots" else split]
             for task in self.tasks:
                 for robot in self.robots:
-                    if task not in members or (robot in self.heldout_robots) != (split == "heldout_robots"):
+                    if (task in self.heldout_tasks) != (split == "heldout_tasks"):
+                        continue
+                    if (robot in self.heldout_robots) != (split == "heldout_robots"):
                         continue
                     most = max(1, EPISODES_PER_SHARD // (1 + self.variants))
                     for first in range(0, episodes, most):
@@ -192,6 +199,7 @@ def make_plan(
     benchmark: str | None,
     tasks: list[str] | None,
     robots: list[str] | None,
+    heldout_tasks: list[str] | None = None,
     heldout_robots: list[str] | None,
     counts: dict[str, int],
     seed: int,
@@ -206,7 +214,7 @@ def make_plan(
     source = SOURCES[name]
     if benchmark not in (None, source.benchmark):
         raise ConfigError(f"unknown benchmark {benchmark!r}; {name} has {source.benchmark}")
-    if unknown := sorted(set(tasks or ()) - set(source.tasks)):
+    if unknown := sorted(set([*(tasks or ()), *(heldout_tasks or ())]) - set(source.tasks)):
         raise ConfigError(f"unknown tasks {unknown}; {source.benchmark} has {', '.join(source.tasks)}")
     if unknown := sorted(set([*(robots or ()), *(heldout_robots or ())]) - set(source.robots)):
         raise ConfigError(f"unknown robots {unknown}; {name} has {', '.join(source.robots)}")
@@ -225,10 +233,14 @@ def make_plan(
     held = _in_order(source.robots, heldout_robots or [])
     if astray := [robot for robot in held if robot not in chosen]:
         raise ConfigError(f"held-out robots {astray} are not among the robots {chosen}; name them there too")
+    asked = _in_order(source.tasks, tasks)
+    if astray := [task for task in heldout_tasks or () if task not in asked]:
+        raise ConfigError(f"held-out tasks {astray} are not among the tasks {asked}; name them there too")
     return Plan(
         source=source,
-        tasks=_in_order(source.tasks, tasks),
+        tasks=asked,
         robots=chosen,
+        heldout_tasks=_in_order(asked, list(source.heldout_tasks) if heldout_tasks is None else heldout_tasks),
         heldout_robots=held,
         counts=counts,
         seed=seed,

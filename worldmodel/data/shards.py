@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldmodel.data.cache import ByteCache
+from worldmodel.data.few import few_demonstrations
 from worldmodel.data.frames import FrameTable
 from worldmodel.data.index import INDEX, check_index
 from worldmodel.data.plain import read_json
@@ -29,15 +30,26 @@ class ShardReader:
         root: folder with `index.json` and shards, or the URL of one (see `remote`).
         cache_bytes: bound of the cache of decoded episodes.
         check_sizes: False opens a damaged dataset too, to examine it.
+        episodes: leaves so many training demonstrations per task (see `few`); None leaves all.
+        seed: of their choice.
 
     Raises:
-        DataError: no index, another schema version, or a shard whose size is not the index's.
+        DataError: no index, another schema version, a shard whose size is not the index's, or fewer demonstrations than
+            `episodes` asks for.
     """
 
     root: Path
     """The folder, or where the index of a URL was fetched to."""
 
-    def __init__(self, root: str | Path, *, cache_bytes: int = 1 << 30, check_sizes: bool = True) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        cache_bytes: int = 1 << 30,
+        check_sizes: bool = True,
+        episodes: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self._files = ShardFiles(root)
         self.root = self._files.root
         self.index = read_json(
@@ -60,6 +72,10 @@ class ShardReader:
                 start += fields["length"]
         self.frames = start
         """Frames of the whole dataset: `Entry.start` counts up to it."""
+        self.chosen = None if episodes is None else f"{episodes} per task, seed {seed}"
+        """Which training demonstrations were left, in words; None for all."""
+        if episodes is not None:
+            self.entries = few_demonstrations(self.entries, episodes, seed)
         self._variants: dict[str, list[int]] = {}
         for i, entry in enumerate(self.entries):
             if entry.variant_of is not None:
