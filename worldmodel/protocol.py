@@ -91,8 +91,8 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
 def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
     """Build the policies of a comparison from their YAML entries.
 
-    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime` and `trials` (see `Contender`). A factory is a
-    Hydra `_target_` with a `folder` that holds the weights.
+    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime` and `trials` (see `Contender`). A
+    factory is a Hydra `_target_` with a `folder` that holds the weights.
     """
     contenders = []
     for entry in policies:
