@@ -9,6 +9,7 @@ are.
 import multiprocessing
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from worldmodel.contracts import Policy
+from worldmodel.contracts import Policy, RealtimePolicy
 from worldmodel.errors import ConfigError, ContractError
 from worldmodel.trials import CLOSED_LOOP_STREAM, ClosedLoopResult, Trial, summarise
 
@@ -89,10 +90,20 @@ class Rollout:
     """Trials per task whose images are kept."""
     hold: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     """The action that leaves the arm where it is; a start state that it solves is drawn again."""
+    delay: int = 0
+    """Control steps that the policy thinks: its chunk is there that much later than what it answers to. Meanwhile the
+    robot goes on with the chunk before, or holds still where there is none yet."""
+    realtime: bool = False
+    """Tells the policy what is done meanwhile (`contracts.RealtimePolicy`), so that its chunk continues it."""
 
     def __post_init__(self) -> None:
         if self.replan < 1 or self.max_steps < 1:
             raise ConfigError(f"closed loop: replan {self.replan}, max_steps {self.max_steps}; expected at least 1")
+        if not 0 <= self.delay <= self.replan:
+            raise ConfigError(
+                f"closed loop: delay {self.delay}; expected 0 to replan, {self.replan}: a policy that thinks longer is "
+                "asked less often"
+            )
         if self.image_every and self.replan % self.image_every:
             raise ConfigError(
                 f"closed loop: image_every {self.image_every} does not divide replan {self.replan}: "
@@ -113,21 +124,25 @@ class Rollout:
         observation = scene.reset(rng, images=bool(self.image_every) or recording)
         if isinstance(policy, ScenePolicy):
             policy.attach(scene)
-        chunk = np.zeros((0, 0))
+        schedule = Schedule(np.array(self.hold, np.float32), self.delay)
         for step in range(self.max_steps):
             if recording:
                 frames += [value for key, value in observation.items() if key.startswith("rgb.")][:1]
             policy.observe(observation)
             if step % self.replan == 0:
-                chunk = np.asarray(policy.act())
-                if chunk.ndim != 2 or len(chunk) < self.replan or not np.isfinite(chunk).all():
+                ahead = schedule.ahead(step, self.delay)
+                chunk = np.asarray(policy.act_after(ahead) if isinstance(policy, RealtimePolicy) and self.realtime
+                                   else policy.act())  # fmt: skip
+                least = self.replan + self.delay
+                if chunk.ndim != 2 or len(chunk) < least or not np.isfinite(chunk).all():
                     raise ContractError(
                         f"{task}, trial {trial}, step {step}: actions {list(chunk.shape)}, all finite: "
-                        f"{bool(np.isfinite(chunk).all())}; expected at least {self.replan} finite rows"
+                        f"{bool(np.isfinite(chunk).all())}; expected at least {least} finite rows"
                     )
+                schedule.add(step, chunk)
             wanted = bool(self.image_every) and (step + 1) % self.image_every == 0
             wanted |= recording and (step + 1) % self.replan == 0
-            observation, success = scene.step(chunk[step % self.replan], images=wanted)
+            observation, success = scene.step(schedule.action(step), images=wanted)
             if success:
                 return Trial(task, trial, True, step + 1, redrawn, frames)
         return Trial(task, trial, False, self.max_steps, redrawn, frames)
@@ -143,6 +158,30 @@ class Rollout:
         raise ContractError(f"{task}, trial {trial}: all of {MAX_REDRAWS} start states were solved already")
 
 
+class Schedule:
+    """Which action of which chunk is executed when chunks arrive `delay` steps after what they answer to."""
+
+    def __init__(self, hold: np.ndarray, delay: int) -> None:
+        self.hold, self.delay = hold, delay
+        self.chunks: deque[tuple[int, np.ndarray]] = deque(maxlen=2)
+
+    def add(self, step: int, chunk: np.ndarray) -> None:
+        """Takes the chunk that answers to what was observed at `step`."""
+        self.chunks.append((step, chunk))
+
+    def action(self, step: int) -> np.ndarray:
+        """The action of a step: its row in the newest chunk that is there by then."""
+        there = [(begun, chunk) for begun, chunk in self.chunks if begun + self.delay <= step]
+        if not there or step - there[-1][0] >= len(there[-1][1]):
+            return self.hold
+        begun, chunk = there[-1]
+        return chunk[step - begun]
+
+    def ahead(self, step: int, count: int) -> np.ndarray:
+        """What will be done from `step` on, (count, D), whatever the next chunk says."""
+        return np.stack([self.action(step + i) for i in range(count)]) if count else self.hold[None][:0]
+
+
 def run_closed_loop(
     make_policy: PolicyFactory,
     tasks: Sequence[str],
@@ -155,6 +194,8 @@ def run_closed_loop(
     record: int = 0,
     workers: int | None = None,
     make_scene: SceneFactory | None = None,
+    delay: int = 0,
+    realtime: bool = False,
     progress: bool = True,
 ) -> ClosedLoopResult:
     """Runs `trials` rollouts of every task, in parallel processes.
@@ -170,6 +211,8 @@ def run_closed_loop(
         record: trials per task whose images come back in `frames`.
         workers: processes, one per core by default; 0 runs everything in this process.
         make_scene: builds the scene of a task; Meta-World at 64 pixels by default.
+        delay: see `Rollout.delay`.
+        realtime: see `Rollout.realtime`.
         progress: shows a bar.
 
     Raises:
@@ -178,7 +221,15 @@ def run_closed_loop(
     """
     if not tasks or trials < 1:
         raise ConfigError(f"closed loop: {len(tasks)} tasks, {trials} trials; expected at least one of each")
-    rollout = Rollout(seed=seed, replan=replan, max_steps=max_steps, image_every=image_every, record=record)
+    rollout = Rollout(
+        seed=seed,
+        replan=replan,
+        max_steps=max_steps,
+        image_every=image_every,
+        record=record,
+        delay=delay,
+        realtime=realtime,
+    )
     factory = make_scene or MetaworldScenes()
     jobs = [(task, trial) for task in tasks for trial in range(trials)]
     workers = min(len(jobs), (os.cpu_count() or 1) if workers is None else workers)

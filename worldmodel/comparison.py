@@ -34,6 +34,8 @@ class Contender:
     """Folder with its weights; their content decides whether a kept result is still its result."""
     images: bool = True
     """False for a policy that reads no pictures: none are rendered for it."""
+    realtime: bool = False
+    """Whether it is told what is done while it thinks; see `closed_loop.Rollout`."""
     trials: int | None = None
     """At most so many per task, for a control that need not be known as closely as the rest."""
 
@@ -46,6 +48,7 @@ class Protocol:
     trials: int = 20
     seed: int = 0
     replan: int = 4
+    delay: int = 0
     image_every: int = 4
     record: int = 1
     """Trials per task whose pictures are kept for the report."""
@@ -88,7 +91,8 @@ def result_key(contender: Contender, protocol: Protocol) -> str:
     files = sorted(path for path in contender.weights.glob("*") if path.suffix in WEIGHTS)
     if not files:
         raise ConfigError(f"{contender.policy}: no weights ({', '.join(WEIGHTS)}) in {contender.weights}")
-    digest = sha256(repr((contender.factory, contender.images, protocol, sorted(package_versions().items()))).encode())
+    how = (contender.factory, contender.images, contender.realtime, protocol)
+    digest = sha256(repr((*how, sorted(package_versions().items()))).encode())
     for path in files:
         digest.update(sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:24]
@@ -101,6 +105,8 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
         trials=protocol.trials,
         seed=protocol.seed,
         replan=protocol.replan,
+        delay=protocol.delay,
+        realtime=contender.realtime,
         image_every=protocol.image_every if contender.images else 0,
         record=protocol.record,
         workers=workers,

@@ -254,3 +254,12 @@ class Policy(Protocol):
     def act(self) -> "np.ndarray":
         """The next actions (A, D) in the embodiment's units."""
         ...
+
+
+@runtime_checkable
+class RealtimePolicy(Policy, Protocol):
+    """A policy whose chunks can continue what the robot does while it thinks."""
+
+    def act_after(self, decided: "np.ndarray") -> "np.ndarray":
+        """The next actions (A, D), of which the first are the `decided` (d, D) that will be executed anyway."""
+        ...

@@ -18,6 +18,7 @@ from worldmodel.data.transforms import hide
 from worldmodel.errors import ContractError
 from worldmodel.joint import Memory
 from worldmodel.model import WorldModel
+from worldmodel.policy.realtime import Decided, first_actions
 from worldmodel.streaming import read
 
 
@@ -71,17 +72,31 @@ class EagerPolicy:
             ContractError: nothing observed yet, or a field of the wrong shape; or, with a memory, the steps since the
                 last call are no whole history frames, or more than the history has.
         """
+        return self.act_after(np.zeros((0, self.action_dims), np.float32))
+
+    def act_after(self, decided: np.ndarray) -> np.ndarray:
+        """Actions (A, D) that begin with the `decided` (d, D); a model trained with a rate `decided` continues them.
+
+        Raises:
+            ContractError: as `act`; or there are more decided actions than the chunk has.
+        """
         spec = self.model.spec
+        if len(decided) > spec.chunk:
+            raise ContractError(f"act_after: {len(decided)} decided actions, the chunk has {spec.chunk}")
         observation = observation_from_history(list(self._history), spec, embodiment=self.embodiment)
         observation = hide(observation, self.mask)
         noise = torch.from_numpy(self._random.standard_normal((1, spec.chunk, spec.action), dtype=np.float32))
+        known: Decided | None = None
+        if len(decided):
+            padded = torch.zeros(1, spec.chunk, spec.action)
+            padded[0, : len(decided), : decided.shape[1]] = torch.from_numpy(np.asarray(decided, np.float32))
+            known = first_actions(padded, torch.tensor([len(decided)]))
         with torch.inference_mode():
             if self.stateful:
                 self._memory = read(self.model, observation, self._memory, self._fresh())
-                actions = self.model.denoise_actions(self._memory, noise)
-                actions = self.model.normaliser.restore("action", actions, observation.embodiment)
+                actions = self.model.act_from(self._memory, noise, known)
             else:
-                actions = self.model.act(observation, noise)
+                actions = self.model.act(observation, noise, known)
         self._unread = 0
         return actions[0, :, : self.action_dims].numpy()
 

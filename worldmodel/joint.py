@@ -207,10 +207,10 @@ class JointTransformer(Guess):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """One step of both transformers after the memory.
 
-        state with noise levels (B, 4) and actions (B n, A, D) with noise level (B n,) may each be absent; n > 1 draws
-        of actions share one memory when there is no state. Under `history_only` the streams never see the actions nor
-        the actions the streams; under `joint` they see each other. Slots of the future that are `given` are read
-        clean in place of those of the state. Returns the velocities.
+        state with noise levels (B, 4) and actions (B n, A, D) with noise level (B n,), or (B n, A) where some actions
+        are decided already, may each be absent; n > 1 draws of actions share one memory when there is no state. Under
+        `history_only` the streams never see the actions nor the actions the streams; under `joint` they see each other.
+        Slots of the future that are `given` are read clean in place of those of the state. Returns the velocities.
         """
         joint = (coupling or self.coupling) == "joint"
         stream = None if state is None or levels is None else self.open_streams(memory, state, levels, given)
@@ -265,11 +265,11 @@ class JointTransformer(Guess):
         return Track(tokens.x, tokens.mask, vectors, embedding, self.denoiser.rope(tokens, memory.kept.frames))
 
     def open_actions(self, memory: Memory, actions: Tensor, level: Tensor) -> Track:
-        """Noisy actions and their noise levels (B n,) as tokens (B n, A, W), ready for the first block."""
+        """Noisy actions and their noise levels (B n,) or (B n, A) as tokens (B n, A, W), ready for the first block."""
         draws = actions.shape[0] // memory.embodiment.shape[0]
         x = self.expert.embed(actions, repeat_rows(memory.embodiment, draws))
         condition = None if memory.condition is None else repeat_rows(memory.condition, draws).unsqueeze(1)
-        embedding, vectors = self.expert.time(1000.0 * level.unsqueeze(-1), condition)
+        embedding, vectors = self.expert.time(1000.0 * level.reshape(level.shape[0], -1), condition)
         rope = self.expert.rope(memory.kept.frames - self.spec.history)
         return Track(x, torch.ones_like(x[..., 0], dtype=torch.bool), vectors, embedding, rope)
 

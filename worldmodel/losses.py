@@ -15,6 +15,7 @@ from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.joint import Memory
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
+from worldmodel.policy.realtime import Decided, draw_prefixes
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
 
@@ -176,6 +177,7 @@ def clip_loss(
     huber: float | None,
     given: Mapping[str, float],
     absent: float,
+    decided: float = 0.0,
 ) -> tuple[dict[str, Tensor], Memory]:
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
@@ -183,8 +185,9 @@ def clip_loss(
     streams, `actions` (the lambda of the total loss) and, in policy mode, `proposal`; `huber` is the knee of the
     streams' `distance`. Actions take the squared error: where their correction starts from nothing, any other is flat.
     `given` has the rate at which each condition is given, `absent` that at which cameras and points that are not given
-    are left out (see `draw_given`); what is not predicted has no loss. After `past`, the memory of the clip before,
-    only the frames that it foretold are read. Also returns the memory.
+    are left out (see `draw_given`), and in policy mode `decided` the rate at which a chunk continues known actions (see
+    `realtime.draw_prefixes`); what is not predicted has no loss. After `past`, the memory of the clip before, only the
+    frames that it foretold are read. Also returns the memory.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
@@ -218,11 +221,15 @@ def clip_loss(
             level_of[name] = levels[:, i]
             noisy.append(add_noise(clean, noise, levels[:, i]))
         arguments |= {"state": WorldState(*noisy), "levels": levels}
+    prefix: Decided | None = None
     if mode != "video_prediction":
         actions = repeat_rows(model.normaliser.standardise("action", future.actions, s.embodiment), draws)
         level = torch.zeros(b * draws)
         if do_actions:
             level = sample_sigma(b * draws, model.action_shift, generator)
+        if policy and decided:
+            prefix = draw_prefixes(actions, decided, generator)
+            level = prefix.levels(level.to(actions))
         level_of["actions"] = level = level.to(actions)
         clean_of["actions"] = actions
         noise_of["actions"] = noise = torch.randn(actions.shape, generator=generator).to(actions)
@@ -237,7 +244,8 @@ def clip_loss(
     if do_actions and action_velocity is not None:
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
         error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
-        losses["actions"] = masked_mean(error, repeat_rows(action_mask(future), draws))
+        asked = repeat_rows(action_mask(future), draws)
+        losses["actions"] = masked_mean(error, asked if prefix is None else asked & ~prefix.where[..., None])
     if policy and memory.proposal is not None:
         losses["proposal"] = proposal_error(model, memory.proposal, batch)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()

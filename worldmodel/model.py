@@ -22,6 +22,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.geometry import pluecker_rays
 from worldmodel.joint import JointTransformer, Memory
 from worldmodel.normalise import DELTA_GAIN
+from worldmodel.policy.realtime import Decided
 from worldmodel.synthesis.autoencoder import carry_residual
 from worldmodel.synthesis.conditions import CONDITIONS, Given
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -54,23 +55,39 @@ class WorldModel(JointTransformer):
         """Which conditions synthesis can be given."""
         return CONDITIONS if self.denoiser.conditions is not None else ("actions",)
 
-    def denoise_actions(self, memory: Memory, noise: Tensor) -> Tensor:
-        """Normalised actions (B, A, D) from noise and the memory alone, flow steps unrolled."""
+    def denoise_actions(self, memory: Memory, noise: Tensor, decided: Decided | None = None) -> Tensor:
+        """Normalised actions (B, A, D) from noise and the memory alone, flow steps unrolled.
+
+        What is `decided` already stays as it is, and the rest continues it.
+        """
+        start = noise if decided is None else decided.fill(noise)
 
         def step(actions: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
             level = noise.new_full((noise.shape[0],), sigma)
+            if decided is not None:
+                level = decided.levels(level)
             _, velocity = self.velocity(memory, actions=actions["actions"], action_level=level)
             assert velocity is not None
-            return {"actions": velocity}
+            return {"actions": velocity if decided is None else decided.still(velocity)}
 
-        return integrate(step, {"actions": noise}, sampling_sigmas(self.action_steps, self.action_shift))["actions"]
+        return integrate(step, {"actions": start}, sampling_sigmas(self.action_steps, self.action_shift))["actions"]
 
-    def act(self, observation: Observation, noise: Tensor) -> Tensor:
-        """Policy mode: observation and noise (B, A, D) -> actions (B, A, D) in the embodiment's units."""
+    def act(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Tensor:
+        """Policy mode: observation and noise (B, A, D) -> actions (B, A, D) in the embodiment's units.
+
+        `decided` has actions in those units that will be executed whatever the answer is: the chunk continues them
+        (real-time chunking, see `policy.realtime`).
+        """
         senses = self.normaliser(observation, self.grid)
-        memory = self.remember(senses, self.history_latents(observation))
-        actions = self.denoise_actions(memory, noise)
-        return self.normaliser.restore("action", actions, observation.embodiment)
+        return self.act_from(self.remember(senses, self.history_latents(observation)), noise, decided)
+
+    def act_from(self, memory: Memory, noise: Tensor, decided: Decided | None = None) -> Tensor:
+        """The same from what was read already."""
+        if decided is not None:
+            own = self.normaliser.standardise("action", decided.actions, memory.embodiment)
+            decided = decided._replace(actions=own)
+        actions = self.denoise_actions(memory, noise, decided)
+        return self.normaliser.restore("action", actions, memory.embodiment)
 
     def understand(self, observation: Observation) -> Understanding:
         """Reads the heads of stage 1. Mask the senses in `observation` that the answer must not be copied from."""

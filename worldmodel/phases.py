@@ -74,7 +74,8 @@ class Phase:
     the cost of few. `gradients` says whether they flow back through it. `given` has the rate at which each condition of
     synthesis is given in a row - `video`, `camera`, `points`, `embodiment` (1 unless said); `forward_dynamics` gives
     actions - and `absent` that at which cameras and points that are not given are left out instead of predicted;
-    guidance needs both. A network without conditions learns without. An `edit` phase learns from pairs of clips:
+    guidance needs both. A network without conditions learns without. `decided` is the rate at which a chunk of mode
+    `policy` continues actions that are known, for real-time chunking. An `edit` phase learns from pairs of clips:
     `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
     teacher about the modes of its mixture.
     """
@@ -100,6 +101,7 @@ class Phase:
     gradients: str = "truncated"
     given: Mapping[str, float] = field(default_factory=dict)
     absent: float = 0.0
+    decided: float = 0.0
     pairs: Mapping[str, float] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     distillation: Distillation | None = None
@@ -118,8 +120,11 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: given.{unknown[0]} is none of {', '.join(GIVABLE)}")
         if unknown := sorted(set(self.rates) - set(RATES)):
             raise ConfigError(f"phase {self.name!r}: rates.{unknown[0]} is none of {', '.join(RATES)}")
-        if wrong := [r for r in (*self.given.values(), *self.rates.values(), self.absent) if not 0 <= r <= 1]:
-            raise ConfigError(f"phase {self.name!r}: rates, also of given and absent, lie in 0 to 1, not {wrong[0]}")
+        rates = (*self.given.values(), *self.rates.values(), self.absent, self.decided)
+        if wrong := [rate for rate in rates if not 0 <= rate <= 1]:
+            raise ConfigError(
+                f"phase {self.name!r}: rates, also given, absent and decided, lie in 0 to 1, not {wrong[0]}"
+            )
         if unknown := sorted(set(self.pairs) - set(PAIR_KINDS)):
             raise ConfigError(f"phase {self.name!r}: pairs.{unknown[0]} is none of {', '.join(PAIR_KINDS)}")
         if (self.objective == "edit") != any(self.pairs.values()):

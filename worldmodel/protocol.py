@@ -37,6 +37,7 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
         trials=config["trials"],
         seed=config["seed"],
         replan=config["replan"],
+        delay=config["delay"],
         image_every=model.spec.stride,
     )
     contenders = make_contenders(config["policies"]) if config["closed_loop"] else []
@@ -90,8 +91,8 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
 def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
     """Build the policies of a comparison from their YAML entries.
 
-    Each has `policy`, `observes` and `factory`, and may have `images` and `trials` (see `Contender`). A factory is a
-    Hydra `_target_` with a `folder` that holds the weights.
+    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime` and `trials` (see `Contender`). A
+    factory is a Hydra `_target_` with a `folder` that holds the weights.
     """
     contenders = []
     for entry in policies:
@@ -103,6 +104,7 @@ def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
                 factory=factory,
                 weights=Path(factory.folder),
                 images=entry.get("images", True),
+                realtime=entry.get("realtime", False),
                 trials=entry.get("trials"),
             )
         )

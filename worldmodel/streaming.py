@@ -74,8 +74,7 @@ def propose(model: WorldModel, memory: Memory, observation: Observation, generat
     """The policy's actions (B, A, D) in the embodiment's units."""
     rows = observation.text.shape[0]
     noise = torch.randn((rows, model.spec.chunk, model.spec.action), generator=generator).to(memory.rays)
-    actions = model.denoise_actions(memory, noise)
-    return model.normaliser.restore("action", actions, observation.embodiment)
+    return model.act_from(memory, noise)
 
 
 def future_of_actions(observation: Observation, actions: Tensor) -> Future:

@@ -109,6 +109,7 @@ class PhaseModule(L.LightningModule):
             how = phase.distillation
             return distillation_loss(self.model, self.teacher, batch, latents, generator, settings=how, **settings)
         chunks, truncate = phase.clips(pick), phase.gradients == "truncated"
+        settings["decided"] = phase.decided
         return world_loss(self.model, batch, latents, generator, chunks=chunks, truncate=truncate, **settings)
 
     def history_latents(self, batch: Batch) -> Tensor:

@@ -37,7 +37,7 @@ class ActionBlock(nn.Module):
         self.table = modulation_table(width, gate)
 
     def project(self, a: Tensor, vectors: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """a (B, A, W), vectors (B, 1, 6, W) -> q, k, v (B, A, E, d), rotated."""
+        """a (B, A, W), vectors (B, 1 or A, 6, W) -> q, k, v (B, A, E, d), rotated."""
         scale, shift = (vectors + self.table)[..., :2, :].unbind(-2)
         x = modulate(self.norm(a), scale, shift)
         q = self.q_norm(self.q(x)).unflatten(-1, (self.heads, -1))
@@ -174,7 +174,7 @@ class ActionExpert(nn.Module):
         return x + self.position + self.embodiment(embodiment).unsqueeze(1)
 
     def decode(self, a: Tensor, embedding: Tensor) -> Tensor:
-        """Tokens (B, A, W) and timestep embedding (B, 1, W) -> velocity (B, A, D)."""
+        """Tokens (B, A, W) and timestep embedding (B, 1 or A, W) -> velocity (B, A, D)."""
         if self.head_table is None:
             return self.embed_out(a)
         shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)

@@ -8,12 +8,12 @@ SMALLEST = 1e-3
 
 
 def expand_as(sigma: Tensor, x: Tensor) -> Tensor:
-    """sigma (B,) -> (B, 1, ...) with the rank of x."""
-    return sigma.reshape(-1, *([1] * (x.dim() - 1)))
+    """sigma (B,), or (B, A) with a level per token -> (B, 1, ...) or (B, A, 1, ...) with the rank of x."""
+    return sigma.reshape(*sigma.shape, *([1] * (x.dim() - sigma.dim())))
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """z = (1 - sigma) clean + sigma noise, sigma (B,)."""
+    """z = (1 - sigma) clean + sigma noise, sigma (B,) or (B, A)."""
     s = expand_as(sigma, clean)
     return (1 - s) * clean + s * noise
 
@@ -34,7 +34,7 @@ def sample_sigma(count: int, shift: float, generator: torch.Generator) -> Tensor
 
 
 def clean_to_velocity(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """Velocity at z that points at a predicted clean value: (z - z_0) / sigma, sigma (B,).
+    """Velocity at z that points at a predicted clean value: (z - z_0) / sigma, sigma (B,) or (B, A).
 
     Networks that answer z_0 need no capacity for passing noise through, and where the condition settles the answer
     (a still camera, a decided action) their samples carry no noise (Li & He 2025, arXiv 2511.13720).
