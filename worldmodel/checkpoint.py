@@ -95,12 +95,12 @@ def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any
     return folder
 
 
-def initialise(model: WorldModel, path: str | Path) -> None:
+def initialise(model: WorldModel, path: str | Path) -> set[str]:
     """Starts from the weights of a file, `python -m worldmodel.convert` makes such, or of a run folder.
 
     Parts of the model that the file does not know stay as they are, but what is only added to known tokens starts at
-    zero, so that the known network is not disturbed. Raises `DataError` for a tensor that the model has not, or has in
-    another shape.
+    zero, so that the known network is not disturbed. Returns the names of the tensors. Raises `DataError` for one
+    that the model has not, or has in another shape.
     """
     weights = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     if not weights.is_file():
@@ -124,6 +124,7 @@ def initialise(model: WorldModel, path: str | Path) -> None:
                 parameter.zero_()
     model.load_state_dict(found, strict=False)
     log.info("started from %s: %d of %d tensors", weights, len(found), len(own))
+    return set(found)
 
 
 def load_model(folder: str | Path) -> WorldModel:
