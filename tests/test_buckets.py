@@ -140,6 +140,8 @@ def test_mistakes_about_buckets_are_named() -> None:
         phase(mixture=[{"mode": "joint", "weight": 1.0, "rows": 2}])
     with pytest.raises(ConfigError, match="buckets belong to objectives `world` and `distill`"):
         phase(objective="understanding", mixture=[])
+    with pytest.raises(ConfigError, match="leave `drop` out"):
+        phase(mixture=[{"mode": "image", "weight": 1.0, "drop": ["points"]}])
     with pytest.raises(ConfigError, match="no bucket has a weight above 0"):
         phase(buckets=[{"height": 16, "width": 16, "future": 2, "weight": 0}])
 

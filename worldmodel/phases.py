@@ -57,6 +57,8 @@ class Ingredient:
             )
         if unknown := [sense for sense in self.drop if sense not in PRESENCE]:
             raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
+        if self.mode == "image" and self.drop:
+            raise ConfigError("mode 'image' hides all but the picture and its caption; leave `drop` out")
         if "rgb" in self.drop and self.mode != "policy":
             raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the policy mode alone")
 
