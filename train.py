@@ -19,6 +19,8 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
   seed=N                   seed of weights, data order and noise
   phases.NAME.steps=N      length of a phase; any other field of a phase likewise
   phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...
+  --multirun phases.NAME.weights.actions=0.3,1,3 'run_dir=runs/lambda/${phases.NAME.weights.actions}'
+                           one run after another, each into a folder of its own
   trainer=NAME             a file of configs/trainer: cpu (default), gpu
   trainer.threads=N        CPU threads of torch
   trainer.compile=true     compiled blocks; trainer.checkpointing=selective or full: less memory, more time

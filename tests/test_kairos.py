@@ -233,18 +233,37 @@ def test_streams_that_are_off_are_left_out_everywhere(statistics):
         model.remember(model.normaliser(o, model.grid), None)
 
 
+SMALL_SIZES = (
+    *(item for item in REDUCED if "image.channels" not in item),
+    "encoders.image.channels=[8,8,8,8]",
+    *(f"data.spec.{name}={size}" for name, size in (("height", 64), ("width", 64), ("future", 2), ("chunk", 8))),
+    "data.spec.points=4",
+    "data.spec.cameras=[front,wrist]",
+)
+"""`kairos_small` on the pictures of `kairos_tiny`; `REDUCED` is that for `kairos_base`."""
+
+
+def brief(experiment: str, *overrides: str, **steps: int) -> list[str]:
+    """Every phase of an experiment with one step, or as many as are asked for, of two rows; buckets as few and small
+    as may be. With the overrides of the experiment's sizes this runs a whole curriculum in minutes."""
+    short = ["data.cache_latents=false", "wandb.mode=disabled", "trainer.threads=1", "synthesis.stream_steps=1"]
+    short.append("phases.distill.distillation.teacher_steps=4")
+    small = "[{height: 64, width: 64, future: 1}, {height: 32, width: 64, future: 2}]"
+    for name, phase in compose(f"experiment={experiment}", "data.root=none")["phases"].items():
+        short += [f"phases.{name}.steps={steps.get(name, 1)}", f"phases.{name}.batch_size=2"]
+        short += [f"phases.{name}.buckets={small}"] if "buckets" in phase else []
+    return [f"experiment={experiment}", *short, *overrides]
+
+
 @pytest.mark.slow
 def test_the_reduced_base_trains(tiny_dataset, tmp_path):
-    """All 32 layers, every stream, every phase; twenty steps of the joint one."""
+    """All 32 layers, every stream, every phase of the curriculum; twenty steps of the joint one."""
     from worldmodel.curriculum import train
 
-    steps = {"understanding": 1, "physical": 1, "human": 1, "robot": 1, "world_action": 20, "distill": 1}
-    short = [f"phases.{n}.{key}={v}" for n, k in steps.items() for key, v in (("steps", k), ("batch_size", 2))]
-    run = [f"data.root={tiny_dataset}", f"run_dir={tmp_path / 'run'}", "wandb.mode=disabled", "trainer.threads=1"]
+    run = [f"data.root={tiny_dataset}", f"run_dir={tmp_path / 'run'}"]
     rate = ["phases.world_action.learning_rate=3e-3", "phases.world_action.warmup=1"]
-    less = ["data.cache_latents=false", "synthesis.stream_steps=1", "phases.distill.distillation.teacher_steps=4"]
-    out = train(compose("experiment=kairos_base", *REDUCED, *run, *short, *rate, *less))
-    phases = [out / "phases" / name for name in ("3-robot", "4-world_action")]
+    out = train(compose(*brief("kairos_base", *REDUCED, *run, *rate, world_action=20)))
+    phases = [next((out / "phases").glob(f"*-{name}")) for name in ("target", "world_action")]
     before, after = (load_file(phase / "model.safetensors") for phase in phases)
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     moved = {name for name in after if not torch.equal(before[name], after[name])}
@@ -252,13 +271,46 @@ def test_the_reduced_base_trains(tiny_dataset, tmp_path):
     assert {f"{part}.blocks.{i}.table" for part in ("denoiser", "expert") for i in range(32)} <= moved
 
 
+@pytest.mark.slow
+def test_the_reduced_small_goes_through_its_curriculum(tiny_dataset, tmp_path):
+    """Stages I and II move the video transformer alone; the action transformer then begins from it."""
+    from worldmodel.curriculum import train
+
+    run = [f"data.root={tiny_dataset}", f"run_dir={tmp_path / 'run'}"]
+    # Every phase fits its guess to the latents of many clips, so the autoencoder is the smallest there is.
+    run += [f"synthesis.autoencoder.config.{name}" for name in ("base_dim=4", "num_res_blocks=1", "dim_mult=[1,1,1,1]")]
+    out = train(compose(*brief("kairos_small", *SMALL_SIZES, *FOUR_LAYERS, *run)))
+    folders = sorted((out / "phases").iterdir(), key=lambda folder: int(folder.name.split("-")[0]))
+    names = [
+        "understanding",
+        "images",
+        "physical",
+        "long",
+        "human",
+        "robot",
+        "target",
+        "behaviour",
+        "policy",
+        "distill",
+    ]
+    assert [folder.name.split("-")[1] for folder in folders] == names
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    for name, before, after in zip(names[1:], weights, weights[1:], strict=False):
+        moved = {n.split(".")[0] for n in after if not torch.equal(before[n], after[n])} - {"stream_scale", "still"}
+        own = {"behaviour": {"expert"}, "policy": {"denoiser", "expert"}, "distill": {"denoiser", "expert"}}
+        assert moved == own.get(name, {"denoiser"}), name
+    blocks = {
+        n.split(".")[1]
+        for n in weights[7]
+        if n.startswith("expert.blocks.") and not torch.equal(weights[6][n], weights[7][n])
+    }
+    assert blocks == {"blocks"}, "the phase before trains no block of it, so they were drawn from the video transformer"
+
+
 @pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "joint"])
 def test_the_reduced_small_learns_in_every_direction(statistics, mode):
     """Residual guesses and a state policy beside the conditioner: gradients reach both transformers, it gets none."""
-    less = [item for item in REDUCED if "image.channels" not in item]
-    sizes = {"height": 64, "width": 64, "future": 2, "chunk": 8, "points": 4, "cameras": "[front,wrist]"}
-    shape = ["encoders.image.channels=[8,8,8,8]", *FOUR_LAYERS, *(f"data.spec.{k}={v}" for k, v in sizes.items())]
-    model = reduced(statistics, "experiment=kairos_small", *less, *shape).train()
+    model = reduced(statistics, "experiment=kairos_small", *SMALL_SIZES, *FOUR_LAYERS).train()
     for layer in [
         *model.denoiser.embed_out.values(),
         model.expert.embed_out,

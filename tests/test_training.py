@@ -140,3 +140,26 @@ def test_mistakes_in_a_phase_are_named():
     with pytest.raises(ConfigError, match="needs images"):
         Ingredient(mode="joint", weight=1.0, drop=("rgb",))
     assert make_phases({"p": base}) == [Phase(name="p", **{**base, "trains": ("encoder",)})]
+
+
+@pytest.mark.slow
+def test_a_sweep_over_lambda_is_one_run_after_another(tiny_dataset, tmp_path):
+    """Each into its own folder, from the same weights and on the same data; lambda is logged and weighs the loss."""
+    command = [sys.executable, "train.py", "--multirun", *short(tiny_dataset, tmp_path, "data.cache_latents=false")]
+    command += [f"~phases.{name}" for name in ("tokeniser", "understanding", "synthesis", "behaviour")]
+    command = [word for word in command if not word.startswith(("phases.t", "phases.u", "phases.s", "phases.b"))]
+    command += ["phases.policy.steps=1", "phases.policy.mixture=[{mode: joint, weight: 1}]"]
+    command += [f"run_dir={tmp_path}/${{phases.policy.weights.actions}}", "phases.policy.weights.actions=0.5,2"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    rows = {}
+    for folder in ("0.5", "2"):
+        assert (tmp_path / folder / "model.safetensors").is_file()
+        names, values = (tmp_path / folder / "csv" / "metrics.csv").read_text().splitlines()[:2]
+        rows[folder] = dict(zip(names.split(","), map(float, values.split(",")), strict=True))
+    first, second = rows.values()
+    assert [row["policy/lambda"] for row in rows.values()] == [0.5, 2.0]
+    assert first["policy/joint/actions"] == second["policy/joint/actions"] > 0
+    assert second["policy/loss"] - first["policy/loss"] == pytest.approx(1.5 * first["policy/joint/actions"], rel=1e-4)

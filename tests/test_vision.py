@@ -19,6 +19,7 @@ from worldmodel.contracts import Observation
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.encoders.vision import VisionEncoder
 from worldmodel.errors import ConfigError
+from worldmodel.nn import at_grid
 
 
 def encoder(seed: int = 0, **settings) -> VisionEncoder:
@@ -54,6 +55,15 @@ def test_features_are_those_of_transformers(name, tmp_path):
     tokens = own(rgb)
     assert tokens.shape == (2, 3, 8, 12)
     torch.testing.assert_close(own(rgb[:, 1:2])[:, 0], tokens[:, 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_pictures_of_another_size_have_the_tokens_of_a_network_that_is_built_for_it(name):
+    own, other = (encoder(config=VISION[name], **size) for size in ({}, {"size": (48, 24), "cells": (4, 2)}))
+    other.load_state_dict(own.state_dict() | {"position": at_grid(own.position.detach(), (2, 4), (4, 2))})
+    rgb = pictures(2, 2, 3, 48, 24)
+    assert own(rgb).shape == (2, 2, 8, 12)
+    assert torch.equal(own(rgb), other(rgb))
 
 
 def test_other_pixels_than_it_was_trained_with():

@@ -95,12 +95,13 @@ def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any
     return folder
 
 
-def initialise(model: WorldModel, path: str | Path, *, grow: bool = False) -> None:
+def initialise(model: WorldModel, path: str | Path, *, grow: bool = False) -> set[str]:
     """Starts from the weights of a file, `python -m worldmodel.convert` makes such, or of a run folder.
 
     Parts of the model that the file does not know stay as they are, but what is only added to known tokens starts at
     zero, so that the known network is not disturbed. With `grow`, tables of robots may have more rows here; the new
-    start as the mean of the known. Raises `DataError` for a tensor that the model has not, or has in another shape.
+    start as the mean of the known. Returns the names of the tensors. Raises `DataError` for one that the model has not,
+    or has in another shape.
     """
     weights = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     if not weights.is_file():
@@ -128,6 +129,7 @@ def initialise(model: WorldModel, path: str | Path, *, grow: bool = False) -> No
                 parameter.zero_()
     model.load_state_dict(found, strict=False)
     log.info("started from %s: %d of %d tensors", weights, len(found), len(own))
+    return set(found)
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

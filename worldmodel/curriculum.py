@@ -36,11 +36,14 @@ from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.encoders.pretrained import attach_features
+from worldmodel.errors import ConfigError
 from worldmodel.finetune import FROM_INIT, inherit, plan_model
 from worldmodel.model import WorldModel
 from worldmodel.phases import DATA, MIXED, PARTS, Phase, make_phases
+from worldmodel.policy.interpolate import INITIALISE, begin_from
 from worldmodel.run_folder import claim, training_record
 from worldmodel.samples import log_samples, write_samples
+from worldmodel.sized import token_counts
 from worldmodel.training import MovingAverage, PhaseModule, SaveProgress, Throughput
 
 log = logging.getLogger(__name__)
@@ -86,11 +89,14 @@ def train(config: Mapping[str, Any]) -> Path:
     check_embodiments(spec, trained, ", ".join(str(r.root) for r in readers), complete=not plan.adapted)
     claim(run, config)  # not before the data are known to fit: what was mended must not be refused as other settings
     model = build_model(plan.model, spec, statistics)
-    record = training_record(config, readers)
+    record, begun = training_record(config, readers), set[str]()
     if config["init"] is not None:
-        initialise(model, config["init"], grow=plan.adapted)
+        begun = initialise(model, config["init"], grow=plan.adapted)
         record = inherit(record, config["init"])
     model.metadata = describe(plan.model, spec, statistics, statistics_hash(statistics), record)
+    fresh = not any(name.startswith("expert.") for name in begun)
+    if (way := (config["policy"] or {}).get("initialise")) not in INITIALISE:
+        raise ConfigError(f"policy.initialise: {way!r} is none of {', '.join(map(str, INITIALISE))}")
     if config["data"]["features"] is not None:
         seen = model.metadata["training"]
         datasets = {seen["data_root"]: seen["index_sha256"], **seen["other_data"]}
@@ -105,7 +111,12 @@ def train(config: Mapping[str, Any]) -> Path:
             log.info("phase %s is done", phase.name)
             (folder / "last.ckpt").unlink(missing_ok=True)
             model.load_state_dict(load_model(folder).state_dict())
+            fresh &= "expert" not in phase.trains
             continue
+        if fresh and "expert" in phase.trains:
+            if way == "interpolate":
+                begin_from(model.expert, model.denoiser)
+            fresh = False
         started = time.perf_counter()
         run_phase(model, phase, config, spec, reader, folder, loggers, run)
         log.info("phase %s took %.0f s", phase.name, time.perf_counter() - started)
@@ -160,19 +171,20 @@ def run_phase(
     chosen = data_settings(config, phase)
     # The cache holds the frames of one dataset whose every sample can be read.
     sound = chosen["on_error"] == "raise" and not other_roots(config, [phase])
-    cached = phase.objective in MIXED and config["data"]["cache_latents"] and sound
+    cached = phase.objective in MIXED and config["data"]["cache_latents"] and sound and not phase.buckets
     latents = latent_cache(model, reader, spec, run) if cached else None
     resumed = last.is_file()
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
+    foretells = phase.objective == "world" and "denoiser" in phase.trains and phase.foretells
     # A network that was taken over whole answers in the units that it learned.
     own = FROM_INIT not in config["model"] and phase.lora is None
-    fitted = own and phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean"
-    if not resumed and fitted:
+    if not resumed and own and foretells and model.predicts == "clean":
         # Rows of the fit are cells of images: where images are large, few clips are enough.
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
         model.fit_guess(sample.observation, sample.future)
+    sizes = phase.batch_sizes(token_counts(model))
     module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
     log.info("phase %s trains %s of %s parameters", phase.name, *(f"{count:,}" for count in counts))
@@ -185,7 +197,8 @@ def run_phase(
         seed=config["seed"],
         num_workers=settings["workers"],
         reader=reader,
-        needs=partial(phase.needs, config["seed"], cached=latents is not None),
+        needs=partial(phase.needs, config["seed"], cached=latents is not None, sizes=sizes),
+        clips=list(sizes.values()),
         whole=all(ingredient.rows is None for ingredient in phase.mixture),
         masks=phase.objective == "motion",
         complete=False,
@@ -222,7 +235,7 @@ def run_phase(
         with torch.no_grad():
             clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
-    if phase.objective == "world" and "denoiser" in phase.trains:
+    if foretells:
         log_samples(
             write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
         )

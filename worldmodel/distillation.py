@@ -142,7 +142,7 @@ def distillation_loss(
             memories["text"] = teacher.remember(s._replace(has_text=torch.zeros_like(s.has_text)), latents)
         asked = {name: conditions(teacher, name) for name in (None, *scales)}
         guide = GuidedFlow(teacher, memories, asked, fixed, scales, model.coupling)
-        shift = model.stream_shift if do_streams else model.action_shift
+        shift = model.shift() if do_streams else model.action_shift
         noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in like.items()}
         level = settings.levels(s.text.shape[0] * draws, shift, generator).to(s.points)
         target = integrate(guide, noise, sampling_sigmas(settings.teacher_steps, shift))

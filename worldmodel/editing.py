@@ -244,7 +244,7 @@ def draw(model: JointTransformer, edit: Edit, *, generator: torch.Generator, ste
         return {"video": video_velocity(model, edit.memory, now["video"], sigma * level)}
 
     noise = {"video": torch.randn(like.shape, generator=generator).to(like)}
-    levels = sampling_sigmas(steps or model.stream_steps, model.stream_shift)
+    levels = sampling_sigmas(steps or model.stream_steps, model.shift())
     answer = integrate(step, noise, levels)["video"]
     first = edit.first.flatten(0, 1)
     frames, rebuilt = (

@@ -135,7 +135,7 @@ def video_error(
     assert source is not None
     with torch.no_grad():
         clean = latents_after(model, edit.pictures[:, 0], pair.target.future.rgb.float() / 127.5 - 1.0)
-    level = sample_sigma(len(pair.kind), model.stream_shift, generator).to(clean)
+    level = sample_sigma(len(pair.kind), model.shift(), generator).to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     velocity = video_velocity(model, edit.memory, add_noise(clean, noise, level), level)
     error = velocity - velocity_target(clean, noise)

@@ -55,7 +55,8 @@ class Guess(nn.Module):
         They are the same where the model predicts `velocity`. Where it predicts `clean`, the output is how far the
         clean value lies from a guess: for video that the picture stands still or, where there is a source, is the
         source's, for actions the state policy's proposal, for the other streams the newest value or the mean, which are
-        zero in their units. `lead` adds to the guess.
+        zero in their units. A picture with nothing before it is guessed as the mean, zero, too. `lead` adds to the
+        guess.
         """
         if self.predicts == "velocity":
             return answer if lead is None else answer - lead
@@ -64,16 +65,20 @@ class Guess(nn.Module):
             if memory.proposal is not None:
                 clean = clean + repeat_rows(memory.proposal, noisy.shape[0] // memory.proposal.shape[0])
         else:
-            clean = answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
-            if name == "video":
+            alone = name == "video" and name not in memory.anchors and memory.source is None
+            clean = answer if alone else answer * self.get_buffer("stream_scale")[STREAMS.index(name)]
+            if name == "video" and not alone:
                 source = memory.source
                 guess = self.still_latents(memory.anchors[name]) if source is None else source.video
                 clean = clean + guess + (0.0 if lead is None else lead)
         return clean_to_velocity(clean, noisy, level)
 
-    def loss_weight(self, name: str, level: Tensor, like: Tensor) -> Tensor | float:
-        """Factor on the velocity error of a stream or `actions` that makes it the error of the network's answer."""
+    def loss_weight(self, name: str, level: Tensor, like: Tensor, *, alone: bool = False) -> Tensor | float:
+        """Factor on the velocity error of a stream or `actions` that makes it the error of the network's answer.
+
+        `alone` is for a picture with nothing before it, whose unit is that of the latents.
+        """
         if self.predicts == "velocity":
             return 1.0
-        scale = self.get_buffer("stream_scale")[STREAMS.index(name)] if name in STREAMS else 1.0
+        scale = self.get_buffer("stream_scale")[STREAMS.index(name)] if name in STREAMS and not alone else 1.0
         return expand_as(level, like) / scale

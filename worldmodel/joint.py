@@ -20,6 +20,8 @@ from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
+from worldmodel.synthesis.flow import flow_shift
+from worldmodel.synthesis.state import StreamState
 from worldmodel.synthesis.temporal import Keys, newest
 
 COUPLINGS = ("history_only", "joint")
@@ -50,7 +52,7 @@ class JointTransformer(Guess):
         coupling: str,
         stream_steps: int,
         action_steps: int,
-        stream_shift: float,
+        stream_shift: float | str,
         action_shift: float,
         predicts: str,
         motion: MotionEncoder | None = None,
@@ -82,6 +84,13 @@ class JointTransformer(Guess):
                 f"data.spec of {spec.height} × {spec.width} pixels makes {cells[0]} × {cells[1]}"
             )
         self.metadata: dict[str, Any] = {}
+        self.shift()  # says at once what is wrong with it
+
+    def shift(self, frames: int | None = None) -> float:
+        """The shift of the streams' noise levels, in training and in sampling, for `frames` latent frames (default F)
+        at the present size of pictures."""
+        frames = self.spec.future if frames is None else frames
+        return flow_shift(self.stream_shift, self.denoiser.counts["video"], frames)
 
     def history_latents(self, observation: Observation) -> Tensor:
         """Single-frame latents of every observed image (B, H, V, C, h', w')."""
@@ -193,6 +202,15 @@ class JointTransformer(Guess):
         read = self.expert.read(action_context)
         rays = s.rays[:, -1:]
         return Memory(kept, video_context, read, condition, proposal, anchors, rays, presence, s.embodiment, streams)
+
+    def remember_nothing(self, s: Senses, has_rgb: Tensor) -> Memory:
+        """The memory before a first frame of video (`has_rgb` (B, V)): no frames, only what stage 1 reads of `s`."""
+        fused = None if self.encoder.gives == "text" else self.encoder(s, ("text",))
+        context = self.encoder.context(s, fused)
+        kept = StreamState([None] * len(self.denoiser.blocks), 0)
+        presence = {"video": has_rgb, "rays": torch.zeros_like(has_rgb)}
+        read, rays = self.denoiser.read(context), s.rays[:, -1:]
+        return Memory(kept, read, context, None, None, {}, rays, presence, s.embodiment, ("video",))
 
     def velocity(
         self,

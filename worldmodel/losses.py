@@ -212,7 +212,7 @@ def clip_loss(
             arguments["given"] = known
         levels = torch.zeros(b, len(STREAMS))
         if do_streams:
-            levels = torch.stack([sample_sigma(b, model.stream_shift, generator) for _ in STREAMS], 1)
+            levels = torch.stack([sample_sigma(b, model.shift(), generator) for _ in STREAMS], 1)
         levels = levels.to(s.points)
         noisy = []
         for i, name in enumerate(STREAMS):

@@ -196,7 +196,7 @@ class WorldModel(JointTransformer):
 
         flow = GuidedFlow(self, memories, conditions, fixed, scales, coupling)
         count = steps or (self.stream_steps if do_streams else self.action_steps)
-        done = integrate(flow, free, sampling_sigmas(count, self.stream_shift if do_streams else self.action_shift))
+        done = integrate(flow, free, sampling_sigmas(count, self.shift() if do_streams else self.action_shift))
         all_given = conditions[None]
         if do_streams and all_given is not None:
             done = {name: all_given.fill(name, value) if name in STREAMS else value for name, value in done.items()}

@@ -132,6 +132,14 @@ def repeat_rows(x: Tensor, count: int) -> Tensor:
     return x if count == 1 else x.repeat_interleave(count, dim=0)
 
 
+def at_grid(position: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Learned positions (rows * columns, W) of the cells of a picture, as they are for another number of cells."""
+    if own == grid:
+        return position
+    field = position.mT.unflatten(-1, own).unsqueeze(0)
+    return F.interpolate(field, grid, mode="bilinear", antialias=True)[0].flatten(1).mT
+
+
 class AttentionPool(nn.Module):
     """Reads `queries` learned questions out of tokens (B, N, W) under a mask (B, N) -> (B, queries, W)."""
 

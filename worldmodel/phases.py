@@ -10,6 +10,7 @@ import torch
 from worldmodel.adapters import Lora
 from worldmodel.config import with_tuples
 from worldmodel.contracts import MODES, PAIR_KINDS
+from worldmodel.data.buckets import Bucket, TokenCounts, batch_sizes, make_bucket
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.distillation import Distillation
@@ -19,7 +20,7 @@ from worldmodel.synthesis.conditions import CONDITIONS
 OBJECTIVES = ("tokeniser", "understanding", "motion", "world", "distill", "edit")
 MIXED = ("world", "distill")
 """Objectives whose phases have a mixture of modes."""
-INGREDIENTS = (*MODES, "understanding", "proposal")
+INGREDIENTS = (*MODES, "image", "understanding", "proposal")
 PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
 DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
@@ -35,8 +36,10 @@ RATES = ("blank", "reference", "across")
 class Ingredient:
     """One kind of batch of a world phase: a mode, how often it comes, what the robot does not sense in it.
 
-    Two modes beside the five: `understanding` trains the heads of stage 1, which would drift apart from an encoder that
-    later phases go on training, and `proposal` the state policy alone. `dropout` replaces the phase's own rates.
+    Three modes beside the five: `image` trains the video transformer on single pictures with the instruction as their
+    caption and nothing before them (see `picture_loss`), `understanding` the heads of stage 1, which would drift apart
+    from an encoder that later phases go on training, and `proposal` the state policy alone. `dropout` replaces the
+    phase's own rates.
     """
 
     mode: str
@@ -55,6 +58,8 @@ class Ingredient:
             )
         if unknown := [sense for sense in self.drop if sense not in PRESENCE]:
             raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
+        if self.mode == "image" and self.drop:
+            raise ConfigError("mode 'image' hides all but the picture and its caption; leave `drop` out")
         if "rgb" in self.drop and self.mode != "policy":
             raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the policy mode alone")
 
@@ -78,6 +83,10 @@ class Phase:
     `policy` continues actions that are known, for real-time chunking. An `edit` phase learns from pairs of clips:
     `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
     teacher about the modes of its mixture.
+
+    `weights` are those of the parts of the loss: each stream's, `proposal` and `actions`, the lambda of
+    L_video + lambda L_action. With `buckets` each batch has the sizes of one of them, drawn by weight, and
+    `batch_size` is that of the clips with most tokens (see `buckets.batch_sizes`); without, all have those of the spec.
     """
 
     name: str
@@ -106,6 +115,7 @@ class Phase:
     rates: Mapping[str, float] = field(default_factory=dict)
     distillation: Distillation | None = None
     lora: Lora | None = None
+    buckets: tuple[Bucket, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,6 +157,14 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: trains {inner[0]!r}, but objective `distill` trains whole parts")
         if self.distillation is not None:
             self.check_distillation(self.distillation)
+        if self.buckets and self.objective not in MIXED:
+            raise ConfigError(f"phase {self.name!r}: buckets belong to objectives `world` and `distill` and only there")
+        if self.buckets and not any(bucket.weight for bucket in self.buckets):
+            raise ConfigError(f"phase {self.name!r}: no bucket has a weight above 0")
+        if self.buckets and any(ingredient.rows is not None for ingredient in self.mixture):
+            raise ConfigError(
+                f"phase {self.name!r}: buckets say how large batches are, leave `rows` out of the mixture"
+            )
 
     def check_distillation(self, settings: Distillation) -> None:
         """Raises `ConfigError` for a mode that samples nothing and for guidance by what is never given."""
@@ -167,19 +185,50 @@ class Phase:
 
     def pick(self, seed: int, step: int) -> Ingredient:
         """The ingredient of a step of a mixture: a function of seed and step, known before its data is loaded."""
+        if len(self.mixture) == 1:
+            return self.mixture[0]
         weights = torch.tensor([i.weight for i in self.mixture])
         return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
 
-    def needs(self, seed: int, step: int, *, cached: bool = False) -> Needs:
-        """What the batch of a step will use; `cached` says that latents of the history are at hand."""
+    def bucket(self, seed: int, step: int) -> Bucket | None:
+        """The bucket of a step, the same on all ranks."""
+        if not self.buckets:
+            return None
+        weights = [bucket.weight for bucket in self.buckets]
+        return random.Random(f"{seed} {self.name} {step} bucket").choices(self.buckets, weights)[0]
+
+    def batch_sizes(self, counts: TokenCounts) -> dict[tuple[Bucket, bool], int]:
+        """Rows of a batch of each bucket, by whether it is of mode `image`; empty without buckets."""
+        if not self.buckets:
+            return {}
+        kinds = {ingredient.mode == "image" for ingredient in self.mixture}
+        chunks = self.chunks if False in kinds else 0
+        return batch_sizes(self.batch_size, counts, self.buckets, chunks=chunks, pictures=True in kinds)
+
+    @property
+    def foretells(self) -> bool:
+        """Whether it has a mode that needs a clip, not only a picture or a state."""
+        return any(ingredient.mode in MODES for ingredient in self.mixture)
+
+    def needs(
+        self,
+        seed: int,
+        step: int,
+        *,
+        cached: bool = False,
+        sizes: Mapping[tuple[Bucket, bool], int] | None = None,
+    ) -> Needs:
+        """What the batch of a step will use; `cached` says that latents of the history are at hand, `sizes` how large
+        the batches of its buckets are."""
         if self.objective not in MIXED:
             whole = self.objective in ("motion", "edit")
             return Needs(history=None if whole else 1, future=whole or self.objective == "tokeniser")
-        pick = self.pick(seed, step)
-        future = pick.mode not in ("policy", "understanding", "proposal")
-        newest = cached or pick.mode == "understanding"
+        pick, bucket = self.pick(seed, step), self.bucket(seed, step)
+        future = pick.mode not in ("policy", "image", "understanding", "proposal")
+        newest = cached or pick.mode in ("image", "understanding")
         history = 0 if not pick.images else 1 if newest else None
-        return Needs(rows=pick.rows, history=history, future=future, chunks=self.clips(pick))
+        clips = None if bucket is None or not sizes else sizes[bucket, pick.mode == "image"]
+        return Needs(pick.rows, history, future, self.clips(pick), bucket, clips)
 
     def clips(self, pick: Ingredient) -> int:
         """Consecutive clips in each row of a batch of `pick`; what has no use for a memory takes one."""
@@ -192,11 +241,20 @@ def make_phases(config: Mapping[str, Mapping[str, Any]]) -> list[Phase]:
     for name, values in config.items():
         try:
             mixture = tuple(Ingredient(**with_tuples(item)) for item in values.get("mixture", []))
-            rest = with_tuples({k: v for k, v in values.items() if k not in ("mixture", "distillation", "lora")})
+            buckets = tuple(make_bucket(item) for item in values.get("buckets", []))
+            own = ("mixture", "distillation", "lora", "buckets")
+            rest = with_tuples({k: v for k, v in values.items() if k not in own})
             settings, adapters = values.get("distillation"), values.get("lora")
-            distillation = None if settings is None else Distillation(**with_tuples(settings))
-            lora = None if adapters is None else Lora(**with_tuples(adapters))
-            phases.append(Phase(name=name, mixture=mixture, distillation=distillation, lora=lora, **rest))
+            phases.append(
+                Phase(
+                    name=name,
+                    mixture=mixture,
+                    distillation=None if settings is None else Distillation(**with_tuples(settings)),
+                    lora=None if adapters is None else Lora(**with_tuples(adapters)),
+                    buckets=buckets,
+                    **rest,
+                )
+            )
         except TypeError as error:
             raise ConfigError(f"phase {name!r}: {error}") from error
     return phases

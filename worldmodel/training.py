@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss,
 from worldmodel.model import WorldModel
 from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
+from worldmodel.picture_loss import picture_loss
+from worldmodel.sized import sized
 
 
 class PhaseModule(L.LightningModule):
@@ -69,7 +72,11 @@ class PhaseModule(L.LightningModule):
         elif phase.objective == "motion":
             losses = motion_loss(self.model, batch, phase.dropout, generator)
         else:
-            losses = self.world_step(batch, generator)
+            with ExitStack() as stack:
+                for model in (self.model, self.teacher) if phase.buckets else ():
+                    if model is not None:
+                        stack.enter_context(sized(model, batch))
+                losses = self.world_step(batch, generator)
         if not bool(torch.isfinite(losses["loss"])):
             raise FloatingPointError(
                 f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
@@ -80,6 +87,8 @@ class PhaseModule(L.LightningModule):
                 "its mode out of the mixture"
             )
         self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
+        if any(name.endswith("/actions") for name in losses):
+            self.log(f"{phase.name}/lambda", float(phase.weights.get("actions", 1.0)))
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
         return losses["loss"]
 
@@ -94,6 +103,9 @@ class PhaseModule(L.LightningModule):
             losses = alone(self.model, batch, dropout, generator)
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
         latents = self.history_latents(batch) if pick.images else None
+        if pick.mode == "image":
+            how = {"dropout": dropout, "weights": phase.weights, "huber": phase.huber}
+            return picture_loss(self.model, batch, latents, generator, **how)
         settings: dict[str, Any] = {
             "mode": pick.mode,
             "drop": pick.drop,

@@ -47,6 +47,7 @@ class Clip(NamedTuple):
     skip: Skip | None = None  # what this clip stands in for
     masks: tuple[np.ndarray, ...] | None = None  # of `Masks`, in its order
     elements: tuple[str, ...] = ()
+    lens: np.ndarray | None = None  # (V, 3, 3) what resizing the pictures made of pixel coordinates
 
     @property
     def pictures(self) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +105,8 @@ def collate(clips: Sequence[Clip]) -> Batch:
         "wrench": wrench[:, : h * stride].reshape(b, h, stride, sensors, 6),
         **{name: constant[name] for name in record.fields or () if name in Observation._fields},
     }
+    if clips[0].lens is not None:
+        observation["intrinsics"] = np.stack([clip.lens for clip in clips])[:, None] @ observation["intrinsics"]
     dims = constant["action_dims"]
     future = {
         "rgb": pictures([clip.future_rgb for clip in clips], spec.window),

@@ -46,6 +46,8 @@ class ClipDataModule(L.LightningDataModule):
         needs: what training batch number k will use (see `Needs`); None is everything. Rows it leaves out are not made
             up for: that batch is smaller.
         whole: whether `needs` never leaves rows out, so that the number of ranks may change on resume.
+        clips: the sizes of batch that `needs` asks for, where they differ from `batch_size`; for a resume, which is
+            exact on other ranks only if each of them scales.
         validation_clips: clips of `heldout_episodes` in the validation loader, evenly spread; None is all.
 
     Raises:
@@ -75,12 +77,13 @@ class ClipDataModule(L.LightningDataModule):
         complete: bool = True,
         needs: Callable[[int], Needs] | None = None,
         whole: bool = False,
+        clips: Sequence[int] = (),
         validation_clips: int | None = 256,
     ) -> None:
         super().__init__()
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
         self.num_workers, self.validation_clips, self.needs = num_workers, validation_clips, needs
-        self.whole = whole or needs is None
+        self.whole, self.clips = whole or needs is None, list(clips)
         if mixture is not None and tasks is not None:
             raise ConfigError("give either `mixture`, whose sources name their tasks, or `tasks` of `root`, not both")
         if pairs and (mixture is not None or tasks is not None or camera_map is not None or on_error != "raise"):
@@ -129,9 +132,15 @@ class ClipDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
             start=self._start,
+            clips=self._size if self.clips else None,
         )
         self._loader = StreamLoader(self.train_clips, sampler, self.num_workers, self.needs, self._tally)
         return self._loader
+
+    def _size(self, number: int) -> int:
+        """Clips of batch `number` of each rank."""
+        clips = None if self.needs is None else self.needs(number).clips
+        return self.batch_size if clips is None else clips
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Clips of `heldout_episodes` in a fixed order."""
@@ -218,6 +227,12 @@ class ClipDataModule(L.LightningDataModule):
                 f"ranks: {then['ranks']} then, {now['ranks']} now, while this phase uses parts of each rank's batch; "
                 f"resume on {then['ranks']}"
             )
+        before = [n * then["ranks"] for n in state_dict.get("clips", [])]
+        if before != (after := [n * now["ranks"] for n in now["clips"]]):
+            differing.append(
+                f"clips of all ranks in the batches of each bucket: {before} then, {after} now; resume on "
+                f"{then['ranks']} ranks"
+            )
         if differing:
             raise ConfigError(f"cannot resume the data order of {self.root}: " + "; ".join(differing))
         self._start = int(state_dict["batches"])
@@ -229,7 +244,7 @@ class ClipDataModule(L.LightningDataModule):
         """Everything that the order of clips is a function of."""
         mixture = self.train_clips
         ranks = self._ranks()[1]
-        order = {"batch_size": self.batch_size, "ranks": ranks, "seed": self.seed}
+        order = {"batch_size": self.batch_size, "ranks": ranks, "seed": self.seed, "clips": self.clips}
         return {**order, "parts": mixture.names, "sizes": mixture.sizes, "shares": mixture.shares}
 
     def _ranks(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import bisect
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.align import Aligned, align, check_cameras
+from worldmodel.data.buckets import Bucket, cover
 from worldmodel.data.cache import ByteCache
 from worldmodel.data.clip import Clip, Layout, Skip
 from worldmodel.data.embodiments import check_embodiments
@@ -33,6 +35,8 @@ class Needs(NamedTuple):
     history: int | None = None  # pictures of the newest so many history frames; None is all
     future: bool = True  # pictures of the future
     chunks: int = 1  # clips of one episode, each beginning where the future of the last one ends, in consecutive rows
+    bucket: Bucket | None = None  # size of its pictures and length of its future; None is those of the spec
+    clips: int | None = None  # how many clips are drawn for it; None is the usual number
 
 
 class Request(NamedTuple):
@@ -42,6 +46,7 @@ class Request(NamedTuple):
     history: int | None = None
     future: bool = True
     ahead: int = 0
+    bucket: Bucket | None = None
 
 
 class ClipDataset(Dataset[Clip]):
@@ -98,7 +103,7 @@ class ClipDataset(Dataset[Clip]):
         self.elements: tuple[str, ...] = ()
         """What the values of masks mean: places in this list, if masks were asked for."""
         self.camera_map = dict(camera_map or {})
-        self._layout = Layout(spec)
+        self._layouts: dict[Bucket | None, Layout] = {None: Layout(spec)}
         if split not in reader.index["splits"]:
             raise DataError(f"{reader.root}: no split {split!r}; it has {sorted(reader.index['splits'])}")
         of_split = [i for i, entry in enumerate(reader.entries) if entry.split == split]
@@ -185,22 +190,34 @@ class ClipDataset(Dataset[Clip]):
         raise DataError(f"{self.reader.root}: every episode of embodiment {embodiment!r} is damaged")
 
     def _clip(self, i: int, step: int, request: Request) -> Clip:
-        entry, layout, data = self.reader.entries[i], self._layout, self._aligned(i)
-        step += request.ahead * self.spec.window
+        entry, layout, data = self.reader.entries[i], self._layout(request.bucket), self._aligned(i)
+        step += request.ahead * layout.spec.window
         frames = self.spec.history if request.history is None else request.history
         past = layout.history[-frames:] if self.images and frames else None
         future = layout.future if self.future_images and request.future else None
+        shown = [None if part is None else self._pictures(i, data, part, step, request.bucket)
+                 for part in (past, future)]  # fmt: skip
+        lens = next((lens for _, lens in filter(None, shown) if lens is not None), None)
+        rgb, future_rgb = (None if part is None else part[0] for part in shown)
         return Clip(
             layout=layout,
             data=data,
             step=step,
             first=entry.start + self.first_frame,
             episode=entry.key,
-            rgb=None if past is None else self._pictures(i, data, past, step),
-            future_rgb=None if future is None else self._pictures(i, data, future, step),
+            rgb=rgb,
+            future_rgb=future_rgb,
             masks=self._masks(i, data, past, future, step) if self.masks else None,
             elements=self.elements,
+            lens=lens,
         )
+
+    def _layout(self, bucket: Bucket | None) -> Layout:
+        if bucket not in self._layouts:
+            assert bucket is not None
+            own = replace(self.spec, height=bucket.height, width=bucket.width, future=bucket.future)
+            self._layouts[bucket] = Layout(own)
+        return self._layouts[bucket]
 
     def _check_elements(self, i: int) -> None:
         """Raises `DataError` if episode `i` has no masks, or masks of other elements than the first episode."""
@@ -218,7 +235,8 @@ class ClipDataset(Dataset[Clip]):
         """The fields of `Masks`, as many frames as the pictures; h and w are 0 where there are none."""
         self._check_elements(i)
         spec, parts = self.spec, []
-        for offsets, every in ((past, self._layout.history), (future, self._layout.future)):
+        layout = self._layout(None)
+        for offsets, every in ((past, layout.history), (future, layout.future)):
             steps = np.clip((every if offsets is None else offsets) + step, 0, len(data.steps) - 1)
             size = (0, 0) if offsets is None else (spec.height, spec.width)
             part = np.zeros((len(steps), len(spec.cameras), *size), np.uint8)
@@ -230,7 +248,7 @@ class ClipDataset(Dataset[Clip]):
                     raise DataError(f"{where}: mask.{camera}: {found.shape[1:]} pixels, the clips ask for {size}")
                 part[:, v] = found
             parts.append(part)
-        shown = np.concatenate([self._layout.history, self._layout.ends]) + step
+        shown = np.concatenate([layout.history, layout.ends]) + step
         return *parts, *self._positions(i, data, np.clip(shown, 0, len(data.steps) - 1))
 
     def _positions(self, i: int, data: Aligned, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -248,21 +266,28 @@ class ClipDataset(Dataset[Clip]):
                 located[e] = True
         return positions, located
 
-    def _pictures(self, i: int, data: Aligned, offsets: np.ndarray, step: int) -> np.ndarray:
-        """(n, V, 3, h, w) uint8: the pictures at `offsets` from a step."""
-        spec = self.spec
+    def _pictures(
+        self, i: int, data: Aligned, offsets: np.ndarray, step: int, bucket: Bucket | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """(n, V, 3, h, w) uint8: the pictures at `offsets` from a step; if brought to the size of a bucket, also what
+        that made of the pixel coordinates of each view (V, 3, 3)."""
+        spec = self._layout(bucket).spec
         steps = np.clip(offsets + step, 0, len(data.steps) - 1)
         out = np.zeros((len(steps), len(spec.cameras), 3, spec.height, spec.width), np.uint8)
+        lens = None if bucket is None else np.tile(np.eye(3, dtype=np.float32), (len(spec.cameras), 1, 1))
         for v in np.flatnonzero(data.constant["has_rgb"]):
             camera = spec.cameras[v]
             images = self.reader.pictures(i, self.camera_map.get(camera) or camera, steps.tolist())
-            if images.shape[2:] != (spec.height, spec.width):
+            if lens is not None:
+                images, lens[v] = cover(images, (spec.height, spec.width))
+            elif images.shape[2:] != (spec.height, spec.width):
                 raise DataError(
                     f"{self._where(self.reader.entries[i])}: rgb.{camera}: pictures of {images.shape[2:]}, "
-                    f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's"
+                    f"the clips ask for {(spec.height, spec.width)}; set height and width to the data's, or give the "
+                    "phase buckets, whose pictures are resized"
                 )
             out[:, v] = images
-        return out
+        return out, lens
 
     def _aligned(self, i: int) -> Aligned:
         def make() -> Aligned:

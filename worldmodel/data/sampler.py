@@ -39,6 +39,7 @@ class StreamSampler(Sampler[list[int]]):
         rank: this process.
         world_size: processes that share the stream; their batches are disjoint parts of it.
         start: first batch, as a resumed run needs it.
+        clips: size of batch number k of each rank, where batches differ; None is `batch_size` for all.
 
     Raises:
         ConfigError: no clips, or rank not below world_size.
@@ -54,6 +55,7 @@ class StreamSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        clips: Callable[[int], int] | None = None,
     ) -> None:
         if min(sizes) < 1 or batch_size < 1:
             raise ConfigError(f"sampler needs clips and a batch size of at least 1, got {list(sizes)} and {batch_size}")
@@ -62,6 +64,7 @@ class StreamSampler(Sampler[list[int]]):
         self.sizes, self.shares, self.batch_size, self.seed = tuple(sizes), tuple(shares), batch_size, seed
         self.rank, self.world_size, self.start = rank, world_size, start
         self._block = sum(shares)
+        self._clips, self._before = clips, [0]
         self._firsts = np.cumsum([0, *sizes]).tolist()
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._patterns: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -74,8 +77,14 @@ class StreamSampler(Sampler[list[int]]):
 
     def batch(self, number: int) -> list[int]:
         """Clips of batch `number` of this rank."""
-        first = (number * self.world_size + self.rank) * self.batch_size
-        return [self._clip(place) for place in range(first, first + self.batch_size)]
+        if self._clips is None:
+            before, size = number * self.batch_size, self.batch_size
+        else:
+            while len(self._before) < number + 2:
+                self._before.append(self._before[-1] + self._clips(len(self._before) - 1))
+            before, size = self._before[number], self._before[number + 1] - self._before[number]
+        first = before * self.world_size + self.rank * size
+        return [self._clip(place) for place in range(first, first + size)]
 
     def _clip(self, place: int) -> int:
         block, within = divmod(place, self._block)
@@ -195,7 +204,12 @@ class StreamLoader:
 
     def _requests(self) -> Iterator[list[Request]]:
         for number, indices in enumerate(self.sampler, self.position):
-            rows, history, future, chunks = Needs() if self.needs is None else self.needs(number)
-            parts = [self._dataset.part(index) for index in indices[:rows]]
+            needs = Needs() if self.needs is None else self.needs(number)
+            chosen = indices[: needs.rows]
+            parts = [self._dataset.part(index) for index in chosen]
             self._asked.append(np.bincount(parts, minlength=len(self._dataset.parts)))
-            yield [Request(index, history, future, ahead) for index in indices[:rows] for ahead in range(chunks)]
+            yield [
+                Request(index, needs.history, needs.future, ahead, needs.bucket)
+                for index in chosen
+                for ahead in range(needs.chunks)
+            ]

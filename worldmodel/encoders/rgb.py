@@ -5,9 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from worldmodel.nn import at_grid
+
 
 class ImageEncoder(nn.Module):
-    """Strided convolutions (B, V, 3, h, w) -> (B, V, rows * columns, W), with a position embedding per cell."""
+    """Strided convolutions (B, V, 3, h, w) -> (B, V, rows * columns, W), with a position embedding per cell.
+
+    Pictures of another size than `size` have other numbers of cells, between whose positions theirs are interpolated.
+    """
 
     def __init__(self, *, width: int, channels: Sequence[int], size: tuple[int, int]) -> None:
         super().__init__()
@@ -25,5 +30,7 @@ class ImageEncoder(nn.Module):
     def forward(self, rgb: Tensor) -> Tensor:
         """rgb in [-1, 1]."""
         b, v = rgb.shape[:2]
-        x = self.stem(rgb.flatten(0, 1)).flatten(2).mT
-        return (x + self.position).unflatten(0, (b, v))
+        x = self.stem(rgb.flatten(0, 1))
+        # A traced graph has one size, and comparing it would make a constant of it with a warning.
+        grid = (self.rows, self.columns) if torch.jit.is_tracing() else (x.shape[-2], x.shape[-1])
+        return (x.flatten(2).mT + at_grid(self.position, (self.rows, self.columns), grid)).unflatten(0, (b, v))

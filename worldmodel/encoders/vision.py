@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from worldmodel.encoders.feature_store import key_of, pixels_of
 from worldmodel.encoders.pretrained import Pretrained
 from worldmodel.errors import ConfigError
+from worldmodel.nn import at_grid
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -34,7 +35,8 @@ def normalisation(option: str, path: str | None) -> tuple[list[float], list[floa
 
 
 class Resize(nn.Module):
-    """Pictures (N, 3, h, w) in [-1, 1] of one size -> (N, 3, H, W) of another, standardised as a network wants them.
+    """Pictures (N, 3, h, w) in [-1, 1] of `size`, or another -> (N, 3, H, W) of `pixels`, standardised as a network
+    wants them.
 
     Bilinear with antialiasing as two matrix products, which every exporter has.
     """
@@ -43,6 +45,7 @@ class Resize(nn.Module):
         self, *, size: tuple[int, int], pixels: tuple[int, int], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
+        self.size, self.pixels = (size[0], size[1]), pixels
         for name, before, after in zip(("rows", "columns"), size, pixels, strict=True):
             self.register_buffer(name, resampling(before, after), persistent=False)
         scale = 1 / torch.tensor(std)
@@ -51,8 +54,16 @@ class Resize(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         """-> (N, 3, H, W)."""
-        seen = self.get_buffer("rows") @ rgb @ self.get_buffer("columns").mT
+        rows, columns = self.get_buffer("rows"), self.get_buffer("columns")
+        if (shown := shown_size(rgb, self.size)) != self.size:
+            rows, columns = (resampling(*sides).to(rgb) for sides in zip(shown, self.pixels, strict=True))
+        seen = rows @ rgb @ columns.mT
         return seen * self.get_buffer("scale") + self.get_buffer("shift")
+
+
+def shown_size(rgb: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of pictures, which are of `size` in a graph that is being traced."""
+    return size if torch.jit.is_tracing() else (rgb.shape[-2], rgb.shape[-1])
 
 
 def resampling(before: int, after: int) -> Tensor:
@@ -100,10 +111,7 @@ class VisionBackbone(Pretrained):
         self.mean, self.std = normalisation(self.option, path)
         self.cells = cells
         self.resize = Resize(size=size, pixels=self.pixels, mean=self.mean, std=self.std)
-        identity = torch.eye(self.grid[0] * self.grid[1]).unflatten(1, self.grid)
-        self.register_buffer(
-            "pool", F.interpolate(identity[None], cells, mode="area")[0].flatten(1).T, persistent=False
-        )
+        self.register_buffer("pool", pooling(self.grid, cells), persistent=False)
         self.net.requires_grad_(not frozen).eval()
 
     def settings(self) -> dict[str, Any]:
@@ -135,7 +143,15 @@ class VisionBackbone(Pretrained):
             x = self.resize(rgb).to(self.net.dtype)
             hidden = self.read_patches(x) if self.patched else self.net(pixel_values=x, **self.extra).last_hidden_state
             patches = hidden[:, -self.grid[0] * self.grid[1] :]  # after those of the class and registers
-            return (self.get_buffer("pool") @ patches.float()).to(patches.dtype)
+            pool, cells = self.get_buffer("pool"), self.cells_of(rgb)
+            if cells != self.cells:
+                pool = pooling(self.grid, cells).to(pool)
+            return (pool @ patches.float()).to(patches.dtype)
+
+    def cells_of(self, rgb: Tensor) -> tuple[int, int]:
+        """Cells of pictures, which are as large in one of another size as in one of the size of the data."""
+        own, shown = self.resize.size, shown_size(rgb, self.resize.size)
+        return (self.cells[0] * shown[0] // own[0], self.cells[1] * shown[1] // own[1])
 
     def read_patches(self, x: Tensor) -> Tensor:
         """Hidden states (N, patches, D) of SigLIP 2 for pictures (N, 3, H, W) of one size.
@@ -149,6 +165,12 @@ class VisionBackbone(Pretrained):
         stretched = torch.einsum("ri,cj,ijd->rcd", self.get_buffer("stretch_0"), self.get_buffer("stretch_1"), square)
         x = embed.patch_embedding(x) + stretched.flatten(0, 1).to(x.dtype)
         return self.net.post_layernorm(self.net.encoder(inputs_embeds=x).last_hidden_state)
+
+
+def pooling(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """Matrix (cells, patches) that averages the patches of a grid over cells."""
+    identity = torch.eye(grid[0] * grid[1]).unflatten(1, grid)
+    return F.interpolate(identity[None], cells, mode="area")[0].flatten(1).T
 
 
 def vision_part(net: Any) -> Any:
@@ -197,4 +219,5 @@ class VisionEncoder(nn.Module):
     def forward(self, rgb: Tensor) -> Tensor:
         """-> (B, V, rows * columns, W)."""
         features = self.backbone(rgb.flatten(0, 1))
-        return (self.project(features) + self.position).unflatten(0, rgb.shape[:2])
+        position = at_grid(self.position, self.backbone.cells, self.backbone.cells_of(rgb))
+        return (self.project(features) + position).unflatten(0, rgb.shape[:2])

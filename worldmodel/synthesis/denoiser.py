@@ -137,9 +137,10 @@ class Denoiser(nn.Module):
         """Streams of T frames -> tokens.
 
         anchors holds the newest observed frame of each stream (B, 1, ...), a second input of every token of an anchored
-        stream: what hardly changes need not be found by attention. rays (B, T or 1, V, 6, h', w') belong to the
-        poses that are known; presence holds `video`, `camera`, `rays` (B, V), `points` (B, K) and `force` (B, S).
-        Streams not named in `streams` cost nothing. `given` is what is given of a future, `source` the clip it follows.
+        stream: what hardly changes need not be found by attention. A video that begins with these frames has none.
+        rays (B, T or 1, V, 6, h', w') belong to the poses that are known; presence holds `video`, `camera`, `rays`
+        (B, V), `points` (B, K) and `force` (B, S) as far as they are in `streams`. Streams not named in `streams` cost
+        nothing. `given` is what is given of a future, `source` the clip it follows.
         """
         parts, masks, index = [], [], []
         for name in self.chosen(streams):
@@ -154,7 +155,7 @@ class Denoiser(nn.Module):
                     x = x + self.conditions.moved(self.patchify(given.moved))
                 if source is not None and self.source is not None:
                     x = x + self.source(source, self.patchify)
-                if name in self.embed_anchor:
+                if name in self.embed_anchor and name in anchors:
                     x = x + self.embed_anchor[name](self.patchify(anchors[name]))
                 if name in self.slot:
                     x = x + self.slot[name][:, None]

@@ -1,10 +1,18 @@
 """Rectified flow (Liu et al. 2022, arXiv 2209.03003): pure functions of the noise level sigma, 0 = clean, 1 = noise."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from worldmodel.errors import ConfigError
+
 SMALLEST = 1e-3
 """Noise level below which a value counts as clean, so that nothing is divided by zero."""
+SHAPE = "shape"
+"""The shift that follows from the shape of what is denoised."""
+SHIFTS = ((256, 0.5), (8192, 0.9))
+"""Tokens of a frame -> logarithm of the shift of a single one."""
 
 
 def expand_as(sigma: Tensor, x: Tensor) -> Tensor:
@@ -21,6 +29,22 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
     """dz / dsigma = noise - clean."""
     return noise - clean
+
+
+def flow_shift(shift: float | str, tokens: int, frames: int) -> float:
+    """The shift of noise levels for latent frames of `tokens` video tokens each: a number as it is, or `shape`.
+
+    `shape` is s = exp(m L + b) sqrt(F) for L tokens and F frames, the exponent linear in L from 0.5 at 256 to 0.9 at
+    8192 and beyond: larger and longer clips are more redundant, so it takes more noise to hide them (the published
+    form of Kairos 3, arXiv 2606.16533; for pictures Esser et al. 2024, arXiv 2403.03206, section 5.3.2). Raises
+    `ConfigError` for any other word and for a shift that is not above 0.
+    """
+    if shift == SHAPE:
+        (first, low), (last, high) = SHIFTS
+        return math.exp(low + (high - low) * (tokens - first) / (last - first)) * math.sqrt(frames)
+    if isinstance(shift, str) or not shift > 0:
+        raise ConfigError(f"shift of noise levels: {shift!r} is neither a number above 0 nor {SHAPE!r}")
+    return float(shift)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:

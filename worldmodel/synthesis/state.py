@@ -14,19 +14,20 @@ class StreamState(NamedTuple):
     A layer of (dilated) windows keeps rotated keys and values of its newest frames, k and v (B, T, N, E, d) with the
     presence mask (B, T, N): T is (window - 1) dilation, or the history that actions see where that is longer. A gated
     delta layer keeps its recurrent state (B, E, dk, dv) and the last inputs of its convolution (B, kernel - 1,
-    channels). N counts the tokens of one frame, E heads.
+    channels). N counts the tokens of one frame, E heads. None is a layer that has read nothing.
     """
 
-    layers: list[Keys | DeltaState]
+    layers: list[Keys | DeltaState | None]
     frames: int
 
     def detached(self) -> "StreamState":
         """The same values without their past: where truncated backpropagation through time cuts."""
-        return self._replace(layers=[type(layer)(*(x.detach() for x in layer)) for layer in self.layers])
+        layers = [None if layer is None else type(layer)(*(x.detach() for x in layer)) for layer in self.layers]
+        return self._replace(layers=layers)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of every layer."""
-        return [x for layer in self.layers for x in layer]
+        return [x for layer in self.layers if layer is not None for x in layer]
 
     @property
     def nbytes(self) -> int:
