@@ -106,7 +106,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
     `size` is that of the square factors: 8192 unless said, and 1024 on a CPU.
     """
     size = size or (1024 if device.type == "cpu" else 8192)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     seconds = [timed(lambda: float((a @ b)[0, 0])) for _ in range(4 if device.type == "cpu" else 23)]
     return 2 * size**3 / min(seconds)
 

@@ -1,7 +1,6 @@
-"""Lightning side of training: one module for every phase, moving averages, and the callbacks of a run."""
+"""Lightning side of training: one module for every phase, moving averages, and saving."""
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import Batch, Pair
-from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.distillation import distillation_loss, make_teacher
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
@@ -19,6 +17,7 @@ from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss,
 from worldmodel.model import WorldModel
 from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
+from worldmodel.telemetry import Averages
 
 
 class PhaseModule(L.LightningModule):
@@ -28,6 +27,8 @@ class PhaseModule(L.LightningModule):
         super().__init__()
         self.model, self.phase, self.seed = model, phase, seed
         self.latents = latents
+        self.averages = Averages()
+        self.gradient_norm = torch.zeros(())
         for name in PARTS:
             part = getattr(model, name)
             if part is not None:
@@ -42,11 +43,18 @@ class PhaseModule(L.LightningModule):
         self.teacher = None if settings is None else make_teacher(model, phase.trains, settings.teacher)
 
     def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
-        """One optimisation step; logs each part of the loss."""
+        """One optimisation step; each part of the loss is kept for the log."""
+        losses = self.losses(batch)
+        self.averages.add({name: value.detach() for name, value in losses.items()})
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
+        return losses["loss"]
+
+    def losses(self, batch: Batch | Pair) -> dict[str, Tensor]:
+        """The `loss` of a batch at this step, and its parts."""
         phase = self.phase
         generator = phase.generator(self.seed, self.global_step)
         if isinstance(batch, Pair):
-            losses = edit_loss(
+            return edit_loss(
                 self.model,
                 batch,
                 generator,
@@ -55,21 +63,13 @@ class PhaseModule(L.LightningModule):
                 weights=phase.weights,
                 huber=phase.huber,
             )
-        elif phase.objective == "tokeniser":
-            losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
-        elif phase.objective == "understanding":
-            losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
-        elif phase.objective == "motion":
-            losses = motion_loss(self.model, batch, phase.dropout, generator)
-        else:
-            losses = self.world_step(batch, generator)
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(
-                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
-            )
-        self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
-        return losses["loss"]
+        if phase.objective == "tokeniser":
+            return tokeniser_loss(self.model, batch, phase.kl_weight, generator)
+        if phase.objective == "understanding":
+            return understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
+        if phase.objective == "motion":
+            return motion_loss(self.model, batch, phase.dropout, generator)
+        return self.world_step(batch, generator)
 
     def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Loss of the ingredient that this step draws."""
@@ -121,6 +121,15 @@ class PhaseModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips by the norm of all gradients, and keeps what it was before, which costs nothing here."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm: Any = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+        self.averages.add({"gradient_norm": self.gradient_norm})
+
 
 class MovingAverage(L.Callback):
     """Exponential moving average of the trained weights; saved with the checkpoint, put into the model at the end."""
@@ -138,10 +147,14 @@ class MovingAverage(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follows the weights; early steps average over fewer of them."""
-        decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
+        decay = self.rate(trainer.global_step)
         live = [p.detach() for n, p in pl_module.named_parameters() if n in self.shadow]
         for average, parameter in zip(self.shadow.values(), live, strict=True):
             average.lerp_(parameter, 1 - decay)
+
+    def rate(self, step: int) -> float:
+        """The decay after a number of steps."""
+        return min(self.decay, (1 + step) / (10 + step))
 
     def copy_to(self, module: nn.Module) -> None:
         """Writes the average into the module's parameters."""
@@ -157,35 +170,6 @@ class MovingAverage(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the average of a checkpoint."""
         self.shadow = {name: value.clone() for name, value in state_dict["shadow"].items()}
-
-
-class Throughput(L.Callback):
-    """Logs samples per second and the share of time spent waiting for data, over the last steps."""
-
-    def __init__(self, *, every: int = 20) -> None:
-        self.every = every
-        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting."""
-        self.samples, self.waited, self.since = 0, self.total_wait(trainer), time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs every few steps."""
-        self.samples += len(batch.key)
-        if trainer.global_step % self.every:
-            return
-        now, waited = time.perf_counter(), self.total_wait(trainer)
-        span = now - self.since
-        pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": (waited - self.waited) / span})
-        self.samples, self.waited, self.since = 0, waited, now
-
-    def total_wait(self, trainer: L.Trainer) -> float:
-        """Seconds that training has waited for batches so far."""
-        data: Any = getattr(trainer, "datamodule", None)
-        return data.waited if isinstance(data, ClipDataModule) else 0.0
 
 
 class SaveProgress(L.Callback):
