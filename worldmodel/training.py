@@ -191,3 +191,4 @@ class SaveProgress(L.Callback):
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
             part.replace(self.path)
+        trainer.strategy.barrier()  # a rank that ends sooner may have the launcher end the others

@@ -31,10 +31,10 @@ class Watch(L.Callback):
     """Lets every rank know of every other's loss, gradient norm and signals, and acts on all of them at the same step.
 
     A loss or norm that is not finite raises `FloatingPointError` everywhere; its rank and batch keys are in the message
-    and in the file `path`. A rank that gets SIGTERM or SIGUSR1 makes all save and stop: Lightning's own handlers send to
-    other ranks whatever these are doing, which can leave them waiting for each other, so they are replaced while a phase
-    trains. What is said of a batch is read when the next one is done, so that the device need not wait for the host, or
-    before anything is saved: a checkpoint never has weights from after such a step.
+    and in the file `path`. A rank that gets SIGTERM or SIGUSR1 makes all save and stop: Lightning's own handlers send
+    to other ranks whatever these are doing, which can leave them waiting for each other, so they are replaced while a
+    phase trains. What is said of a batch is read when the next one is done, so that the device need not wait for the
+    host, or before anything is saved: a checkpoint never has weights from after such a step.
     """
 
     asked = False
@@ -94,7 +94,7 @@ class Watch(L.Callback):
             self.path.write_text(json.dumps(record, indent=1))
         named = "; ".join(f"rank {r}: batch keys {keys[r][:8]}" for r in ranks)
         raise FloatingPointError(
-            f"phase {report.phase!r}, step {report.step}: the {what} is not finite; {named}; all of them are in {self.path}"
+            f"phase {report.phase!r}, step {report.step}: the {what} is not finite; {named}; all keys in {self.path}"
         )
 
 
