@@ -3,10 +3,11 @@
   python benchmarks/loader.py [--pixels 64 256] [--episodes 8] [--steps 60] [--clips 200] [--rounds 3]
   python benchmarks/loader.py --lerobot-python /envs/lerobot/bin/python
 
-A clip is 9 frames of 2 cameras with state and action, or as many as --cameras, --history and --future make. Made-up demonstrations (moving shapes on a gradient) are written
-once in each format; readers then take turns, so that whatever else the machine does hits all of them alike; read the
-ratios. `first` is a reader's first pass, with empty caches of its own and files in the page cache, `later` the median
-of the passes after it. LeRobot runs in the interpreter that is named, by its own writer and reader.
+A clip is 9 frames of 2 cameras with state and action, or as many as --cameras, --history and --future make. Made-up
+demonstrations (moving shapes on a gradient) are written once in each format; readers then take turns, so that whatever
+else the machine does hits all of them alike; read the ratios. `first` is a reader's first pass, with empty caches of
+its own and files in the page cache, `later` the median of the passes after it. LeRobot runs in the interpreter that is
+named, by its own writer and reader.
 
   ours            JPEG in our shards, random clips, decoded frames cached within --cache-bytes
   ours, no cache  the same, every frame decoded each time
@@ -336,8 +337,9 @@ class LeRobot:
 def table(found: dict[str, dict[str, float]], pixels: int, options: argparse.Namespace) -> str:
     """A Markdown table with ratios to ours."""
     lines = [
-        f"{pixels} px, {options.frames} frames, {len(options.cameras)} cameras, {options.episodes} episodes of {options.steps} steps, "
-        f"{options.clips} clips a pass, batches of {options.batch}, {options.workers} workers, {platform.machine()}{', seconds of CPU' * options.cpu}",
+        f"{pixels} px, {options.frames} frames, {len(options.cameras)} cameras, {options.episodes} episodes of "
+        f"{options.steps} steps, {options.clips} clips a pass, batches of {options.batch}, {options.workers} workers, "
+        f"{platform.machine()}{', seconds of CPU' * options.cpu}",
         "",
         "| reader | first, clips/s | later, clips/s | ours is, first | ours is, later | MB on disk |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -14,8 +14,8 @@ can hold: latents are drawn instead of encoded, and instructions are read once, 
 can be held against the first row's.
 
 FLOPs are those the model needs, whatever a row computes besides: matrix products and attention as torch's FlopCounter
-counts them; windowed attention 4 d per pair of tokens that see each other and the gated delta rule 6 dk dv per token, for
-each head; each once more for either factor that wants a gradient, without what checkpointing computes again. MFU is
+counts them; windowed attention 4 d per pair of tokens that see each other and the gated delta rule 6 dk dv per token,
+for each head; each once more for either factor that wants a gradient, without what checkpointing computes again. MFU is
 their rate over that of the fastest of some large matrix products in the same run (`worldmodel.flops`).
 """
 
