@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     """What a step costs."""
 
     flops: float  # forward and backward
-    tokens: dict[str, int]  # that both transformers read, history and future, by stream and for `actions`
+    tokens: Mapping[str, float]  # that both transformers read, history and future, by stream and for `actions`
 
 
 class Meter(FlopCounterMode):

@@ -64,8 +64,8 @@ def all_ranks(trainer: L.Trainer, values: Tensor) -> Tensor:
 
 def due(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether this batch ends a step that is logged."""
-    whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return whole and trainer.global_step % trainer.log_every_n_steps == 0
+    every: int = getattr(trainer, "log_every_n_steps")  # noqa: B009 set by a connector, which type checkers do not see
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
 
 
 class TrainingLog(L.Callback):
@@ -102,7 +102,7 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         self.costs: dict[tuple[Any, ...], Cost] = {}
         self.samples, self.flops, self.waited, self.since = 0, 0.0, 0.0, time.perf_counter()
-        self.tokens = dict.fromkeys(KINDS, 0.0)
+        self.tokens: dict[str, float] = {name: 0.0 for name in KINDS}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Measures the peak of the device and starts counting."""
@@ -113,7 +113,7 @@ class Throughput(L.Callback):
     def restart(self, trainer: L.Trainer) -> None:
         """Starts counting anew."""
         self.samples, self.flops, self.waited = 0, 0.0, self.total_wait(trainer)
-        self.tokens = dict.fromkeys(KINDS, 0.0)
+        self.tokens = {name: 0.0 for name in KINDS}
         self.since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch | Pair, batch_idx: int) -> None:
