@@ -17,8 +17,8 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
   seed=N                   seed of weights, data order and noise
   phases.NAME.steps=N      length of a phase; any other field of a phase likewise
   phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...
-  trainer=NAME             a file of configs/trainer: cpu (default), gpu, node (all its GPUs), cluster; under torchrun or srun
-                           (configs/slurm/train.sbatch) with trainer.devices=auto trainer.num_nodes=auto
+  trainer=NAME             a file of configs/trainer: cpu (default), gpu, node (all its GPUs), cluster
+                           (configs/slurm/train.sbatch)
   trainer.threads=N        CPU threads of torch
   trainer.compile=true     compiled blocks; trainer.checkpointing=selective or full: less memory, more time
   wandb.mode=MODE          offline (default), online or disabled
