@@ -21,13 +21,14 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
   phases.NAME.batch_size=N, phases.NAME.learning_rate=X, ...
   --multirun phases.NAME.weights.actions=0.3,1,3 'run_dir=runs/lambda/${phases.NAME.weights.actions}'
                            one run after another, each into a folder of its own
-  trainer=NAME             a file of configs/trainer: cpu (default), gpu
+  trainer=NAME             a file of configs/trainer: cpu (default), gpu, node (all its GPUs), cluster
+                           (configs/slurm/train.sbatch)
   trainer.threads=N        CPU threads of torch
   trainer.compile=true     compiled blocks; trainer.checkpointing=selective or full: less memory, more time
   wandb.mode=MODE          offline (default), online or disabled
 
 The composed configuration is printed by `python train.py experiment=NAME --cfg job`.
-SIGTERM saves and exits with 143; the same command then resumes exactly where it stopped.
+SIGTERM or SIGUSR1 to any rank saves and exits with 143; the same command then resumes exactly where it stopped.
 """
 
 

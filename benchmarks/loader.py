@@ -3,10 +3,11 @@
   python benchmarks/loader.py [--pixels 64 256] [--episodes 8] [--steps 60] [--clips 200] [--rounds 3]
   python benchmarks/loader.py --lerobot-python /envs/lerobot/bin/python
 
-A clip is 9 frames of 2 cameras with state and action. Made-up demonstrations (moving shapes on a gradient) are written
-once in each format; readers then take turns, so that whatever else the machine does hits all of them alike; read the
-ratios. `first` is a reader's first pass, with empty caches of its own and files in the page cache, `later` the median
-of the passes after it. LeRobot runs in the interpreter that is named, by its own writer and reader.
+A clip is 9 frames of 2 cameras with state and action, or as many as --cameras, --history and --future make. Made-up
+demonstrations (moving shapes on a gradient) are written once in each format; readers then take turns, so that whatever
+else the machine does hits all of them alike; read the ratios. `first` is a reader's first pass, with empty caches of
+its own and files in the page cache, `later` the median of the passes after it. LeRobot runs in the interpreter that is
+named, by its own writer and reader.
 
   ours            JPEG in our shards, random clips, decoded frames cached within --cache-bytes
   ours, no cache  the same, every frame decoded each time
@@ -34,8 +35,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-CAMERAS = ("front", "wrist")
-FRAMES, FPS, STATE, ACTION = 9, 20.0, 18, 8
+CAMERAS = ("front", "wrist", "side", "left_wrist", "right_wrist", "top")
+STRIDE, FPS, STATE, ACTION = 4, 20.0, 18, 8
 
 Reader = Callable[[], Iterator[int]]
 """One pass: yields the number of clips in each batch."""
@@ -51,20 +52,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="passes of each reader (default: 3)")
     parser.add_argument("--batch", type=int, default=8, help="clips of a batch (default: 8)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    parser.add_argument("--cameras", type=int, default=2, help="views (default: 2)")
+    parser.add_argument("--history", type=int, default=1, help="history frames of a clip (default: 1)")
+    parser.add_argument("--future", type=int, default=2, help=f"its latent frames, of {STRIDE} frames (default: 2)")
+    parser.add_argument("--only-ours", action="store_true", help="leave the other formats out")
+    parser.add_argument("--cpu", action="store_true", help="seconds of CPU, not of the clock: for a busy machine")
     parser.add_argument("--cache-bytes", type=int, default=1 << 30, help="bound of our cache (default: 1 GiB)")
     parser.add_argument("--lerobot-python", help="interpreter that has lerobot installed")
     options = parser.parse_args()
+    if options.cpu and (options.workers or options.lerobot_python):
+        parser.error("--cpu counts this process alone: leave --workers and --lerobot-python out")
+    if not 1 <= options.cameras <= len(CAMERAS):
+        parser.error(f"--cameras {options.cameras}: 1 to {len(CAMERAS)}")
+    options.cameras = CAMERAS[: options.cameras]
+    options.frames = options.history + STRIDE * options.future
     for pixels in options.pixels:
         with tempfile.TemporaryDirectory() as folder:
             print(table(measure(Path(folder), pixels, options), pixels, options), flush=True)
 
 
-def demonstration(number: int, steps: int, pixels: int) -> dict[str, np.ndarray]:
+def demonstration(number: int, steps: int, pixels: int, cameras: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Pictures (T, h, w, 3) by camera, `state` and `action` of one made-up episode."""
     rng = np.random.default_rng(number)
     rows, columns = np.mgrid[:pixels, :pixels] / pixels
     episode = {}
-    for camera in CAMERAS:
+    for camera in cameras:
         base = np.stack([rows, columns, 0.5 * (rows + columns)], -1) * rng.uniform(60, 200, 3)
         base = base + rng.normal(0, 3, base.shape)  # a camera's noise, or JPEG has nothing to do
         centres, colours = rng.uniform(0.2, 0.8, (4, 2)), rng.uniform(0, 255, (4, 3))
@@ -83,21 +95,23 @@ def measure(folder: Path, pixels: int, options: argparse.Namespace) -> dict[str,
     import torch
 
     torch.set_num_threads(1)
-    episodes = [demonstration(i, options.steps, pixels) for i in range(options.episodes)]
+    episodes = [demonstration(i, options.steps, pixels, options.cameras) for i in range(options.episodes)]
     starts = clip_starts(options)
     readers: dict[str, Reader] = {}
     sizes: dict[str, float] = {}
-    for name, make in (("ours", ours), ("webdataset", webdataset), ("hdf5", hdf5)):
+    others = {} if options.only_ours else {"webdataset": webdataset, "hdf5": hdf5}
+    for name, make in {"ours": ours, **others}.items():
         (folder / name).mkdir()
         readers |= make(folder / name, episodes, starts, options)
-    for name in ("ours", "ours, raw", "webdataset", "hdf5"):
+    for name in ("ours", "ours, raw", *others):
         sizes[name] = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()) / 1e6
+    clock = time.process_time if options.cpu else time.perf_counter
     rates: dict[str, list[float]] = {name: [] for name in readers}
     other = LeRobot(folder, episodes, starts, options) if options.lerobot_python else None
     for _ in range(options.rounds):
         for name, reader in readers.items():
-            begun, clips = time.perf_counter(), sum(reader())
-            rates[name].append(clips / (time.perf_counter() - begun))
+            begun, clips = clock(), sum(reader())
+            rates[name].append(clips / (clock() - begun))
         if other is not None:
             rates.setdefault("lerobot", []).append(other.rate())
     if other is not None:
@@ -115,7 +129,7 @@ def measure(folder: Path, pixels: int, options: argparse.Namespace) -> dict[str,
 def clip_starts(options: argparse.Namespace) -> list[tuple[int, int]]:
     """Episode and first frame of every clip of a pass, in random order."""
     rng = np.random.default_rng(0)
-    places = [(e, s) for e in range(options.episodes) for s in range(options.steps - FRAMES + 1)]
+    places = [(e, s) for e in range(options.episodes) for s in range(options.steps - options.frames + 1)]
     return [places[i] for i in rng.choice(len(places), options.clips, replace=options.clips > len(places))]
 
 
@@ -134,17 +148,24 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
     for i, values in enumerate(episodes):
         meta = {"schema_version": SCHEMA_VERSION, "episode_id": f"e{i:03d}", "embodiment": "made-up", "task": "move"}
         meta |= {"instruction": "Move.", "split": "train", "fps": FPS, "length": options.steps, "success": True}
-        meta |= {"cameras": list(CAMERAS), "absent": ["camera", "objects", "tactile"]}
+        meta |= {"cameras": list(options.cameras), "absent": ["camera", "objects", "tactile"]}
         meta |= {"proprio_names": [f"s{d}" for d in range(STATE)], "action_names": [f"a{d}" for d in range(ACTION)]}
-        rgb = {camera: values[camera] for camera in CAMERAS}
+        rgb = {camera: values[camera] for camera in options.cameras}
         samples.append((f"e{i:03d}", Episode(meta, rgb=rgb, proprio=values["state"], action=values["action"])))
     raw = folder.with_name("ours, raw")
     raw.mkdir()
     for root, pictures in ((folder, "jpeg"), (raw, "raw")):
         write_index(root, [write_shard(root / "shard-000000.tar", samples, pictures=pictures)], [], {})
-    pixels = episodes[0][CAMERAS[0]].shape[1]
+    pixels = episodes[0][options.cameras[0]].shape[1]
     spec = ClipSpec(
-        cameras=CAMERAS, embodiments=("made-up",), height=pixels, width=pixels, fps=FPS, history=1, stride=4, future=2
+        cameras=options.cameras,
+        embodiments=("made-up",),
+        height=pixels,
+        width=pixels,
+        fps=FPS,
+        history=options.history,
+        stride=STRIDE,
+        future=options.future,
     )
 
     def reader(root: Path, cache_bytes: int) -> Reader:
@@ -161,7 +182,7 @@ def ours(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
 
         def once() -> Iterator[int]:
             for batch in loader:
-                assert batch.observation.rgb.shape[1] + batch.future.rgb.shape[1] == FRAMES
+                assert batch.observation.rgb.shape[1] + batch.future.rgb.shape[1] == options.frames
                 yield len(batch.key)
 
         return once
@@ -195,13 +216,15 @@ def webdataset(folder: Path, episodes: list[Any], starts: list[tuple[int, int]],
             for number, (e, s) in list(enumerate(starts))[shard::count]:
                 values = episodes[e]
                 pictures = {
-                    f"{camera}{i}.jpg": jpeg(values[camera][s + i]) for camera in CAMERAS for i in range(FRAMES)
+                    f"{camera}{i}.jpg": jpeg(values[camera][s + i])
+                    for camera in options.cameras
+                    for i in range(options.frames)
                 }
-                rest = {f"{name}.npy": values[name][s : s + FRAMES] for name in ("state", "action")}
+                rest = {f"{name}.npy": values[name][s : s + options.frames] for name in ("state", "action")}
                 writer.write({"__key__": f"{number:06d}", **pictures, **rest})
 
     def tensors(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-        frames = np.stack([[sample[f"{camera}{i}.jpg"] for camera in CAMERAS] for i in range(FRAMES)])
+        frames = np.stack([[sample[f"{camera}{i}.jpg"] for camera in options.cameras] for i in range(options.frames)])
         rgb = torch.from_numpy(frames.transpose(0, 1, 4, 2, 3).copy())
         return {
             "rgb": rgb,
@@ -246,9 +269,9 @@ def hdf5(folder: Path, episodes: list[Any], starts: list[tuple[int, int]], optio
                 self.file = h5py.File(path, "r")
             e, s = starts[index]
             group = self.file[str(e)]
-            frames = np.stack([group[camera][s : s + FRAMES] for camera in CAMERAS], 1)
+            frames = np.stack([group[camera][s : s + options.frames] for camera in options.cameras], 1)
             rgb = torch.from_numpy(frames.transpose(0, 1, 4, 2, 3).copy())
-            rest = {name: torch.from_numpy(group[name][s : s + FRAMES]) for name in ("state", "action")}
+            rest = {name: torch.from_numpy(group[name][s : s + options.frames]) for name in ("state", "action")}
             return {"rgb": rgb, **rest}
 
     loader = DataLoader(
@@ -273,9 +296,9 @@ class LeRobot:
             "episodes": len(episodes),
             "steps": options.steps,
             "starts": [[int(e), int(s)] for e, s in starts],
-            "frames": FRAMES,
+            "frames": options.frames,
             "fps": FPS,
-            "cameras": list(CAMERAS),
+            "cameras": list(options.cameras),
             "batch": options.batch,
             "workers": options.workers,
         }
@@ -314,8 +337,9 @@ class LeRobot:
 def table(found: dict[str, dict[str, float]], pixels: int, options: argparse.Namespace) -> str:
     """A Markdown table with ratios to ours."""
     lines = [
-        f"{pixels} px, {FRAMES} frames, {len(CAMERAS)} cameras, {options.episodes} episodes of {options.steps} steps, "
-        f"{options.clips} clips a pass, batches of {options.batch}, {options.workers} workers, {platform.machine()}",
+        f"{pixels} px, {options.frames} frames, {len(options.cameras)} cameras, {options.episodes} episodes of "
+        f"{options.steps} steps, {options.clips} clips a pass, batches of {options.batch}, {options.workers} workers, "
+        f"{platform.machine()}{', seconds of CPU' * options.cpu}",
         "",
         "| reader | first, clips/s | later, clips/s | ours is, first | ours is, later | MB on disk |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

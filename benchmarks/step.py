@@ -14,19 +14,18 @@ can hold: latents are drawn instead of encoded, and instructions are read once, 
 can be held against the first row's.
 
 FLOPs are those the model needs, whatever a row computes besides: matrix products and attention as torch's FlopCounter
-counts them in the forward pass; windowed attention 4 d per pair of tokens that see each other and the gated delta rule
-6 dk dv per token, for each head; three times that where something is trained, without what checkpointing computes
-again. MFU is their rate over that of one large matrix product in the same run.
+counts them; windowed attention 4 d per pair of tokens that see each other and the gated delta rule 6 dk dv per token,
+for each head; each once more for either factor that wants a gradient, without what checkpointing computes again. MFU is
+their rate over that of the fastest of some large matrix products in the same run (`worldmodel.flops`).
 """
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from step_bench import Bench, Row, compose, timed
+from step_bench import Bench, Row, compose
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -75,11 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from worldmodel.errors import ConfigError
+    from worldmodel.flops import matmul_peak
 
     torch.set_num_threads(given.threads)
     config = compose(given.overrides)
     bench = Bench(config, given)
-    peak = product_rate(given.device, given.product)
+    device = torch.device(given.device)
+    peak = matmul_peak(device, torch.float32 if device.type == "cpu" else torch.bfloat16, given.product)
     flops = bench.flops()
     found: list[dict[str, Any]] = []
     report = {"peak": peak, "flops_per_sample": flops, "tokens_per_sample": bench.tokens, "sizes": bench.sizes()}
@@ -103,19 +104,6 @@ def parse(text: str, batch: int) -> Row:
     if len(parts) not in (4, 5) or any(part not in known for part, known in zip(parts, CHOICES, strict=False)):
         sys.exit(f"row {text!r}: expected {', '.join('|'.join(known) for known in CHOICES)} and perhaps a batch size")
     return Row(parts[0], parts[1], parts[2], parts[3], int(parts[4]) if len(parts) == 5 else batch)
-
-
-def product_rate(device: str, size: int) -> float:
-    """FLOP/s of a large matrix product of random numbers, in bfloat16 on a GPU: the peak that MFU is a share of."""
-    import torch
-
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    if device != "cpu":
-        a, b = a.bfloat16(), b.bfloat16()
-    for _ in range(3):
-        torch.matmul(a, b)
-    seconds = statistics.median(timed(lambda: float((a @ b)[0, 0])) for _ in range(20))
-    return 2 * size**3 / seconds
 
 
 def table(report: dict[str, Any], given: argparse.Namespace) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 
 class Row(NamedTuple):
@@ -126,56 +125,25 @@ class Bench:
             del vars(self.model)["future_latents"]
 
     def flops(self) -> float:
-        """FLOPs that the model needs for one sample (see the top of this file)."""
+        """FLOPs that the model needs for one sample (see `worldmodel.flops`)."""
         import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
 
-        from worldmodel.synthesis import temporal
-        from worldmodel.synthesis.delta import GatedDelta
+        from worldmodel.flops import measure_cost
 
-        mixing, frozen, batch = [0], [0], self.batch(1)
+        batch = self.batch(1)
 
-        def window(q: Any, keys: Any, *, window: int, dilation: int, extra: Any = None, blocks: Any = None) -> Any:
-            tq, tk, n, m = q.shape[1], keys.k.shape[1], q.shape[2], keys.k.shape[2]
-            seen = int(temporal.dense_window_mask(tq, tk, tk - tq, window, dilation, blocks).sum()) * n * m
-            mixing[0] += 4 * q.shape[3] * q.shape[4] * (seen + (0 if extra is None else tq * n * extra[0].shape[1]))
-            return q
+        def loss() -> None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.given.forward):
+                self.loss(*batch)
 
-        def rule(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any) -> Any:
-            mixing[0] += 6 * q.shape[1] * q.shape[2] * q.shape[3] * v.shape[3]
-            return v, state
-
-        gated = [block.mix for block in self.model.denoiser.blocks if isinstance(block.mix, GatedDelta)]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            self.loss(*batch)  # reads the instruction, once
-            stack.enter_context(patch.dict(temporal.FORMS, dict.fromkeys(temporal.FORMS, window)))
-            for mix in gated:
-                stack.enter_context(patch.object(mix, "rule", rule))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # not every kernel is known to the counter
-            counter = stack.enter_context(FlopCounterMode(display=False))
-            start: list[int] = []
-            handles = [
-                self.model.encoder.register_forward_pre_hook(lambda *_: start.append(counter.get_total_flops())),
-                self.model.encoder.register_forward_hook(
-                    lambda *_: frozen.append(counter.get_total_flops() - start.pop())
-                ),
-            ]
-            self.loss(*batch)
-            for handle in handles:
-                handle.remove()
-        total = counter.get_total_flops() + mixing[0]
-        if self.given.forward:
-            return total
-        constant = 0 if "encoder" in self.phase.trains else sum(frozen)
-        return 3 * (total - constant) + constant
+        return measure_cost(self.module, self.model, loss).flops
 
     def measure(self, row: Row, profile: Path | None) -> dict[str, Any]:
         """Median seconds of a step, peak bytes, loss."""
         import torch
 
         from worldmodel.acceleration import accelerated
+        from worldmodel.flops import timed
         from worldmodel.synthesis.delta import FORMS, GatedDelta
         from worldmodel.synthesis.temporal import WindowAttention
         from worldmodel.training import MovingAverage
@@ -227,6 +195,8 @@ class Bench:
         """Seconds to encode the pictures of one sample, history and future, as training does."""
         import torch
 
+        from worldmodel.flops import timed
+
         batch, _ = self.batch(1)
         future = batch.future._replace(rgb=batch.future.rgb.expand(-1, self.spec.window, -1, -1, -1, -1))
 
@@ -237,13 +207,6 @@ class Bench:
 
         encode()
         return statistics.median(timed(encode) for _ in range(3))
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of a call that ends with a value read from the device."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TIERS = [
-    {"errors", "contracts", "config"},
+    {"errors", "contracts", "config", "cluster"},
     {"geometry", "nn", "page", "plots", "trials", "viz"},
     {"data", "normalise"},
     {"encoders"},
@@ -14,7 +14,7 @@ TIERS = [
     {"policy"},
     {"guess", "joint", "conditioning", "editing"},
     {"model"},
-    {"acceleration", "adapters", "checkpoint", "convert", "sized", "streaming"},
+    {"acceleration", "adapters", "checkpoint", "convert", "flops", "sized", "streaming"},
     {
         "losses",
         "editing_losses",
@@ -31,7 +31,8 @@ TIERS = [
     {"report_samples", "report_closed_loop", "report_motion", "report_edits"},
     {"report", "stamp", "comparison"},
     {"phases"},
-    {"protocol", "training", "samples", "run_folder", "rollout", "drift", "edit"},
+    {"telemetry", "watch"},
+    {"protocol", "training", "samples", "run_folder", "curves", "rollout", "drift", "edit"},
     {"curriculum", "features"},
     {"export"},
 ]

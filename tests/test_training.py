@@ -14,6 +14,7 @@ from conftest import compose
 from safetensors.torch import load_file
 
 from worldmodel.curriculum import train
+from worldmodel.curves import read_log
 from worldmodel.errors import ConfigError
 from worldmodel.phases import Ingredient, Phase, make_phases
 from worldmodel.run_folder import claim, differences
@@ -53,7 +54,18 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
     phases = sorted(p.name for p in (trained / "phases").iterdir())
     assert phases == ["0-tokeniser", "1-understanding", "2-synthesis", "3-behaviour", "4-policy"]
     assert not list(trained.rglob("last.ckpt")), "a finished phase needs no resume point"
-    assert (trained / "csv" / "metrics.csv").is_file()
+    log = read_log(trained)
+    assert list(log) == ["tokeniser", "understanding", "synthesis", "behaviour", "policy"]
+    for phase, series in log.items():
+        common = {"loss", "gradient_norm", "learning_rate", "ema_decay", "samples_per_s", "mfu", "data_wait"}
+        assert common | {"memory_gib"} <= series.keys(), phase
+        assert all(value > 0 for name in common - {"data_wait"} for value in series[name].values())
+    synthesis = log["synthesis"]
+    streams = [sum(synthesis[f"tokens_per_s/{n}"].values()) for n in ("video", "camera", "points", "force")]
+    assert 0 < sum(streams) <= sum(synthesis["tokens_per_s"].values())
+    assert any(name.startswith("noise/video/") for name in synthesis)
+    assert "tokens_per_s" not in log["tokeniser"], "stage 2 reads nothing there"
+    assert "policy" in (trained / "curves.html").read_text()
 
 
 def test_phases_train_what_they_name_and_nothing_else(trained):

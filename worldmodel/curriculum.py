@@ -2,7 +2,8 @@
 
 Run folder: `config.yaml`; `phases/NN-name/` with the weights after the phase (`model.safetensors`, `model.json`) or,
 while it runs, `last.ckpt`; `latents.safetensors` (frozen tokeniser's latents of every frame); `csv/`, `wandb/`,
-`samples/`; and at the end the checkpoint itself, `model.safetensors` with `model.json`.
+`samples/`, `curves.html`; where numbers were not finite `nonfinite.json`; and at the end the checkpoint itself,
+`model.safetensors` with `model.json`.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import lightning as L
 import numpy as np
 import torch
 from einops import rearrange
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
@@ -27,7 +29,9 @@ from torch import Tensor
 from worldmodel.acceleration import accelerated
 from worldmodel.adapters import merge, save_adapters
 from worldmodel.checkpoint import build_model, describe, initialise, load_model, save_model
+from worldmodel.cluster import resolve
 from worldmodel.contracts import Batch, ClipSpec
+from worldmodel.curves import write_curves
 from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
 from worldmodel.data.dataset import ClipDataset
@@ -41,10 +45,12 @@ from worldmodel.finetune import FROM_INIT, inherit, plan_model
 from worldmodel.model import WorldModel
 from worldmodel.phases import DATA, MIXED, PARTS, Phase, make_phases
 from worldmodel.policy.interpolate import INITIALISE, begin_from
-from worldmodel.run_folder import claim, training_record
+from worldmodel.run_folder import claim, keep_log, training_record
 from worldmodel.samples import log_samples, write_samples
 from worldmodel.sized import token_counts
-from worldmodel.training import MovingAverage, PhaseModule, SaveProgress, Throughput
+from worldmodel.telemetry import Throughput, TrainingLog
+from worldmodel.training import MovingAverage, PhaseModule, SaveProgress
+from worldmodel.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ def train(config: Mapping[str, Any]) -> Path:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     L.seed_everything(config["seed"], verbose=False)
+    config = {**config, "trainer": resolve(config["trainer"])}
     torch.set_num_threads(config["trainer"]["threads"])
     run = Path(config["run_dir"])
     if (run / "model.safetensors").is_file():
@@ -140,6 +147,7 @@ def other_roots(config: Mapping[str, Any], phases: Sequence[Phase]) -> list[str]
 
 def make_loggers(config: Mapping[str, Any], run: Path) -> list[Logger]:
     """CSV always; wandb unless its mode is `disabled` (offline by default: nothing leaves the machine)."""
+    keep_log(run / "csv")
     loggers: list[Logger] = [CSVLogger(run, name="csv", version="")]
     if config["wandb"]["mode"] != "disabled":
         settings = config["wandb"]
@@ -205,15 +213,27 @@ def run_phase(
         pairs=phase.pairs,
         **chosen,
     )
+    interval = max(1, min(20, phase.steps // 2))
     trainer = L.Trainer(
         max_steps=phase.steps,
         accelerator=settings["accelerator"],
         devices=settings["devices"],
+        num_nodes=settings["num_nodes"],
+        strategy=settings["strategy"],
+        accumulate_grad_batches=settings["accumulate"],
         precision=settings["precision"],
         gradient_clip_val=phase.clip,
         logger=loggers,
-        log_every_n_steps=max(1, min(20, phase.steps // 2)),
-        callbacks=[average, Throughput(), MixtureLog(), SaveProgress(path=last, every=settings["save_every"])],
+        log_every_n_steps=interval,
+        callbacks=[
+            average,
+            Throughput(),
+            TrainingLog(decay=average.rate),
+            MixtureLog(),
+            Watch(path=run / "nonfinite.json"),
+            SaveProgress(path=last, every=settings["save_every"]),
+            TQDMProgressBar(refresh_rate=interval),
+        ],
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=run,
@@ -241,6 +261,8 @@ def run_phase(
         )
     save_model(model, folder)
     last.unlink(missing_ok=True)
+    if trainer.is_global_zero:
+        write_curves([run], run / "curves.html")
 
 
 def sample_batch(reader: ShardReader, spec: ClipSpec, count: int = 256, on_error: str = "raise") -> Batch:

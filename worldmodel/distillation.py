@@ -14,7 +14,7 @@ from worldmodel.contracts import Batch
 from worldmodel.data.transforms import hide, modality_dropout
 from worldmodel.errors import ConfigError
 from worldmodel.joint import Memory
-from worldmodel.losses import action_mask, asked_slots, distance, draw_flags, masked_mean
+from worldmodel.losses import action_mask, asked_slots, by_level, distance, draw_flags, masked_mean
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
 from worldmodel.synthesis.conditions import Given
@@ -149,15 +149,18 @@ def distillation_loss(
         noisy = {name: add_noise(value, noise[name], level) for name, value in target.items()}
     answer = student(noisy, level)
     losses: dict[str, Tensor] = {}
+    levelled: dict[str, Tensor] = {}
     for name, goal in target.items():
         error = answer[name] - clean_to_velocity(goal, noisy[name], level)
         error = model.loss_weight(name, level, error) * error
         if name == "actions":
-            losses[name] = masked_mean(error.square(), repeat_rows(action_mask(future), draws))
+            error, asked = error.square(), repeat_rows(action_mask(future), draws)
         else:
-            losses[name] = masked_mean(distance(error, huber), asked_slots(memory, known, future, name))
+            error, asked = distance(error, huber), asked_slots(memory, known, future, name)
+        losses[name] = masked_mean(error, asked)
+        levelled |= by_level(name, error, asked, level)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
-    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}
+    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}, **levelled}
 
 
 def rowwise(flag: Tensor) -> Tensor:

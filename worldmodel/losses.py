@@ -19,11 +19,27 @@ from worldmodel.policy.realtime import Decided, draw_prefixes
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
 
+QUARTERS = 4
+"""Ranges of the noise level that losses are logged by."""
+
 
 def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
     """Mean of value over the elements of a mask that broadcasts from the left; zero if nothing is present."""
     weight = mask.reshape(*mask.shape, *([1] * (value.dim() - mask.dim()))).to(value.dtype).expand_as(value)
     return (value * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def by_level(name: str, error: Tensor, mask: Tensor, level: Tensor) -> dict[str, Tensor]:
+    """Mean of an error over rows of each quarter of the noise level (B,), NaN where there is none; for the log alone.
+
+    Names are `noise/NAME/25` to `noise/NAME/100`, the upper end of the quarter in percent.
+    """
+    weight = mask.reshape(*mask.shape, *([1] * (error.dim() - mask.dim()))).to(error.dtype).expand_as(error)
+    total, count = (x.detach().flatten(1).sum(1) for x in (error * weight, weight))
+    quarter = (level * QUARTERS).long().clamp(max=QUARTERS - 1)
+    inside = (quarter == torch.arange(QUARTERS, device=level.device)[:, None]).to(total)
+    means = (inside * total).sum(1) / (inside * count).sum(1)
+    return {f"noise/{name}/{100 * (i + 1) // QUARTERS}": mean for i, mean in enumerate(means)}
 
 
 def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -236,20 +252,25 @@ def clip_loss(
         arguments |= {"actions": add_noise(actions, noise, level), "action_level": level}
     streams, action_velocity = model.velocity(memory, **arguments)
     losses: dict[str, Tensor] = {}
+    levelled: dict[str, Tensor] = {}
     if do_streams:
         for name, velocity in streams.items():
             error = velocity - velocity_target(clean_of[name], noise_of[name])
             error = distance(model.loss_weight(name, level_of[name], error) * error, huber)
-            losses[name] = masked_mean(error, asked_slots(memory, known, future, name))
+            asked = asked_slots(memory, known, future, name)
+            losses[name] = masked_mean(error, asked)
+            levelled |= by_level(name, error, asked, level_of[name])
     if do_actions and action_velocity is not None:
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
         error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
         asked = repeat_rows(action_mask(future), draws)
-        losses["actions"] = masked_mean(error, asked if prefix is None else asked & ~prefix.where[..., None])
+        asked = asked if prefix is None else asked & ~prefix.where[..., None]
+        losses["actions"] = masked_mean(error, asked)
+        levelled |= by_level("actions", error, asked, level_of["actions"].reshape(len(error), -1).amax(1))
     if policy and memory.proposal is not None:
         losses["proposal"] = proposal_error(model, memory.proposal, batch)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
-    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}}, memory
+    return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}, **levelled}, memory
 
 
 def draw_flags(

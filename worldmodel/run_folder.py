@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from worldmodel.data.index import INDEX
 from worldmodel.data.shards import ShardReader
@@ -18,8 +22,7 @@ def claim(run: Path, config: Mapping[str, Any]) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     noted = run / "config.json"
-    devices = config["trainer"].get("devices")
-    ranks = devices if type(devices) is int and devices > 0 else 1
+    ranks = math.prod(config["trainer"].get(name, 1) for name in ("devices", "num_nodes"))
     own = json.loads(json.dumps({k: v for k, v in config.items() if k != "trainer"} | {"ranks": ranks}))
     if noted.is_file():
         before = json.loads(noted.read_text())
@@ -28,9 +31,17 @@ def claim(run: Path, config: Mapping[str, Any]) -> None:
                 f"{run} holds a run with other settings ({', '.join(changed[:6])}); choose another run_dir, or delete "
                 "the folder to train anew"
             )
-    part = noted.with_suffix(".part")
+    part = noted.with_suffix(f".{os.getpid()}.part")  # every rank claims
     part.write_text(json.dumps(own, indent=1))
     part.replace(noted)
+
+
+@rank_zero_only
+def keep_log(folder: Path) -> None:
+    """Gives the log that a resumed run would overwrite a number: `metrics.csv` becomes `metrics.0.csv`, and so on."""
+    log = folder / "metrics.csv"
+    if log.is_file():
+        log.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv')))}.csv")
 
 
 def with_global_batches(noted: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Lightning side of training: one module for every phase, moving averages, and the callbacks of a run."""
+"""Lightning side of training: one module for every phase, moving averages, and saving."""
 
 import math
-import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from worldmodel.adapters import inject
 from worldmodel.contracts import Batch, Pair
-from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.distillation import distillation_loss, make_teacher
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
@@ -23,6 +21,7 @@ from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
 from worldmodel.picture_loss import picture_loss
 from worldmodel.sized import sized
+from worldmodel.telemetry import Averages
 
 
 class PhaseModule(L.LightningModule):
@@ -32,6 +31,8 @@ class PhaseModule(L.LightningModule):
         super().__init__()
         self.model, self.phase, self.seed = model, phase, seed
         self.latents = latents
+        self.averages = Averages()
+        self.gradient_norm = torch.zeros(())
         for name in PARTS:
             part = getattr(model, name)
             if part is not None:
@@ -50,13 +51,28 @@ class PhaseModule(L.LightningModule):
         self.teacher = None if settings is None else make_teacher(model, phase.trains, settings.teacher)
 
     def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
-        """One optimisation step; logs each part of the loss."""
+        """One optimisation step; each part of the loss is kept for the log."""
+        losses = self.losses(batch)
+        if not losses["loss"].requires_grad:
+            raise ConfigError(
+                f"phase {self.phase.name!r}: a batch of {', '.join(losses)} trains nothing of "
+                f"{list(self.phase.trains)}; leave its mode out of the mixture"
+            )
+        kept = {name: value.detach() for name, value in losses.items()}
+        if any(name.endswith("/actions") for name in losses):
+            kept["lambda"] = torch.tensor(float(self.phase.weights.get("actions", 1.0)), device=self.device)
+        self.averages.add(kept)
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
+        return losses["loss"]
+
+    def losses(self, batch: Batch | Pair) -> dict[str, Tensor]:
+        """The `loss` of a batch at this step, and its parts."""
         phase = self.phase
         generator = phase.generator(self.seed, self.global_step)
         if phase.lora is not None and phase.lora.dropout:
             torch.manual_seed(generator.initial_seed())  # peft's dropout draws from the global generator
         if isinstance(batch, Pair):
-            losses = edit_loss(
+            return edit_loss(
                 self.model,
                 batch,
                 generator,
@@ -65,32 +81,17 @@ class PhaseModule(L.LightningModule):
                 weights=phase.weights,
                 huber=phase.huber,
             )
-        elif phase.objective == "tokeniser":
-            losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
-        elif phase.objective == "understanding":
-            losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
-        elif phase.objective == "motion":
-            losses = motion_loss(self.model, batch, phase.dropout, generator)
-        else:
-            with ExitStack() as stack:
-                for model in (self.model, self.teacher) if phase.buckets else ():
-                    if model is not None:
-                        stack.enter_context(sized(model, batch))
-                losses = self.world_step(batch, generator)
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(
-                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
-            )
-        if not losses["loss"].requires_grad:
-            raise ConfigError(
-                f"phase {phase.name!r}: a batch of {', '.join(losses)} trains nothing of {list(phase.trains)}; leave "
-                "its mode out of the mixture"
-            )
-        self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
-        if any(name.endswith("/actions") for name in losses):
-            self.log(f"{phase.name}/lambda", float(phase.weights.get("actions", 1.0)))
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
-        return losses["loss"]
+        if phase.objective == "tokeniser":
+            return tokeniser_loss(self.model, batch, phase.kl_weight, generator)
+        if phase.objective == "understanding":
+            return understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
+        if phase.objective == "motion":
+            return motion_loss(self.model, batch, phase.dropout, generator)
+        with ExitStack() as stack:
+            for model in (self.model, self.teacher) if phase.buckets else ():
+                if model is not None:
+                    stack.enter_context(sized(model, batch))
+            return self.world_step(batch, generator)
 
     def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Loss of the ingredient that this step draws."""
@@ -146,6 +147,15 @@ class PhaseModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips by the norm of all gradients, and keeps what it was before, which costs nothing here."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm: Any = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+        self.averages.add({"gradient_norm": self.gradient_norm})
+
 
 def within(model: nn.Module, word: str, phase: str) -> nn.Module | nn.Parameter:
     """The part of the model with a dotted name. Raises `ConfigError` with the names at the place where it fails."""
@@ -176,10 +186,14 @@ class MovingAverage(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follows the weights; early steps average over fewer of them."""
-        decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
+        decay = self.rate(trainer.global_step)
         live = [p.detach() for n, p in pl_module.named_parameters() if n in self.shadow]
         for average, parameter in zip(self.shadow.values(), live, strict=True):
             average.lerp_(parameter, 1 - decay)
+
+    def rate(self, step: int) -> float:
+        """The decay after a number of steps."""
+        return min(self.decay, (1 + step) / (10 + step))
 
     def copy_to(self, module: nn.Module) -> None:
         """Writes the average into the module's parameters."""
@@ -195,35 +209,6 @@ class MovingAverage(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the average of a checkpoint."""
         self.shadow = {name: value.clone() for name, value in state_dict["shadow"].items()}
-
-
-class Throughput(L.Callback):
-    """Logs samples per second and the share of time spent waiting for data, over the last steps."""
-
-    def __init__(self, *, every: int = 20) -> None:
-        self.every = every
-        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting."""
-        self.samples, self.waited, self.since = 0, self.total_wait(trainer), time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs every few steps."""
-        self.samples += len(batch.key)
-        if trainer.global_step % self.every:
-            return
-        now, waited = time.perf_counter(), self.total_wait(trainer)
-        span = now - self.since
-        pl_module.log_dict({"samples_per_s": self.samples / span, "data_wait": (waited - self.waited) / span})
-        self.samples, self.waited, self.since = 0, waited, now
-
-    def total_wait(self, trainer: L.Trainer) -> float:
-        """Seconds that training has waited for batches so far."""
-        data: Any = getattr(trainer, "datamodule", None)
-        return data.waited if isinstance(data, ClipDataModule) else 0.0
 
 
 class SaveProgress(L.Callback):
@@ -245,3 +230,4 @@ class SaveProgress(L.Callback):
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
             part.replace(self.path)
+        trainer.strategy.barrier()  # a rank that ends sooner may have the launcher end the others

@@ -193,7 +193,9 @@ class ClipDataModule(L.LightningDataModule):
         """
         self._tally.settle(self.batches_done())
         drawn, skipped = np.zeros_like(self._tally.drawn), {}
-        for report in self._gather({"drawn": self._tally.drawn.tolist(), "skipped": self._tally.skipped}):
+        for report in gather_reports(
+            self.trainer, {"drawn": self._tally.drawn.tolist(), "skipped": self._tally.skipped}
+        ):
             drawn += np.array(report["drawn"], np.int64)
             for key, record in report["skipped"].items():
                 clips = skipped.get(key, {"clips": 0})["clips"] + record["clips"]
@@ -250,24 +252,25 @@ class ClipDataModule(L.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _gather(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """The reports of all ranks, carried as JSON in tensors."""
-        if self.trainer is None or self.trainer.world_size == 1:
-            return [report]
-        strategy: Any = self.trainer.strategy
-        data = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8).to(strategy.root_device)
-        sizes = strategy.all_gather(torch.tensor([len(data)], device=data.device)).flatten().tolist()
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=data.device)
-        padded[: len(data)] = data
-        rows = strategy.all_gather(padded).reshape(len(sizes), -1)
-        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
-
     def _processed(self) -> int:
         # Lightning fetches a batch ahead, so what the loader handed out is not what was trained on.
         if self.trainer is None:
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return progress.processed
+
+
+def gather_reports(trainer: L.Trainer | None, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The reports of all ranks, carried as JSON in tensors. Every rank must call it at the same step."""
+    if trainer is None or trainer.world_size == 1:
+        return [report]
+    strategy: Any = trainer.strategy
+    data = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8).to(strategy.root_device)
+    sizes = strategy.all_gather(torch.tensor([len(data)], device=data.device)).flatten().tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=data.device)
+    padded[: len(data)] = data
+    rows = strategy.all_gather(padded).reshape(len(sizes), -1)
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
 
 def refuse_heldout(clips: ClipDataset) -> None:

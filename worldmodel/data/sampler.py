@@ -6,6 +6,7 @@ batches round robin and do not change the order.
 """
 
 import logging
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,7 @@ class StreamLoader:
             collate_fn=self._dataset.deliver,
             num_workers=self._num_workers,
             persistent_workers=False,
+            worker_init_fn=ignore_signals,
         )
         batches = iter(loader)
         while True:
@@ -213,3 +215,9 @@ class StreamLoader:
                 for index in chosen
                 for ahead in range(needs.chunks)
             ]
+
+
+def ignore_signals(worker: int) -> None:
+    """Keeps a loader process alive when a whole job is told to stop: what trains needs it until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
