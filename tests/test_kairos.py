@@ -297,14 +297,12 @@ def test_the_reduced_small_goes_through_its_curriculum(tiny_dataset, tmp_path):
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     for name, before, after in zip(names[1:], weights, weights[1:], strict=False):
         moved = {n.split(".")[0] for n in after if not torch.equal(before[n], after[n])} - {"stream_scale", "still"}
-        own = {"behaviour": {"expert"}, "policy": {"denoiser", "expert"}, "distill": {"denoiser", "expert"}}
-        assert moved == own.get(name, {"denoiser"}), name
-    blocks = {
-        n.split(".")[1]
-        for n in weights[7]
-        if n.startswith("expert.blocks.") and not torch.equal(weights[6][n], weights[7][n])
-    }
-    assert blocks == {"blocks"}, "the phase before trains no block of it, so they were drawn from the video transformer"
+        own = {"behaviour": {"expert"}}.get(name, {"denoiser"})
+        # One step of the last two may be of a mode that teaches only one of the transformers.
+        assert moved <= {"denoiser", "expert"} if name in ("policy", "distill") else moved == own, name
+    blocks = [n for n in weights[7] if n.startswith("expert.blocks.") and n.endswith("feed_forward.0.weight")]
+    drawn = [n for n in blocks if not torch.equal(weights[6][n], weights[7][n])]
+    assert drawn == blocks, "behaviour trains no block, so these were drawn from the video transformer"
 
 
 @pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "joint"])

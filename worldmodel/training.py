@@ -105,6 +105,7 @@ class PhaseModule(L.LightningModule):
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
         latents = self.history_latents(batch) if pick.images else None
         if pick.mode == "image":
+            assert latents is not None
             how = {"dropout": dropout, "weights": phase.weights, "huber": phase.huber}
             return picture_loss(self.model, batch, latents, generator, **how)
         settings: dict[str, Any] = {

@@ -105,8 +105,9 @@ def collate(clips: Sequence[Clip]) -> Batch:
         "wrench": wrench[:, : h * stride].reshape(b, h, stride, sensors, 6),
         **{name: constant[name] for name in record.fields or () if name in Observation._fields},
     }
-    if clips[0].lens is not None:
-        observation["intrinsics"] = np.stack([clip.lens for clip in clips])[:, None] @ observation["intrinsics"]
+    lenses = [clip.lens for clip in clips if clip.lens is not None]
+    if lenses:
+        observation["intrinsics"] = np.stack(lenses)[:, None] @ observation["intrinsics"]
     dims = constant["action_dims"]
     future = {
         "rgb": pictures([clip.future_rgb for clip in clips], spec.window),

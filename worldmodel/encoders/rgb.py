@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from worldmodel.nn import at_grid
 
@@ -32,5 +33,5 @@ class ImageEncoder(nn.Module):
         b, v = rgb.shape[:2]
         x = self.stem(rgb.flatten(0, 1))
         # A traced graph has one size, and comparing it would make a constant of it with a warning.
-        grid = (self.rows, self.columns) if torch.jit.is_tracing() else (x.shape[-2], x.shape[-1])
+        grid = (self.rows, self.columns) if is_tracing() else (x.shape[-2], x.shape[-1])
         return (x.flatten(2).mT + at_grid(self.position, (self.rows, self.columns), grid)).unflatten(0, (b, v))

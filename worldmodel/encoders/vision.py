@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from worldmodel.encoders.feature_store import key_of, pixels_of
 from worldmodel.encoders.pretrained import Pretrained
@@ -63,7 +64,7 @@ class Resize(nn.Module):
 
 def shown_size(rgb: Tensor, size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of pictures, which are of `size` in a graph that is being traced."""
-    return size if torch.jit.is_tracing() else (rgb.shape[-2], rgb.shape[-1])
+    return size if is_tracing() else (rgb.shape[-2], rgb.shape[-1])
 
 
 def resampling(before: int, after: int) -> Tensor:

@@ -70,7 +70,7 @@ def interpolated(video: Mapping[str, Tensor], action: Mapping[str, Tensor]) -> d
             elif attentive:
                 nearest = max((i for i in attentive if i <= int(number)), default=attentive[0])
                 source = ".".join(("blocks", str(nearest), "mix", part, *rest))
-        if source not in video:
+        if source is None or source not in video:
             continue
         wide, shape = video[source], tuple(own.shape)
         if name == "head_table" or name.endswith(".table"):
