@@ -4,6 +4,8 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config"},
@@ -84,14 +86,26 @@ def test_stages_do_not_import_each_other():
             assert not imports(path) & (STAGES - {own}), path
 
 
-def test_runtime_needs_numpy_and_onnxruntime_only():
-    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime"}
-    for node in ast.walk(ast.parse((ROOT / "export" / "runtime.py").read_text(encoding="utf-8"))):
+SERVER = ("openpi", "sessions", "onnx_source", "server")
+
+
+@pytest.mark.parametrize(
+    ("name", "libraries"),
+    [
+        ("runtime", set()),
+        ("lerobot", set()),
+        *((name, {"msgpack", "websockets", "prometheus_client"}) for name in SERVER),
+    ],
+)
+def test_the_robots_side_needs_little(name: str, libraries: set[str]):
+    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime"} | libraries
+    own = set() if name == "runtime" else {f"export.{other}" for other in ("runtime", *SERVER)}
+    for node in ast.walk(ast.parse((ROOT / "export" / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            assert (node.module or "").split(".")[0] in allowed
+            assert node.module in own or (node.module or "").split(".")[0] in allowed
 
 
 def test_files_stay_readable():
