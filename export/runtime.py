@@ -129,7 +129,7 @@ class OnnxPolicy:
         robots = {entry["name"]: entry for entry in self.manifest["embodiments"]}
         if embodiment is None and len(robots) == 1:
             embodiment = next(iter(robots))
-        if embodiment not in robots:
+        if embodiment is None or embodiment not in robots:
             raise RuntimeContractError(f"embodiment: got {embodiment!r}, expected one of {sorted(robots)}")
         self._robot = robots[embodiment]
         self.embodiment: str = embodiment

@@ -73,7 +73,7 @@ WRONG_DTYPES = ("f4,O", "(2,)<f4", "O", "float32", "<f3", "|O8", "<U1000000000",
 
 def pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
     """One of the options, as it is."""
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def values(rng: np.random.Generator, depth: int = 0) -> Any:

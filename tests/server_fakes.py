@@ -110,7 +110,9 @@ class WireClient:
         return self.metadata
 
     def send(self, message: Any) -> None:
-        self.socket.send(msgpack.packb(message, default=encode))
+        packed = msgpack.packb(message, default=encode)
+        assert packed is not None
+        self.socket.send(packed)
 
     def receive(self) -> Any:
         answer = self.socket.recv(20)

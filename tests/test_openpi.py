@@ -75,7 +75,13 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
+    database=None,
+    derandomize=True,
+)
 @given(VALUES)
 def test_what_is_packed_comes_back_and_openpi_packs_the_same(value: Any) -> None:
     frame = pack(value)

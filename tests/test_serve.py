@@ -31,7 +31,6 @@ from worldmodel.errors import ConfigError
 torch.set_num_threads(1)
 
 EXPORT = Path(__file__).parent.parent / "export"
-ROBOT_FILES = ("__init__", "__main__", "runtime", "openpi", "sessions", "onnx_source", "server", "serve")
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +167,7 @@ def robot_server(folder: Path, *words: str) -> Iterator[tuple["subprocess.Popen[
 
 def test_the_server_runs_alone_and_comes_back_after_a_kill(artefact: Path, tmp_path: Path) -> None:
     shutil.copytree(artefact, tmp_path / "artefact")
-    (tmp_path / "export").mkdir()
-    for name in ROBOT_FILES:
-        shutil.copy(EXPORT / f"{name}.py", tmp_path / "export")
+    shutil.copytree(EXPORT, tmp_path / "export", ignore=shutil.ignore_patterns("__pycache__"))
     expected = episode(OnnxPolicy(artefact), range(2))
     with robot_server(tmp_path, "--port", "0") as (process, port), WireClient(port) as client:
         np.testing.assert_array_equal(client.infer(observation(0))["actions"], expected[0])
