@@ -272,7 +272,7 @@ async def _refuse(connection: ServerConnection, reason: str) -> None:
     """A text frame with the reason, then the end, as openpi does it."""
     text = reason.encode("utf-8", "backslashreplace").decode()
     text = text if len(text) <= ERROR_LENGTH else f"{text[:ERROR_LENGTH]}..."
-    log.info("%s: refused: %s", connection.remote_address, text.replace("\n", " "))
+    log.info("%s: refused: %r", connection.remote_address, text)
     try:
         await connection.send(text)
     except ConnectionClosed:

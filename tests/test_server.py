@@ -429,22 +429,22 @@ def test_tls(tmp_path: Path) -> None:
             assert client.infer({"x": x(1)})["steps"] == 1
 
 
-def test_clients_reconnect_after_a_restart() -> None:
+@pytest.mark.parametrize("make", [WireClient, openpi_client])
+def test_clients_reconnect_after_a_restart(make: Callable[[int], Any]) -> None:
     with ExitStack() as first:
         port = first.enter_context(running(TraceSource()))
-        client = WireClient(port)
-        session = client.metadata["session_id"]
+        client = make(port)
+        session = client.get_server_metadata()["session_id"]
         assert client.infer({"x": x(1)})["steps"] == 1
         first.close()
         with pytest.raises(ConnectionClosed):
             client.infer({"x": x(2)})
     with pytest.raises(ConnectionRefusedError):
-        WireClient(port)
+        make(port)
     with running(TraceSource(), port=port):
         with WireClient(port) as client, pytest.raises(RuntimeError, match="do not outlive the server"):
             client.infer({"x": x(2), "session_id": session})
-        with WireClient(port) as client:
-            assert client.infer({"x": x(2)})["steps"] == 1
+        assert make(port).infer({"x": x(2)})["steps"] == 1
 
 
 @pytest.mark.parametrize(
