@@ -8,17 +8,6 @@ import numpy as np
 
 from export.runtime import OnnxPolicy
 
-METADATA_VERSION = 1
-"""Version of the metadata that a server sends on connect."""
-
-REQUESTS = {
-    "reset": "true starts an episode before this observation; alone, it is only acknowledged",
-    "act": "false only observes: the answer has no actions",
-    "elapsed": "control steps since the previous observation, 1 by default; the steps between are unobserved",
-    "session_id": "goes on with the session of an earlier connection",
-}
-"""Names in a request beside those of observations, for the metadata."""
-
 
 class OnnxSession:
     """An `OnnxPolicy` as a session."""
@@ -112,8 +101,6 @@ def _metadata(policy: OnnxPolicy, optional: set[str], instruction: str | None) -
         }
     observations["proprio"] |= {"names": robot["proprio_names"], "units": robot["proprio_units"]}
     return {
-        "metadata_version": METADATA_VERSION,
-        "server": "worldmodel",
         "policy": "onnx",
         "embodiment": policy.embodiment,
         "observations": observations,
@@ -136,5 +123,4 @@ def _metadata(policy: OnnxPolicy, optional: set[str], instruction: str | None) -
             "required": instruction is None and "text" not in optional,
             "default": instruction,
         },
-        "requests": REQUESTS,
     }

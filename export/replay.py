@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from export.onnx_source import METADATA_VERSION, REQUESTS, observation_bytes
+from export.onnx_source import observation_bytes
 from worldmodel.data.schema import Episode
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, ContractError
@@ -142,8 +142,6 @@ def _metadata(episode: Episode, shapes: Shapes, horizon: int) -> dict[str, Any]:
     if "proprio" in observations:
         observations["proprio"] |= {"names": meta["proprio_names"], "units": meta.get("proprio_units", [])}
     return {
-        "metadata_version": METADATA_VERSION,
-        "server": "worldmodel",
         "policy": "replay",
         "embodiment": meta["embodiment"],
         "observations": observations,
@@ -159,5 +157,4 @@ def _metadata(episode: Episode, shapes: Shapes, horizon: int) -> dict[str, Any]:
         "rate_hz": meta["fps"],
         "horizon": horizon,
         "instruction": {"name": "instruction", "required": False, "default": meta["instruction"]},
-        "requests": REQUESTS,
     }

@@ -29,13 +29,15 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from export.openpi import pack
-from export.sessions import Client, PolicySource, SessionStore
+from export.sessions import REQUESTS, Client, PolicySource, SessionStore
 
 log = logging.getLogger(__name__)
 transport_log = logging.getLogger(f"{__name__}.transport")
 # What strangers send to a port is no fault of the server, and is counted in the metrics where it gets that far.
 transport_log.setLevel(logging.CRITICAL)
 
+METADATA_VERSION = 1
+"""Version of the metadata that clients get on connect."""
 MESSAGE_OVERHEAD = 1 << 16
 """Bytes of a message beside its observations: names, dtypes, shapes and texts."""
 ERROR_LENGTH = 2000
@@ -99,7 +101,8 @@ class PolicyServer:
 
     def __init__(self, source: PolicySource, options: ServerOptions) -> None:
         self.options = options
-        self._metadata = source.metadata
+        own = {"metadata_version": METADATA_VERSION, "server": "worldmodel", "requests": REQUESTS}
+        self._metadata = {**source.metadata, **own}
         self.max_message_bytes: int = options.max_message_bytes or 2 * source.observation_bytes + MESSAGE_OVERHEAD
         self._sessions = SessionStore(source, keep_seconds=options.keep_seconds, keep=options.max_clients)
         self._tls = _tls(options)

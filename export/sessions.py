@@ -1,11 +1,7 @@
 """Sessions of a policy server: who observes what, and what each request is answered. Knows nothing of sockets.
 
-A request is a dict of observations by name, as in `OnnxPolicy.observe`, of one control step. Names of its own:
-
-    reset: true          starts an episode before this observation; alone, it is only acknowledged
-    act: false           only observes: the answer has no actions
-    elapsed: k           control steps since the previous observation, 1 by default; the steps between are unobserved
-    session_id: "..."    goes on with the session that an earlier connection was told
+A request is a dict of observations by name, as in `OnnxPolicy.observe`, of one control step; beside them may stand the
+names of `REQUESTS`.
 """
 
 import secrets
@@ -19,6 +15,13 @@ import numpy as np
 
 from export.openpi import pack, unpack
 
+REQUESTS = {
+    "reset": "true starts an episode before this observation; alone, it is only acknowledged",
+    "act": "false only observes: the answer has no actions",
+    "elapsed": "control steps since the previous observation, 1 by default; the steps between are unobserved",
+    "session_id": "goes on with the session that an earlier connection was told",
+}
+"""Names in a request that are no observations, and what they do; clients are told so."""
 MAX_ELAPSED = 1_000
 MAX_KEYS, MAX_KEY = 256, 128
 

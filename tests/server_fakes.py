@@ -1,15 +1,17 @@
 """A policy without a network, a server in a thread, and a client written from the protocol alone."""
 
 import asyncio
+import http.client
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import msgpack
 import numpy as np
+import pytest
 from websockets.sync.client import connect
 
 from export.openpi import unpack
@@ -128,3 +130,30 @@ class WireClient:
 def x(*values: float) -> np.ndarray:
     """An observation of `TracePolicy`, one number repeated or as given."""
     return np.full(SIZE, values[0], np.float32) if len(values) == 1 else np.array(values, np.float32)
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def expected(*observations: np.ndarray) -> float:
+    """What a session answers that saw these in this order."""
+    policy = TracePolicy()
+    for one in observations:
+        policy.observe({"x": one})
+    return float(policy.act()["actions"][0, 0])
+
+
+def openpi_client(port: int, **options: Any) -> Any:
+    module = pytest.importorskip("openpi_client.websocket_client_policy")
+    return module.WebsocketClientPolicy("127.0.0.1", port, **options)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
