@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from fuzz_server_attacks import ATTACKS, Target
-from server_fakes import WireClient
+from server_fakes import WireClient, made_up_artefact
 
 from export.runtime import OnnxPolicy
 
@@ -237,16 +237,6 @@ def main() -> int:
     print(f"{sum(attacks.values())} attacks {dict(attacks)}\noutcomes {dict(outcomes)}")
     print(f"{answers} honest answers, all as expected; the server grew by {grown / 1e6:.0f} MB at most")
     return 0
-
-
-def made_up_artefact(out: Path) -> Path:
-    """The artefact of a small model without training."""
-    from export_fakes import ROBOTS, FakeModel, fake_observations
-
-    from export.build import BuildOptions, build_artefact
-
-    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",)))
-    return out
 
 
 if __name__ == "__main__":

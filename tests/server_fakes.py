@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -157,3 +158,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def made_up_artefact(out: Path) -> Path:
+    """The artefact of a small model without training."""
+    from export_fakes import ROBOTS, FakeModel, fake_observations
+
+    from export.build import BuildOptions, build_artefact
+
+    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",)))
+    return out

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import fuzz_server
 import pytest
-from fuzz_server import ServerFault, campaign, made_up_artefact
+from fuzz_server import ServerFault, campaign
 from fuzz_shards import EscapeError, attempt, contained
 from fuzz_targets import TARGETS, prepare
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from server_fakes import made_up_artefact
 
 from worldmodel.errors import DataError
 

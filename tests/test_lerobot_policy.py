@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_fakes import ROBOTS, SPEC, FakeModel, fake_observations
+from export_fakes import SPEC
+from server_fakes import made_up_artefact
 
-from export.build import BuildOptions, build_artefact
 from export.lerobot import LeRobotPolicy, soft_mask
 from export.runtime import OnnxPolicy, RuntimeContractError
 
@@ -19,9 +19,7 @@ ROWS = 2
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artefacts") / "fake"
-    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",)))
-    return out
+    return made_up_artefact(tmp_path_factory.mktemp("artefacts") / "fake")
 
 
 def batch(seed: int, rows: int = ROWS) -> dict[str, Any]:

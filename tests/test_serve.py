@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_fakes import ROBOTS, SPEC, FakeModel, fake_observations
-from server_fakes import WireClient, running
+from export_fakes import SPEC
+from server_fakes import WireClient, made_up_artefact, running
 from synthetic import made_up_dataset
 from websockets.exceptions import ConnectionClosed
 
 from export.__main__ import main
-from export.build import BuildOptions, build_artefact
 from export.onnx_source import OnnxSource
 from export.replay import ReplaySource
 from export.runtime import OnnxPolicy, RuntimeContractError
@@ -35,9 +34,7 @@ EXPORT = Path(__file__).parent.parent / "export"
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artefacts") / "fake"
-    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",)))
-    return out
+    return made_up_artefact(tmp_path_factory.mktemp("artefacts") / "fake")
 
 
 def observation(seed: int) -> dict[str, Any]:
