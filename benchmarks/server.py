@@ -67,7 +67,7 @@ def main() -> int:
 
 def observation(shapes: dict[str, tuple[list[int], str]], rng: np.random.Generator) -> dict[str, Any]:
     """Every sense, made up."""
-    result: dict[str, Any] = {"instruction": "Press the button down from above."}
+    result: dict[str, Any] = {"instruction": "Press the button."}
     for name, (shape, dtype) in shapes.items():
         kind = name.partition(".")[0]
         if kind == "rgb":
