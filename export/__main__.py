@@ -1,4 +1,4 @@
-"""Command line of export: `python -m export build ...` and `python -m export drive ...`."""
+"""Command line of export: `python -m export build`, `drive`, `serve` and `replay`."""
 
 import sys
 from collections.abc import Sequence
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 HELP = """\
-Export a trained policy for a robot, and drive the simulated arm with what was exported.
+Export a trained policy for a robot, drive the simulated arm with what was exported, and serve it to robots.
 
   python -m export build checkpoint=RUN_DIR out=DIR data=ROOT [key=value ...]
   python -m export drive DIR [key=value ...]
+  python -m export serve DIR [--port 8000 ...]
+  python -m export replay SHARDS [--port 8000 ...]
 
 `python -m export COMMAND --help` lists the settings of a command.
 """
@@ -46,9 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    if command not in ("build", "drive"):
-        print(f"unknown command {command!r}; expected build or drive\n\n{HELP}", end="", file=sys.stderr)
+    if command not in ("build", "drive", "serve", "replay"):
+        print(f"unknown command {command!r}; expected build, drive, serve or replay\n\n{HELP}", end="", file=sys.stderr)
         return 2
+    if command in ("serve", "replay"):
+        from export import serve
+
+        return serve.main(command, words)
     if any(word in ("-h", "--help") for word in words):
         print((BUILD_HELP if command == "build" else DRIVE_HELP) + _defaults(command), end="")
         return 0

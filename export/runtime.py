@@ -11,6 +11,7 @@ A copy of this file lies in every artefact folder, so that the folder alone is e
         execute(chunk[step % policy.stride])
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -128,9 +129,10 @@ class OnnxPolicy:
         robots = {entry["name"]: entry for entry in self.manifest["embodiments"]}
         if embodiment is None and len(robots) == 1:
             embodiment = next(iter(robots))
-        if embodiment not in robots:
+        if embodiment is None or embodiment not in robots:
             raise RuntimeContractError(f"embodiment: got {embodiment!r}, expected one of {sorted(robots)}")
         self._robot = robots[embodiment]
+        self.embodiment: str = embodiment
         self.action_names: list[str] = list(self._robot["action_names"])
         self._shapes = _observation_shapes(spec, self._robot["proprio_dims"])
         self._instruction = instruction
@@ -145,6 +147,17 @@ class OnnxPolicy:
         path = self.folder / self.manifest["onnx"]
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.reset()
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every array that `observe` takes, by name."""
+        return dict(self._shapes)
+
+    def fork(self) -> "OnnxPolicy":
+        """A policy with an episode of its own over the same loaded network; both may act at the same time."""
+        other = copy.copy(self)
+        other.reset()
+        return other
 
     def reset(self) -> None:
         """Starts an episode: forgets what was observed and starts the noise again from the seed."""

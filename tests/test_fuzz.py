@@ -1,12 +1,15 @@
-"""A few examples of every fuzz target; `fuzz_shards.py` runs them for as long as one likes."""
+"""A few examples of every fuzz target; `fuzz_shards.py` and `fuzz_server.py` run for as long as one likes."""
 
 from pathlib import Path
 
+import fuzz_server
 import pytest
+from fuzz_server import ServerFault, campaign
 from fuzz_shards import EscapeError, attempt, contained
 from fuzz_targets import TARGETS, prepare
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from server_fakes import made_up_artefact
 
 from worldmodel.errors import DataError
 
@@ -39,3 +42,42 @@ def test_the_guard_sees_what_leaves_the_folder() -> None:
         (folder / ".." / "outside" / "secret.bin").read_bytes()
     with pytest.raises(EscapeError, match=r"os\.mkdir"), contained() as folder:
         Path(folder.parent / "elsewhere").mkdir()
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_up_artefact(tmp_path_factory.mktemp("fuzz") / "artefact")
+
+
+def test_the_server_outlives_strangers(artefact: Path) -> None:
+    attacks, _, answers, _ = campaign(artefact, seconds=5)
+    assert sum(attacks.values()) > 10 and answers > 10
+
+
+SABOTAGE = {
+    "sessions mixed": (
+        "from export.runtime import OnnxPolicy; OnnxPolicy.fork = lambda self: self",
+        "an honest client: ServerFault: step",
+    ),
+    "a fault of its own": (
+        "import export.sessions as s; s.RequestError = KeyError",
+        "internal",
+    ),
+    "pickle": (
+        "import pickle, export.sessions as s; p = s.unpack; "
+        "s.unpack = lambda f: pickle.loads(f) if f[:1] == bytes([128]) and f[1:2] in bytes([2, 4, 5]) else p(f)",
+        "FORBIDDEN pickle.find_class",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_campaign_sees_what_a_server_must_not_do(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    code, found = SABOTAGE[name]
+    monkeypatch.setattr(
+        fuzz_server, "SERVER", fuzz_server.SERVER.replace("    from export", f"    {code}\n    from export")
+    )
+    with pytest.raises(ServerFault, match=found):
+        campaign(artefact, seconds=60)

@@ -4,6 +4,8 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config", "cluster"},
@@ -99,3 +101,19 @@ def test_runtime_needs_numpy_and_onnxruntime_only():
 def test_files_stay_readable():
     for path in files():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 380, f"{path} is long; is it still one thing?"
+
+
+SERVER = ("openpi", "sessions", "onnx_source", "server")
+
+
+@pytest.mark.parametrize("name", [*SERVER, "lerobot"])
+def test_the_server_needs_little_beside_the_runtime(name: str):
+    allowed = set(sys.stdlib_module_names) | {"numpy"}
+    allowed |= {"msgpack", "websockets", "prometheus_client"} if name != "lerobot" else set()
+    own = {f"export.{other}" for other in ("runtime", *SERVER)}
+    for node in ast.walk(ast.parse((ROOT / "export" / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module in own or (node.module or "").split(".")[0] in allowed

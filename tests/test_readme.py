@@ -34,6 +34,8 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "-m worldmodel.convert kairos --help",
         "-m export build --help",
         "-m export drive --help",
+        "-m export serve --help",
+        "-m export replay --help",
         "train.py --help",
         "eval.py --help",
         "-m worldmodel.rollout --help",
@@ -47,6 +49,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/features.py --help",
         "benchmarks/distillation.py --help",
         "benchmarks/step.py --help",
+        "benchmarks/server.py --help",
     ],
 )
 def test_help_is_there(command):
