@@ -20,6 +20,7 @@ TIERS = [
         "editing_losses",
         "metrics",
         "motion_loss",
+        "compositor_loss",
         "closed_loop",
         "controllers",
         "baselines",

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from worldmodel.contracts import STREAMS, ClipSpec, Future, Observation, Senses, WorldState
 from worldmodel.errors import ConfigError
-from worldmodel.geometry import seen_from
 from worldmodel.joint import JointTransformer, Memory
-from worldmodel.synthesis.conditions import CONDITIONS, Given, carry_patches, heat_maps
+from worldmodel.synthesis.compositor import Moves, by_geometry
+from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
 
 Flags = Mapping[str, Tensor | bool]
 """Condition -> whether it is given: for all rows, per row (B,), or per slot (B, V) or (B, K)."""
@@ -91,33 +91,51 @@ def moved_pictures(
 ) -> Tensor:
     """Latents of the newest pictures, moved along what is given, less those of the pictures themselves.
 
-    Along paths (B, F, V, 4, 4) of the given `cameras` (B, V) all that is seen is taken to lie on the horizontal plane
-    through the lowest known point, or through the base; along `tracks` (B, F, K, 3) patches around the given `points`
-    (B, K) are carried. Returns (B, F, V, C, h', w'), zero where nothing is given or the picture is not known.
+    Arguments as in `find_moves`. By the model's `Compositor` or, where it has none, by geometry alone. Returns
+    (B, F, V, C, h', w'), zero where nothing is given or the picture is not known.
     """
-    b, frames, v = poses.shape[:3]
-    rows = (cameras | (o.has_camera & points.any(1, keepdim=True))) & o.has_rgb
-    out = poses.new_zeros(b, v, frames, model.autoencoder.channels, *model.grid)
+    moves, rows = find_moves(o, poses, tracks, cameras, points)
+    out = poses.new_zeros(len(rows), model.autoencoder.channels, *model.grid)
     if rows.any():
-        lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
-        height = torch.where(lowest.isfinite(), lowest, 0.0)
-
-        def each(x: Tensor) -> Tensor:
-            """What every view of a row shares, for its chosen views and all frames."""
-            return x[:, None].expand(-1, v, *x.shape[1:])[rows].repeat_interleave(frames, 0)
-
-        pictures = o.rgb[:, -1][rows].float() / 127.5 - 1.0
-        lens, here, before = (
-            x.repeat_interleave(frames, 0) for x in (o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows], pictures)
-        )
-        path = poses.transpose(1, 2)[rows].flatten(0, 1)
-        then = tracks[:, None].expand(-1, v, -1, -1, -1)[rows].flatten(0, 1)
-        moved, _ = seen_from(before, lens, here, lens, path, plane=each(height))
-        moved = carry_patches(before, moved, lens, (here, path), (each(o.points[:, -1]), then), each(points))
-        codes = model.autoencoder.encode_frames(torch.cat([moved, pictures])).split([len(moved), len(pictures)])
+        moves = moves.chosen(rows)
+        moved = by_geometry(moves, tracks.shape[2]) if model.compositor is None else model.compositor(moves)
+        codes = model.autoencoder.encode_frames(torch.cat([moved, moves.pictures])).chunk(2)
         there, still = (model.still_latents(c[None, None])[0, 0] for c in codes)
-        out[rows] = there.unflatten(0, (-1, frames)) - still[:, None]
-    return out.transpose(1, 2)
+        out[rows] = there - still
+    return out.unflatten(0, poses.shape[:3])
+
+
+def find_moves(o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor) -> tuple[Moves, Tensor]:
+    """The newest pictures and where paths and tracks lead them, B F V in all, and which of these are led (B F V).
+
+    Paths (B, F, V, 4, 4) count for given `cameras` (B, V), tracks (B, F, K, 3) for given `points` (B, K). Things
+    stand on the horizontal plane through the lowest known point, or through the base.
+    """
+    _, frames, v = poses.shape[:3]
+    lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
+    here = o.camera_to_base[:, -1]
+    marks = torch.cat([o.points[:, -1], here[..., :3, 3]], 1)
+    led = torch.cat([tracks, poses[..., :3, 3]], 2)
+    rows = o.has_rgb & o.has_camera & (cameras.any(1) | points.any(1))[:, None]
+
+    def each(x: Tensor, dim: int) -> Tensor:
+        """(B, ...) or (B, V, ...) or (B, F, ...) -> (B F V, ...), repeated along what it has not."""
+        x = x[:, None] if dim != 1 else x
+        x = x[:, :, None] if dim != 2 else x
+        return x.expand(-1, frames, v, *x.shape[3:]).flatten(0, 2)
+
+    moves = Moves(
+        pictures=each(o.rgb[:, -1].float() / 127.5 - 1.0, 2),
+        intrinsics=each(o.intrinsics[:, -1], 2),
+        here=each(here, 2),
+        path=poses.flatten(0, 2),
+        marks=each(marks, 0),
+        tracks=each(led, 1),
+        carried=each(torch.cat([points, cameras], 1), 0),
+        ground=each(torch.where(lowest.isfinite(), lowest, 0.0), 0),
+        view=torch.arange(v, device=poses.device).repeat(len(poses) * frames),
+    )
+    return moves, each(rows, 2)
 
 
 def spread(flag: Tensor | bool, name: str, s: Senses, spec: ClipSpec) -> Tensor:

@@ -18,6 +18,7 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
+from worldmodel.synthesis.compositor import Compositor
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.temporal import Keys, newest
@@ -54,6 +55,7 @@ class JointTransformer(Guess):
         action_shift: float,
         predicts: str,
         motion: MotionEncoder | None = None,
+        compositor: Compositor | None = None,
     ) -> None:
         super().__init__(predicts=predicts, channels=autoencoder.channels)
         if coupling not in COUPLINGS:
@@ -73,7 +75,7 @@ class JointTransformer(Guess):
         self.stream_shift, self.action_shift = stream_shift, action_shift
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
-        self.motion = motion
+        self.motion, self.compositor = motion, compositor
         self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
         cells = (self.grid[0] // denoiser.patch, self.grid[1] // denoiser.patch)
         if (denoiser.rows, denoiser.columns) != cells:

@@ -15,11 +15,11 @@ from worldmodel.distillation import Distillation
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
-OBJECTIVES = ("tokeniser", "understanding", "motion", "world", "distill", "edit")
+OBJECTIVES = ("tokeniser", "understanding", "motion", "composite", "world", "distill", "edit")
 MIXED = ("world", "distill")
 """Objectives whose phases have a mixture of modes."""
 INGREDIENTS = (*MODES, "understanding", "proposal")
-PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
+PARTS = ("autoencoder", "encoder", "motion", "compositor", "denoiser", "expert")
 DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
 GRADIENTS = ("truncated", "full")
@@ -163,7 +163,7 @@ class Phase:
         """What the batch of a step will use; `cached` says that latents of the history are at hand."""
         if self.objective not in MIXED:
             whole = self.objective in ("motion", "edit")
-            return Needs(history=None if whole else 1, future=whole or self.objective == "tokeniser")
+            return Needs(history=None if whole else 1, future=whole or self.objective in ("tokeniser", "composite"))
         pick = self.pick(seed, step)
         future = pick.mode not in ("policy", "understanding", "proposal")
         newest = cached or pick.mode == "understanding"

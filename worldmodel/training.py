@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from worldmodel.compositor_loss import composite_loss
 from worldmodel.contracts import Batch, Pair
 from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.distillation import distillation_loss, make_teacher
@@ -61,6 +62,8 @@ class PhaseModule(L.LightningModule):
             losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
         elif phase.objective == "motion":
             losses = motion_loss(self.model, batch, phase.dropout, generator)
+        elif phase.objective == "composite":
+            losses = composite_loss(self.model, batch, phase.given, generator)
         else:
             losses = self.world_step(batch, generator)
         if not bool(torch.isfinite(losses["loss"])):
