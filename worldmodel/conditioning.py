@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from worldmodel.contracts import STREAMS, ClipSpec, Future, Observation, Senses, WorldState
 from worldmodel.errors import ConfigError
+from worldmodel.geometry import interpolate_poses
 from worldmodel.joint import JointTransformer, Memory
 from worldmodel.synthesis.compositor import Moves, by_geometry
 from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
@@ -71,13 +72,15 @@ def give(
     shown = torch.cat([has["points"], has["camera"]], 1)[:, None, None, :, None, None]
     if latents is None and flags.get("video", False) is not False:
         raise ConfigError("given: views of the future are given as latents, which are missing")
+    film, moved = moved_pictures(model, observation, poses, tracks, has["camera"], has["points"])
     return Given(
         video=latents,
         camera=model.future_camera(s, poses),
         points=model.future_points(s, tracks),
         actions=actions.unflatten(1, (frames, spec.stride)).flatten(2),
         rays=model.normaliser.rays(lens.expand(-1, frames, -1, -1, -1), poses, model.grid),
-        moved=moved_pictures(model, observation, poses, tracks, has["camera"], has["points"]),
+        moved=moved,
+        film=film,
         heat=torch.cat([now, then], 3) * (shown.repeat(1, 1, 1, 2, 1, 1) & known),
         embodiment=s.embodiment,
         **{f"has_{name}": flag for name, flag in has.items()},
@@ -88,27 +91,40 @@ def give(
 @torch.no_grad()
 def moved_pictures(
     model: JointTransformer, o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor
-) -> Tensor:
-    """Latents of the newest pictures, moved along what is given, less those of the pictures themselves.
+) -> tuple[Tensor, Tensor]:
+    """The newest pictures moved along what is given, as a film (B, F*R, V, 3, h, w) in [-1, 1] and as latents.
 
-    Arguments as in `find_moves`. By the model's `Compositor` or, where it has none, by geometry alone. Returns
-    (B, F, V, C, h', w'), zero where nothing is given or the picture is not known.
+    Arguments as in `find_moves`, at the ends of the latent frames; between them everything goes straight on. By the
+    model's `Compositor` or, where it has none, by geometry alone. Latents (B, F, V, C, h', w') are less those of the
+    picture standing still. They are zero, and the film is the picture, where nothing is given or it is not known.
     """
-    moves, rows = find_moves(o, poses, tracks, cameras, points)
-    out = poses.new_zeros(len(rows), model.autoencoder.channels, *model.grid)
+    stride, frames = model.spec.stride, poses.shape[1]
+    moves, rows = find_moves(o, *between(o, poses, tracks, stride), cameras, points)
+    film, v = moves.pictures.clone(), poses.shape[2]
+    out = poses.new_zeros(len(poses) * v, frames, model.autoencoder.channels, *model.grid)
     if rows.any():
-        moves = moves.chosen(rows)
-        moved = by_geometry(moves, tracks.shape[2]) if model.compositor is None else model.compositor(moves)
-        codes = model.autoencoder.encode_frames(torch.cat([moved, moves.pictures])).chunk(2)
-        there, still = (model.still_latents(c[None, None])[0, 0] for c in codes)
-        out[rows] = there - still
-    return out.unflatten(0, poses.shape[:3])
+        led = moves.chosen(rows)
+        film[rows] = by_geometry(led, tracks.shape[2]) if model.compositor is None else model.compositor(led)
+        led_views = rows.unflatten(0, (len(poses), -1, v))[:, 0].flatten()
+        later = film.unflatten(0, (len(poses), -1, v)).transpose(1, 2).flatten(0, 1)[led_views]
+        last = o.rgb[:, -1].flatten(0, 1)[led_views].float() / 127.5 - 1.0
+        still = model.still_latents(model.autoencoder.encode_frames(last)[:, None, None])[:, 0]
+        out[led_views] = model.autoencoder.encode_future(last, later) - still
+    return film.unflatten(0, (len(poses), -1, v)), out.unflatten(0, (-1, v)).transpose(1, 2)
+
+
+def between(o: Observation, poses: Tensor, tracks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Poses (B, F, V, 4, 4) and tracks (B, F, K, 3) at each of the F `steps` that lead there from now."""
+    path = interpolate_poses(torch.cat([o.camera_to_base[:, -1:], poses], 1), steps)
+    known = torch.cat([o.points[:, -1:], tracks], 1)
+    share = ((torch.arange(steps, device=known.device) + 1) / steps).to(known).reshape(1, 1, -1, 1, 1)
+    return path, torch.lerp(known[:, :-1, None], known[:, 1:, None], share).flatten(1, 2)
 
 
 def find_moves(o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor) -> tuple[Moves, Tensor]:
-    """The newest pictures and where paths and tracks lead them, B F V in all, and which of these are led (B F V).
+    """The newest pictures and where paths and tracks lead them, B T V in all, and which of these are led (B T V).
 
-    Paths (B, F, V, 4, 4) count for given `cameras` (B, V), tracks (B, F, K, 3) for given `points` (B, K). Things
+    Paths (B, T, V, 4, 4) count for given `cameras` (B, V), tracks (B, T, K, 3) for given `points` (B, K). Things
     stand on the horizontal plane through the lowest known point, or through the base.
     """
     _, frames, v = poses.shape[:3]
@@ -119,7 +135,7 @@ def find_moves(o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, p
     rows = o.has_rgb & o.has_camera & (cameras.any(1) | points.any(1))[:, None]
 
     def each(x: Tensor, dim: int) -> Tensor:
-        """(B, ...) or (B, V, ...) or (B, F, ...) -> (B F V, ...), repeated along what it has not."""
+        """(B, ...) or, by the axis `dim` that it has, (B, T, ...) or (B, V, ...) -> (B T V, ...)."""
         x = x[:, None] if dim != 1 else x
         x = x[:, :, None] if dim != 2 else x
         return x.expand(-1, frames, v, *x.shape[3:]).flatten(0, 2)

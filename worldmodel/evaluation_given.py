@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, grid_sample
 
 from worldmodel import metrics
-from worldmodel.conditioning import find_moves
+from worldmodel.conditioning import between, find_moves
 from worldmodel.contracts import Batch, Future, Observation, Prediction, Understanding
 from worldmodel.data.transforms import hide
 from worldmodel.geometry import compose_se3, interpolate_poses, invert_se3, project_points
@@ -126,14 +126,14 @@ def another_motion(observation: Observation, future: Future) -> Future:
 def geometry_alone(observation: Observation, asked: Future, name: str) -> Tensor:
     """Pictures (B, F*R, V, 3, h, w) in [0, 1] moved along the asked paths of the `camera` or tracks of `points`."""
     frames, points = asked.points.shape[1:3]
+    stride = asked.rgb.shape[1] // frames
     cameras, tracked = (
         has & (name == given) for has, given in ((observation.has_camera, "camera"), (observation.has_points, "points"))
     )
     poses = torch.where(cameras[:, None, :, None, None], asked.camera_to_base, observation.camera_to_base[:, -1:])
     tracks = torch.where(tracked[:, None, :, None], asked.points, observation.points[:, -1:])
-    moves, _ = find_moves(observation, poses, tracks, cameras, tracked)
-    moved = by_geometry(moves, points).unflatten(0, poses.shape[:3])
-    return (moved * 0.5 + 0.5).repeat_interleave(asked.rgb.shape[1] // frames, 1)
+    moves, _ = find_moves(observation, *between(observation, poses, tracks, stride), cameras, tracked)
+    return by_geometry(moves, points).unflatten(0, (len(poses), -1, poses.shape[2])) * 0.5 + 0.5
 
 
 def seen(observation: Observation, rgb: Tensor) -> Observation:
