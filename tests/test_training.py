@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 def short(dataset: Path, run: Path, *more: str) -> list[str]:
     """Overrides for a run of seconds."""
-    steps = {"tokeniser": 2, "understanding": 2, "synthesis": 2, "behaviour": 2, "policy": 6}
+    steps = {"tokeniser": 2, "understanding": 2, "compositor": 2, "synthesis": 2, "behaviour": 2, "policy": 6}
     sizes = [
         f"phases.{name}.{key}={value}" for name, n in steps.items() for key, value in (("steps", n), ("batch_size", 3))
     ]
@@ -51,7 +51,7 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
     assert set(metadata["training"]["tasks"]) == {"drawer-close-v3", "button-press-topdown-v3"}
     assert len(metadata["training"]["episodes"]) == 4
     phases = sorted(p.name for p in (trained / "phases").iterdir())
-    assert phases == ["0-tokeniser", "1-understanding", "2-synthesis", "3-behaviour", "4-policy"]
+    assert phases == ["0-tokeniser", "1-understanding", "2-compositor", "3-synthesis", "4-behaviour", "5-policy"]
     assert not list(trained.rglob("last.ckpt")), "a finished phase needs no resume point"
     assert (trained / "csv" / "metrics.csv").is_file()
 
@@ -86,7 +86,7 @@ def test_sigterm_saves_and_the_same_command_ends_where_an_undisturbed_run_does(t
     command = [sys.executable, "train.py", *short(tiny_dataset, run, "trainer.save_every=1")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    last = run / "phases" / "4-policy" / "last.ckpt"
+    last = run / "phases" / "5-policy" / "last.ckpt"
     deadline = time.monotonic() + 300
     while not last.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
