@@ -1,4 +1,4 @@
-# make demo   everything on real physics: data, training, export, evaluation with a report   (20 to 25 minutes, 2 cores)
+# make demo   everything on real physics: data, training, export, evaluation with a report   (25 to 30 minutes, 2 cores)
 # make test   the tests; make lint   format, lint, types; both install what is missing
 # make test-robosuite   the tests of the second simulator, in an environment of its own: it wants numpy below 2
 PYTHON ?= python3

@@ -61,13 +61,15 @@ def test_phases_train_what_they_name_and_nothing_else(trained):
     moved = lambda a, b, part: any(  # noqa: E731
         not torch.equal(a[n], b[n]) for n in a if n.startswith(part + ".") and a[n].is_floating_point()
     )
-    assert not moved(weights[0], weights[4], "autoencoder")
+    assert not moved(weights[0], weights[5], "autoencoder")
     assert moved(weights[0], weights[1], "encoder")
-    assert not moved(weights[0], weights[1], "denoiser")
-    assert moved(weights[1], weights[2], "denoiser")
-    assert not moved(weights[2], weights[3], "denoiser")
-    assert moved(weights[2], weights[3], "expert.state")
-    assert moved(weights[3], weights[4], "expert")
+    assert moved(weights[1], weights[2], "compositor")
+    assert not moved(weights[0], weights[2], "denoiser")
+    assert moved(weights[2], weights[3], "denoiser")
+    assert not moved(weights[2], weights[5], "compositor")
+    assert not moved(weights[3], weights[4], "denoiser")
+    assert moved(weights[3], weights[4], "expert.state")
+    assert moved(weights[4], weights[5], "expert")
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_second_call_does_nothing(trained, tiny_dataset, tmp_path):
