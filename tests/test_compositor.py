@@ -71,11 +71,12 @@ def test_each_candidate_can_be_chosen():
     net = Compositor(width=8, views=1, points=1, planes=(0.0, 0.1))
     moves = moves_of(THERE)
     candidates, _ = net.candidates(moves)
-    assert candidates.shape[1] == len(net.choice.bias)
+    weight, bias = net.choice.parameters()
+    assert candidates.shape[1] == len(bias)
     torch.testing.assert_close(candidates[:, 0], moves.pictures)
     for k in range(candidates.shape[1]):
-        net.choice.weight.zero_()
-        net.choice.bias.copy_(100.0 * (torch.arange(candidates.shape[1]) == k))
+        weight.zero_()
+        bias.copy_(100.0 * (torch.arange(candidates.shape[1]) == k))
         torch.testing.assert_close(net(moves), candidates[:, k], atol=1e-5, rtol=0)
 
 
