@@ -237,7 +237,7 @@ class JointTransformer(Guess):
         velocities, action_velocity = {}, None
         if stream is not None and state is not None and levels is not None:
             follows = memory.source is not None
-            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows)
+            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows, given=given)
             lead = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
             velocities = {
                 name: self.to_velocity(

@@ -52,6 +52,10 @@ class Given(NamedTuple):
             "rays": known["rays"] | self.has_camera,
         }
 
+    def led(self) -> Tensor:
+        """Views (B, V) whose newest picture was moved."""
+        return self.moved.abs().amax((1, 3, 4, 5)) > 0
+
     def clean(self, name: str) -> Tensor | None:
         """Slots (B, n) of a stream that are given, None where none can be."""
         return getattr(self, f"has_{name}", None)
@@ -103,7 +107,8 @@ class ConditionEncoder(nn.Module):
     Actions and the embodiment enter as the class does in DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2). That
     a picture moved by geometry guides better than poses alone is known from GEN3C (Ren et al. 2025, arXiv 2503.03751).
     Of the moved pictures the video takes over `share` at the start: 1 where the network corrects a guess, so that it
-    follows from the beginning, 0 where a network is to be disturbed by nothing.
+    follows from the beginning, 0 where a network is to be disturbed by nothing. With `own_head` corrections of moved
+    pictures have an output layer of their own: those of a picture that stands still are other ones.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class ConditionEncoder(nn.Module):
         stride: int,
         embodiments: int,
         share: float = 0.0,
+        own_head: bool = False,
     ) -> None:
         super().__init__()
         self.stride = stride
@@ -126,8 +132,9 @@ class ConditionEncoder(nn.Module):
         self.heat = nn.Linear(2 * (points + views) * patch**2, width, bias=False)
         self.moved = nn.Linear(latent_channels * patch**2, width, bias=False)
         self.gate = nn.Linear(width, patch**2)
+        self.head = nn.Linear(width, latent_channels * patch**2) if own_head else None
         last = self.actions[-1]
-        ways = (last, self.gate, self.embodiment, self.heat, self.moved)
+        ways = (last, self.gate, self.embodiment, self.heat, self.moved, *([self.head] if self.head else []))
         for parameter in (p for way in ways for p in way.parameters()):
             nn.init.zeros_(parameter)
         nn.init.constant_(self.gate.bias, share)
