@@ -5,11 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import compose
 from test_conditioning import clip_of
 from test_model import generator
 
-from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.compositor_loss import composite_loss
 from worldmodel.conditioning import between, give
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation, Understanding
@@ -90,21 +88,19 @@ def test_between_goes_straight_and_arrives(tiny_model):
 
 
 @torch.no_grad()
-def test_an_untrained_network_follows_the_moved_picture(statistics):
-    """Its correction is zero and its share one: what comes out is the film itself, where something leads, and the
-    newest picture elsewhere."""
-    torch.manual_seed(0)
-    config = compose("experiment=kairos_tiny")
-    model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics).eval()
-    o, f = clip_of(model)
+def test_a_network_without_corrections_of_its_own_follows_the_moved_picture(tiny_model):
+    """What comes out is the film itself, where something leads, whatever the layer for other pictures answers."""
+    o, f = clip_of(tiny_model)
     one = torch.tensor([[True, True], [False, False]])
-    led = give(model, o, model.normaliser(o, model.grid), f, {"camera": one})
-    assert led is not None
-    answer = model.predict(o, f, "video_prediction", generator=generator(), given={"camera": one})
+    led = give(tiny_model, o, tiny_model.normaliser(o, tiny_model.grid), f, {"camera": one})
+    assert led is not None and led.led().tolist() == one.tolist()
+    answer = tiny_model.predict(o, f, "video_prediction", generator=generator(), given={"camera": one})
     torch.testing.assert_close(answer.rgb[0], led.film[0] * 0.5 + 0.5, atol=1e-3, rtol=0)
-    assert (answer.rgb[0] - o.rgb[0, -1:].float() / 255).abs().max() > 0.1
+    newest = o.rgb[:, -1:].float() / 127.5 - 1
+    assert (led.film[0] - newest[0]).abs().max() > 0.1
     assert not led.moved[1].any()
-    torch.testing.assert_close(led.film[1], (o.rgb[1, -1:].float() / 127.5 - 1).expand_as(led.film[1]))
+    torch.testing.assert_close(led.film[1], newest[1].expand_as(led.film[1]))
+    assert (answer.rgb[1] - led.film[1] * 0.5 - 0.5).abs().max() > 0.01
 
 
 @pytest.fixture(scope="module")
