@@ -111,7 +111,7 @@ def frame_mask(batch: Batch) -> Tensor:
 def another_motion(observation: Observation, future: Future) -> Future:
     """Futures in which cameras and points move half as far as those of the next clip do, from where they are.
 
-    The whole way would lead many of them into the table.
+    The whole way, from another place, often ends inside of something.
     """
     now = observation.camera_to_base[:, -1:]
     moves = compose_se3(invert_se3(now), future.camera_to_base).roll(1, 0)
