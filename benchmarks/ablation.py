@@ -98,7 +98,7 @@ def compose(given: argparse.Namespace, run: Path, *overrides: str) -> dict[str, 
 
 
 def make_base(given: argparse.Namespace) -> Path:
-    """Weights that every variant starts from: stage 1, tokeniser and state policy, nothing of what is compared."""
+    """What every variant starts from: stage 1, tokeniser, compositor and state policy, nothing that is compared."""
     from safetensors.torch import load_file, save_file
 
     from worldmodel.curriculum import train
@@ -109,7 +109,7 @@ def make_base(given: argparse.Namespace) -> Path:
         if run is None:
             run = train(compose(given, given.out / "base", "~phases.synthesis", "~phases.policy"))
         weights = load_file(run / "model.safetensors")
-        kept = ("autoencoder.", "encoder.", "expert.state.")
+        kept = ("autoencoder.", "encoder.", "compositor.", "expert.state.")
         save_file({n: w for n, w in weights.items() if n.startswith(kept)}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
         if (run / "latents.safetensors").is_file():
@@ -136,7 +136,8 @@ def measure(given: argparse.Namespace, variant: str, seed: int) -> dict[str, flo
             # Warm-up and average are as long a part of a short phase as of a long one.
             steps += [f"phases.{phase}.steps={count}", f"++phases.{phase}.warmup={count // 5}"]
             steps += [f"phases.{phase}.ema={max(1 - 5 / count, 0.0):.4f}"]
-        start = ["~phases.tokeniser", "~phases.understanding", "~phases.behaviour", f"init={make_base(given)}"]
+        kept = [f"~phases.{phase}" for phase in ("tokeniser", "understanding", "compositor", "behaviour")]
+        start = [*kept, f"init={make_base(given)}"]
         train(compose(given, run, f"seed={seed}", *start, *steps, *VARIANTS[variant]))
         (run / "latents.safetensors").unlink(missing_ok=True)
         model = load_model(run)

@@ -41,7 +41,14 @@ ignore: ['*']
 TASKS = ("drawer-close-v3", "button-press-topdown-v3", "drawer-open-v3")
 LONGER = [  # phases long enough that kills fall into them, not only into the start of the program
     f"phases.{name}.steps={steps}"
-    for name, steps in {"tokeniser": 6, "understanding": 40, "synthesis": 8, "behaviour": 60, "policy": 30}.items()
+    for name, steps in {
+        "tokeniser": 6,
+        "understanding": 40,
+        "compositor": 20,
+        "synthesis": 8,
+        "behaviour": 60,
+        "policy": 30,
+    }.items()
 ]
 
 

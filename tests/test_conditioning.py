@@ -12,10 +12,10 @@ from worldmodel.conditioning import draw_given, give, guided
 from worldmodel.contracts import Batch, Future, Observation, Prediction
 from worldmodel.data.transforms import hide
 from worldmodel.errors import ConfigError
-from worldmodel.geometry import fov_to_intrinsics, project_points
+from worldmodel.geometry import fov_to_intrinsics
 from worldmodel.losses import clip_loss
 from worldmodel.phases import Phase
-from worldmodel.synthesis.conditions import carry_patches, heat_maps
+from worldmodel.synthesis.conditions import heat_maps
 
 
 @pytest.fixture
@@ -200,23 +200,3 @@ def test_streams_that_a_model_lacks_are_no_obstacle(statistics):
     o, f = clip_of(model)
     answer = synthesise(model, o, f, given={"camera": True, "points": True})
     torch.testing.assert_close(answer.points, f.points, atol=1e-4, rtol=1e-4)
-
-
-def test_patches_follow_their_points():
-    """A bright spot goes where its point goes, larger as it comes nearer; one that is not carried stays away."""
-    lens = fov_to_intrinsics(torch.tensor(1.0), 64, 64)[None]
-    pose = torch.eye(4)[None]
-    here = torch.tensor([[[0.0, 0.0, 1.0], [0.2, 0.2, 1.0]]])
-    there = torch.tensor([[[0.2, 0.0, 0.8], [0.2, -0.2, 1.0]]])
-    spot = heat_maps(here[:, :1], lens, pose, (64, 64), (64, 64))
-    plain = torch.zeros_like(spot)
-    moved = carry_patches(spot, plain, lens, (pose, pose), (here, there), torch.tensor([[True, False]]))
-    row, column = divmod(int(moved[0, 0].argmax()), 64)
-    pixels, _ = project_points(there[0], lens[0], pose[0])
-    assert abs(column + 0.5 - pixels[0, 0]) <= 1 and abs(row + 0.5 - pixels[0, 1]) <= 1
-    assert moved.sum() > 1.3 * spot.sum()
-    assert not carry_patches(spot, plain, lens, (pose, pose), (here, there), torch.zeros(1, 2).bool()).any()
-    # What has not moved changes nothing.
-    torch.testing.assert_close(
-        carry_patches(spot, spot, lens, (pose, pose), (here, here), torch.ones(1, 2).bool()), spot, atol=1e-5, rtol=0
-    )

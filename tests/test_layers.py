@@ -22,6 +22,7 @@ TIERS = [
         "editing_losses",
         "metrics",
         "motion_loss",
+        "compositor_loss",
         "picture_loss",
         "closed_loop",
         "controllers",

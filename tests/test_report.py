@@ -46,7 +46,7 @@ def sample(task: str, psnr: float, rng: np.random.Generator) -> SampleClip:
         clip, "", psnr, rgb[0], rgb[1], np.array([0.8, 1.2]), poses[0], poses + 0.01, poses,
         rng.normal(size=(3, 4, 3)), rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 4, 3)), np.ones(4, bool),
         rng.normal(size=(3, 3, 6)), rng.normal(size=(2, 3, 6)), rng.normal(size=(2, 3, 6)), np.ones(3, bool),
-        {"another's <path>": rgb[0]},
+        {"another's <path>": rgb[0]}, {"another's <path>": rng.uniform(0, 64, (SPEC.window, 2, 6, 2))},
     )  # fmt: skip
 
 

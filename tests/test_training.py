@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def short(dataset: Path, run: Path, *more: str) -> list[str]:
     """Overrides for a run of seconds."""
-    steps = {"tokeniser": 2, "understanding": 2, "synthesis": 2, "behaviour": 2, "policy": 6}
+    steps = {"tokeniser": 2, "understanding": 2, "compositor": 2, "synthesis": 2, "behaviour": 2, "policy": 6}
     sizes = [
         f"phases.{name}.{key}={value}" for name, n in steps.items() for key, value in (("steps", n), ("batch_size", 3))
     ]
@@ -52,7 +52,7 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
     assert set(metadata["training"]["tasks"]) == {"drawer-close-v3", "button-press-topdown-v3"}
     assert len(metadata["training"]["episodes"]) == 4
     phases = sorted(p.name for p in (trained / "phases").iterdir())
-    assert phases == ["0-tokeniser", "1-understanding", "2-synthesis", "3-behaviour", "4-policy"]
+    assert phases == ["0-tokeniser", "1-understanding", "2-compositor", "3-synthesis", "4-behaviour", "5-policy"]
     assert not list(trained.rglob("last.ckpt")), "a finished phase needs no resume point"
     log = read_log(trained)
     assert list(log) == ["tokeniser", "understanding", "synthesis", "behaviour", "policy"]
@@ -73,13 +73,15 @@ def test_phases_train_what_they_name_and_nothing_else(trained):
     moved = lambda a, b, part: any(  # noqa: E731
         not torch.equal(a[n], b[n]) for n in a if n.startswith(part + ".") and a[n].is_floating_point()
     )
-    assert not moved(weights[0], weights[4], "autoencoder")
+    assert not moved(weights[0], weights[5], "autoencoder")
     assert moved(weights[0], weights[1], "encoder")
-    assert not moved(weights[0], weights[1], "denoiser")
-    assert moved(weights[1], weights[2], "denoiser")
-    assert not moved(weights[2], weights[3], "denoiser")
-    assert moved(weights[2], weights[3], "expert.state")
-    assert moved(weights[3], weights[4], "expert")
+    assert moved(weights[1], weights[2], "compositor")
+    assert not moved(weights[0], weights[2], "denoiser")
+    assert moved(weights[2], weights[3], "denoiser")
+    assert not moved(weights[2], weights[5], "compositor")
+    assert not moved(weights[3], weights[4], "denoiser")
+    assert moved(weights[3], weights[4], "expert.state")
+    assert moved(weights[4], weights[5], "expert")
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_second_call_does_nothing(trained, tiny_dataset, tmp_path):
@@ -98,7 +100,7 @@ def test_sigterm_saves_and_the_same_command_ends_where_an_undisturbed_run_does(t
     command = [sys.executable, "train.py", *short(tiny_dataset, run, "trainer.save_every=1")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    last = run / "phases" / "4-policy" / "last.ckpt"
+    last = run / "phases" / "5-policy" / "last.ckpt"
     deadline = time.monotonic() + 300
     while not last.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

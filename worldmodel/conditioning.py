@@ -9,9 +9,10 @@ from torch.nn import functional
 
 from worldmodel.contracts import STREAMS, ClipSpec, Future, Observation, Senses, WorldState
 from worldmodel.errors import ConfigError
-from worldmodel.geometry import seen_from
+from worldmodel.geometry import interpolate_poses
 from worldmodel.joint import JointTransformer, Memory
-from worldmodel.synthesis.conditions import CONDITIONS, Given, carry_patches, heat_maps
+from worldmodel.synthesis.compositor import Moves, by_geometry
+from worldmodel.synthesis.conditions import CONDITIONS, Given, heat_maps
 
 Flags = Mapping[str, Tensor | bool]
 """Condition -> whether it is given: for all rows, per row (B,), or per slot (B, V) or (B, K)."""
@@ -71,13 +72,15 @@ def give(
     shown = torch.cat([has["points"], has["camera"]], 1)[:, None, None, :, None, None]
     if latents is None and flags.get("video", False) is not False:
         raise ConfigError("given: views of the future are given as latents, which are missing")
+    film, moved = moved_pictures(model, observation, poses, tracks, has["camera"], has["points"])
     return Given(
         video=latents,
         camera=model.future_camera(s, poses),
         points=model.future_points(s, tracks),
         actions=actions.unflatten(1, (frames, spec.stride)).flatten(2),
         rays=model.normaliser.rays(lens.expand(-1, frames, -1, -1, -1), poses, model.grid),
-        moved=moved_pictures(model, observation, poses, tracks, has["camera"], has["points"]),
+        moved=moved,
+        film=film,
         heat=torch.cat([now, then], 3) * (shown.repeat(1, 1, 1, 2, 1, 1) & known),
         embodiment=s.embodiment,
         **{f"has_{name}": flag for name, flag in has.items()},
@@ -88,36 +91,67 @@ def give(
 @torch.no_grad()
 def moved_pictures(
     model: JointTransformer, o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor
-) -> Tensor:
-    """Latents of the newest pictures, moved along what is given, less those of the pictures themselves.
+) -> tuple[Tensor, Tensor]:
+    """The newest pictures moved along what is given, as a film (B, F*R, V, 3, h, w) in [-1, 1] and as latents.
 
-    Along paths (B, F, V, 4, 4) of the given `cameras` (B, V) all that is seen is taken to lie on the horizontal plane
-    through the lowest known point, or through the base; along `tracks` (B, F, K, 3) patches around the given `points`
-    (B, K) are carried. Returns (B, F, V, C, h', w'), zero where nothing is given or the picture is not known.
+    Arguments as in `find_moves`, at the ends of the latent frames; between them everything goes straight on. By the
+    model's `Compositor` or, where it has none, by geometry alone. Latents (B, F, V, C, h', w') are less those of the
+    picture standing still. They are zero, and the film is the picture, where nothing is given or it is not known.
     """
-    b, frames, v = poses.shape[:3]
-    rows = (cameras | (o.has_camera & points.any(1, keepdim=True))) & o.has_rgb
-    out = poses.new_zeros(b, v, frames, model.autoencoder.channels, *model.grid)
+    stride, frames = model.spec.stride, poses.shape[1]
+    moves, rows = find_moves(o, *between(o, poses, tracks, stride), cameras, points)
+    film, v = moves.pictures.clone(), poses.shape[2]
+    out = poses.new_zeros(len(poses) * v, frames, model.autoencoder.channels, *model.grid)
     if rows.any():
-        lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
-        height = torch.where(lowest.isfinite(), lowest, 0.0)
+        led = moves.chosen(rows)
+        film[rows] = by_geometry(led, tracks.shape[2]) if model.compositor is None else model.compositor(led)
+        led_views = rows.unflatten(0, (len(poses), -1, v))[:, 0].flatten()
+        later = film.unflatten(0, (len(poses), -1, v)).transpose(1, 2).flatten(0, 1)[led_views]
+        last = o.rgb[:, -1].flatten(0, 1)[led_views].float() / 127.5 - 1.0
+        still = model.still_latents(model.autoencoder.encode_frames(last)[:, None, None])[:, 0]
+        out[led_views] = model.autoencoder.encode_future(last, later) - still
+    return film.unflatten(0, (len(poses), -1, v)), out.unflatten(0, (-1, v)).transpose(1, 2)
 
-        def each(x: Tensor) -> Tensor:
-            """What every view of a row shares, for its chosen views and all frames."""
-            return x[:, None].expand(-1, v, *x.shape[1:])[rows].repeat_interleave(frames, 0)
 
-        pictures = o.rgb[:, -1][rows].float() / 127.5 - 1.0
-        lens, here, before = (
-            x.repeat_interleave(frames, 0) for x in (o.intrinsics[:, -1][rows], o.camera_to_base[:, -1][rows], pictures)
-        )
-        path = poses.transpose(1, 2)[rows].flatten(0, 1)
-        then = tracks[:, None].expand(-1, v, -1, -1, -1)[rows].flatten(0, 1)
-        moved, _ = seen_from(before, lens, here, lens, path, plane=each(height))
-        moved = carry_patches(before, moved, lens, (here, path), (each(o.points[:, -1]), then), each(points))
-        codes = model.autoencoder.encode_frames(torch.cat([moved, pictures])).split([len(moved), len(pictures)])
-        there, still = (model.still_latents(c[None, None])[0, 0] for c in codes)
-        out[rows] = there.unflatten(0, (-1, frames)) - still[:, None]
-    return out.transpose(1, 2)
+def between(o: Observation, poses: Tensor, tracks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Poses (B, F, V, 4, 4) and tracks (B, F, K, 3) at each of the F `steps` that lead there from now."""
+    path = interpolate_poses(torch.cat([o.camera_to_base[:, -1:], poses], 1), steps)
+    known = torch.cat([o.points[:, -1:], tracks], 1)
+    share = ((torch.arange(steps, device=known.device) + 1) / steps).to(known).reshape(1, 1, -1, 1, 1)
+    return path, torch.lerp(known[:, :-1, None], known[:, 1:, None], share).flatten(1, 2)
+
+
+def find_moves(o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor) -> tuple[Moves, Tensor]:
+    """The newest pictures and where paths and tracks lead them, B T V in all, and which of these are led (B T V).
+
+    Paths (B, T, V, 4, 4) count for given `cameras` (B, V), tracks (B, T, K, 3) for given `points` (B, K). Things
+    stand on the horizontal plane through the lowest known point, or through the base.
+    """
+    _, frames, v = poses.shape[:3]
+    lowest = torch.where(o.has_points, o.points[:, -1, :, 2], torch.inf).amin(1)
+    here = o.camera_to_base[:, -1]
+    marks = torch.cat([o.points[:, -1], here[..., :3, 3]], 1)
+    led = torch.cat([tracks, poses[..., :3, 3]], 2)
+    rows = o.has_rgb & o.has_camera & (cameras.any(1) | points.any(1))[:, None]
+
+    def each(x: Tensor, dim: int) -> Tensor:
+        """(B, ...) or, by the axis `dim` that it has, (B, T, ...) or (B, V, ...) -> (B T V, ...)."""
+        x = x[:, None] if dim != 1 else x
+        x = x[:, :, None] if dim != 2 else x
+        return x.expand(-1, frames, v, *x.shape[3:]).flatten(0, 2)
+
+    moves = Moves(
+        pictures=each(o.rgb[:, -1].float() / 127.5 - 1.0, 2),
+        intrinsics=each(o.intrinsics[:, -1], 2),
+        here=each(here, 2),
+        path=poses.flatten(0, 2),
+        marks=each(marks, 0),
+        tracks=each(led, 1),
+        carried=each(torch.cat([points, cameras], 1), 0),
+        ground=each(torch.where(lowest.isfinite(), lowest, 0.0), 0),
+        view=torch.arange(v, device=poses.device).repeat(len(poses) * frames),
+    )
+    return moves, each(rows, 2)
 
 
 def spread(flag: Tensor | bool, name: str, s: Senses, spec: ClipSpec) -> Tensor:

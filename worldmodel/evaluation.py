@@ -95,7 +95,7 @@ def evaluate_offline(
     for number, group in enumerate(tqdm(groups, desc=f"evaluate {split}", unit="batch")):
         chosen = [clips[i] for i in group]
         batch = collate([dataset[clip.item] for clip in chosen])
-        led: dict[str, Tensor] = {}
+        led: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         with torch.inference_mode():
             prediction = _predicted_streams(model, batch, chosen, means, rows, seed + number, sampler_steps)
             movable = torch.stack([clip.movable for clip in chosen])
@@ -106,7 +106,7 @@ def evaluate_offline(
                                   prediction, partial(_put, rows))  # fmt: skip
             if motion is not None:
                 overlays.extend(score_motion(cast(WorldModel, model), batch, chosen, motion, rows))
-        samples.extend(sample_clip(batch, prediction, led, clip, i) for i, clip in enumerate(chosen))
+        samples.extend(sample_clip(batch, prediction, *led, clip, i) for i, clip in enumerate(chosen))
     settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
     return {
         "split": split,

@@ -46,8 +46,9 @@ FIGURES = {
     "camera_given_actions": Figure("camera", "Future camera position under given actions", "m", FRAMES),
     "video_given_camera": Figure("video", "Video under given camera paths, PSNR", "dB", STEPS, True, True),
     "video_given_points": Figure("video", "Video under given object tracks, PSNR", "dB", STEPS, True, True),
-    "camera_followed": Figure("camera", "Asked camera position, read from the picture", "m"),
-    "points_followed": Figure("points", "Asked object position, read from the picture", "m"),
+    "object_given_points": Figure("video", "Around the object under its given track, PSNR", "dB", "", True, True),
+    "camera_followed": Figure("camera", "Share of the asked camera motion that stage 1 reads", "", higher=True),
+    "points_followed": Figure("points", "Likeness of the object at its asked place", "", higher=True),
     "video_joint": Figure("video", "Predicted video, mode joint, PSNR", "dB", STEPS, True, True, headline=False),
     "action_joint": Figure(
         "action", "Action chunk, mode joint, MAE", "action units", "action of the chunk", headline=False
@@ -81,8 +82,8 @@ EDIT_FIGURES = {
 }
 """Every figure of edits; after the slash stands how an element was asked for, or which view."""
 KNOWN = FIGURES | EDIT_FIGURES
-INFORMATIVE = ("shuffled actions", "policy mode", "not given", "another clip")
-"""Comparisons that are no trivial baseline: they show whether the model uses what it is given."""
+INFORMATIVE = ("shuffled actions", "policy mode", "not given", "another clip", "geometry alone", "what happened")
+"""Comparisons that are no trivial baseline: they show whether the model uses what it is given, and what could be."""
 
 
 class SampleClip(NamedTuple):
@@ -106,6 +107,7 @@ class SampleClip(NamedTuple):
     true_wrench: np.ndarray
     wrench_shown: np.ndarray  # (S,) bool
     led_rgb: Mapping[str, np.ndarray]  # what was given -> (F*R, V, 3, h, w) uint8
+    led_places: Mapping[str, np.ndarray]  # the same -> (F*R, V, K + V, 2) pixels asked for, NaN for none
 
 
 def summarise(rows: dict[str, Rows], clips: list[Clip], seed: int) -> dict:
@@ -138,7 +140,9 @@ def summarise(rows: dict[str, Rows], clips: list[Clip], seed: int) -> dict:
             for task, values in by_task.items():
                 values[baseline] = _of_task(sums, tasks == task, kind.decibel)
         trivial = [b for b in figure["baselines"] if b["trivial"]]
-        still = any(not np.isfinite(b["value"]) if kind.decibel else b["value"] < 1e-6 for b in trivial)
+        still = any(
+            not np.isfinite(b["value"]) if kind.decibel else b["value"] < 1e-6 and not kind.higher for b in trivial
+        )
         figure["applicable"] = not still
         figure["beats_all"] = bool(trivial) and all(b["beaten"] for b in trivial) if not still else None
         figures.append(figure)
@@ -172,7 +176,14 @@ def _of_task(sums: Sums, chosen: np.ndarray, decibel: bool) -> float:
     return (metrics.psnr(value) if decibel else value).item()
 
 
-def sample_clip(batch: Batch, prediction: Prediction, led: Mapping[str, Tensor], clip: Clip, i: int) -> SampleClip:
+def sample_clip(
+    batch: Batch,
+    prediction: Prediction,
+    led: Mapping[str, Tensor],
+    places: Mapping[str, Tensor],
+    clip: Clip,
+    i: int,
+) -> SampleClip:
     """Take clip i of a batch, its prediction and the pictures that were led by something given out as arrays."""
     observation, future = batch.observation, batch.future
     predicted = _bytes(prediction.rgb[i])
@@ -195,7 +206,8 @@ def sample_clip(batch: Batch, prediction: Prediction, led: Mapping[str, Tensor],
     )
     led_rgb = {name: _bytes(rgb[i]).cpu().numpy() for name, rgb in led.items()}
     psnr = metrics.psnr(error.mean()).item()
-    return SampleClip(clip, "", psnr, *(a.cpu().numpy() for a in arrays), led_rgb=led_rgb)
+    led_places = {name: pixels[i].cpu().numpy() for name, pixels in places.items()}
+    return SampleClip(clip, "", psnr, *(a.cpu().numpy() for a in arrays), led_rgb=led_rgb, led_places=led_places)
 
 
 def _bytes(rgb: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
+from worldmodel.synthesis.compositor import Compositor
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.denoiser import Denoiser
 from worldmodel.synthesis.flow import flow_shift
@@ -56,6 +57,7 @@ class JointTransformer(Guess):
         action_shift: float,
         predicts: str,
         motion: MotionEncoder | None = None,
+        compositor: Compositor | None = None,
     ) -> None:
         super().__init__(predicts=predicts, channels=autoencoder.channels)
         if coupling not in COUPLINGS:
@@ -75,7 +77,7 @@ class JointTransformer(Guess):
         self.stream_shift, self.action_shift = stream_shift, action_shift
         self.normaliser, self.autoencoder = normaliser, autoencoder
         self.encoder, self.denoiser, self.expert = encoder, denoiser, expert
-        self.motion = motion
+        self.motion, self.compositor = motion, compositor
         self.grid = (spec.height // autoencoder.spatial, spec.width // autoencoder.spatial)
         cells = (self.grid[0] // denoiser.patch, self.grid[1] // denoiser.patch)
         if (denoiser.rows, denoiser.columns) != cells:
@@ -253,7 +255,7 @@ class JointTransformer(Guess):
         velocities, action_velocity = {}, None
         if stream is not None and state is not None and levels is not None:
             follows = memory.source is not None
-            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows)
+            answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows, given=given)
             lead = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
             velocities = {
                 name: self.to_velocity(

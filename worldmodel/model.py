@@ -200,7 +200,8 @@ class WorldModel(JointTransformer):
         all_given = conditions[None]
         if do_streams and all_given is not None:
             done = {name: all_given.fill(name, value) if name in STREAMS else value for name, value in done.items()}
-        return self.physical(observation, s, latents, {**fixed, **done})
+        film = None if all_given is None else all_given.film
+        return self.physical(observation, s, latents, {**fixed, **done}, film)
 
     def edit(
         self,
@@ -247,12 +248,24 @@ class WorldModel(JointTransformer):
         edit = look_from(self, observation, future, intrinsics, path, views=views)
         return draw(self, edit, generator=generator, steps=steps)
 
-    def decode_video(self, o: Observation, history: Tensor, future: Tensor) -> Tensor:
-        """Future latents (B, F, V, C, h', w') -> frames (B, F*R, V, 3, h, w) in [0, 1]."""
+    def decode_video(self, o: Observation, history: Tensor, future: Tensor, film: Tensor | None = None) -> Tensor:
+        """Future latents (B, F, V, C, h', w') -> frames (B, F*R, V, 3, h, w) in [0, 1].
+
+        What the tokeniser blurs is kept as in the newest picture or, where that was moved, in the `film` of it.
+        """
         b, v = future.shape[0], future.shape[2]
-        decoded = self.autoencoder.decode(history[:, -1].flatten(0, 1), future.transpose(1, 2).flatten(0, 1))
-        last = o.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
-        frames = carry_residual(decoded[:, 1:], decoded[:, :1], last.unsqueeze(1)).unflatten(0, (b, v)).transpose(1, 2)
+        first, last = history[:, -1].flatten(0, 1), o.rgb[:, -1].flatten(0, 1).float().unsqueeze(1) / 127.5 - 1.0
+        decoded = self.autoencoder.decode(first, future.transpose(1, 2).flatten(0, 1))
+        decoded, rebuilt = decoded[:, 1:], decoded[:, :1].expand_as(decoded[:, 1:])
+        kept = last.expand_as(decoded)
+        if film is not None:
+            moved = film.transpose(1, 2).flatten(0, 1)
+            led = (moved != last).flatten(1).any(1)
+            if led.any():
+                latents = self.autoencoder.encode_future(last[led, 0], moved[led])
+                rebuilt, kept = rebuilt.clone(), moved
+                rebuilt[led] = self.autoencoder.decode(first[led], latents)[:, 1:]
+        frames = carry_residual(decoded, rebuilt, kept).unflatten(0, (b, v)).transpose(1, 2)
         return (frames * 0.5 + 0.5).clamp(0, 1)
 
     def reconstruct(self, rgb: Tensor) -> Tensor:
@@ -263,7 +276,9 @@ class WorldModel(JointTransformer):
         decoded = self.autoencoder.decode(first, self.autoencoder.encode_future(video[:, 0], video[:, 1:]))
         return (decoded.unflatten(0, (b, v)).transpose(1, 2) * 0.5 + 0.5).clamp(0, 1)
 
-    def physical(self, o: Observation, s: Senses, latents: Tensor, values: dict[str, Tensor]) -> Prediction:
+    def physical(
+        self, o: Observation, s: Senses, latents: Tensor, values: dict[str, Tensor], film: Tensor | None = None
+    ) -> Prediction:
         """Normalised streams and actions -> physical units; what a mode does not predict is held as it was."""
         e, f = s.embodiment, self.spec.future
         hold = {
@@ -277,7 +292,7 @@ class WorldModel(JointTransformer):
         if "force" in values:
             hold["force"] = values["force"]
         if "video" in values:
-            rgb = self.decode_video(o, latents, values["video"])
+            rgb = self.decode_video(o, latents, values["video"], film)
         else:
             rgb = (o.rgb[:, -1:].float() / 255.0).expand(-1, f * self.spec.stride, -1, -1, -1, -1)
         actions = values.get("actions", s.points.new_zeros(e.shape[0], self.spec.chunk, self.spec.action))

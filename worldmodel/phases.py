@@ -17,11 +17,11 @@ from worldmodel.distillation import Distillation
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
-OBJECTIVES = ("tokeniser", "understanding", "motion", "world", "distill", "edit")
+OBJECTIVES = ("tokeniser", "understanding", "motion", "composite", "world", "distill", "edit")
 MIXED = ("world", "distill")
 """Objectives whose phases have a mixture of modes."""
 INGREDIENTS = (*MODES, "image", "understanding", "proposal")
-PARTS = ("autoencoder", "encoder", "motion", "denoiser", "expert")
+PARTS = ("autoencoder", "encoder", "motion", "compositor", "denoiser", "expert")
 DATA = ("mixture", "on_error")
 """What a phase may say about its data, instead of the `data` of the experiment."""
 GRADIENTS = ("truncated", "full")
@@ -222,7 +222,8 @@ class Phase:
         the batches of its buckets are."""
         if self.objective not in MIXED:
             whole = self.objective in ("motion", "edit")
-            return Needs(history=None if whole else 1, future=whole or self.objective == "tokeniser")
+            future = whole or self.objective in ("tokeniser", "composite")
+            return Needs(history=None if whole else 1, future=future)
         pick, bucket = self.pick(seed, step), self.bucket(seed, step)
         future = pick.mode not in ("policy", "image", "understanding", "proposal")
         newest = cached or pick.mode in ("image", "understanding")

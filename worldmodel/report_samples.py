@@ -8,7 +8,7 @@ import numpy as np
 from worldmodel.contracts import ClipSpec
 from worldmodel.figures import SampleClip
 from worldmodel.plots import line_chart, number, scene
-from worldmodel.viz import video_data_uri, video_tag
+from worldmodel.viz import ringed, video_data_uri, video_tag
 
 
 def sample_sections(offline: list[dict], split_names: Mapping[str, str]) -> str:
@@ -50,18 +50,26 @@ def _sample(sample: SampleClip, spec: ClipSpec) -> str:
 
 
 def _led(sample: SampleClip, spec: ClipSpec) -> list[str]:
-    """Videos of each view under given futures, folded away; nothing for a model that can be given none."""
+    """Videos of each view under given futures, folded away; nothing for a model that can be given none.
+
+    Rings show where the points, or the other cameras, are asked to be.
+    """
     if not sample.led_rgb:
         return []
     shown = {"nothing given": sample.predicted_rgb, **sample.led_rgb, "true": sample.true_rgb}
+    nowhere = np.full_like(next(iter(sample.led_places.values())), np.nan)
     videos = "".join(
         video_tag(
-            video_data_uri(*(film[:, v] for film in shown.values()), fps=max(1, round(spec.fps / 4))),
+            video_data_uri(
+                *(ringed(film[:, v], sample.led_places.get(name, nowhere)[:, v]) for name, film in shown.items()),
+                fps=max(1, round(spec.fps / 4)),
+            ),
             f"{escape(view)}: {escape(' | '.join(shown))}",
         )
         for v, view in enumerate(spec.cameras)
     )
-    return [f"<details><summary>Under given camera paths and object tracks</summary>{videos}</details>"]
+    summary = "Under given camera paths and object tracks; rings: where points and other cameras are asked to be"
+    return [f"<details><summary>{summary}</summary>{videos}</details>"]
 
 
 def _force(sample: SampleClip, spec: ClipSpec) -> list[str]:

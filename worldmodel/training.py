@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.adapters import inject
+from worldmodel.compositor_loss import composite_loss
 from worldmodel.contracts import Batch, Pair
 from worldmodel.distillation import distillation_loss, make_teacher
 from worldmodel.editing_losses import edit_loss
@@ -87,6 +88,8 @@ class PhaseModule(L.LightningModule):
             return understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
         if phase.objective == "motion":
             return motion_loss(self.model, batch, phase.dropout, generator)
+        if phase.objective == "composite":
+            return composite_loss(self.model, batch, phase.given, generator)
         with ExitStack() as stack:
             for model in (self.model, self.teacher) if phase.buckets else ():
                 if model is not None:

@@ -29,6 +29,23 @@ def enlarged(frames: np.ndarray, least: int = 192) -> np.ndarray:
     return shown.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
 
 
+def ringed(frames: np.ndarray, places: np.ndarray, least: int = 192) -> np.ndarray:
+    """Enlarged frames (T, 3, h', w') uint8 of frames (T, 3, h, w), with a ring around places (T, M, 2), NaN for none.
+
+    Places are pixels of the frames as they were; rings are yellow, two pixels wide, as large as a twentieth of the
+    height and cut at the border.
+    """
+    shown = enlarged(frames, least).copy()
+    rows, columns = shown.shape[1:3]
+    y, x = np.mgrid[:rows, :columns] + 0.5
+    factor = rows / frames.shape[2]
+    for picture, marks in zip(shown, places, strict=True):
+        for place in marks[np.isfinite(marks).all(-1)]:
+            distance = np.hypot(x - place[0] * factor, y - place[1] * factor)
+            picture[np.abs(distance - rows / 20) < 1] = (255, 230, 0)
+    return shown.transpose(0, 3, 1, 2)
+
+
 def side_by_side(*clips: np.ndarray, least: int = 192) -> np.ndarray:
     """Join n enlarged clips of frames (T, 3, h, w), predicted and true for example, into (T, h', n (w' + gap) - gap, 3)
     uint8."""

@@ -3,9 +3,8 @@
 A slot of the future - the picture or the camera of a view, a point - is in one of three states: predicted (a noisy
 token), given (a clean one, at noise level 0) or absent (no token at all). Beside its token, what is given reaches the
 video by a short way that a few training steps suffice to find: actions and the embodiment modulate every block beside
-the noise level, a camera's path turns the Pluecker rays of its video tokens and brings what the newest picture would
-look like from there if all lay on one plane, objects are carried along their tracks in that picture, and objects and
-cameras appear as heat maps where a camera sees them.
+the noise level, a camera's path turns the Pluecker rays of its video tokens, paths and tracks bring what the newest
+picture becomes along them (`compositor`), and objects and cameras appear as heat maps where a camera sees them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from worldmodel.contracts import STREAMS
 from worldmodel.geometry import project_points
@@ -23,8 +21,6 @@ CONDITIONS = ("video", "camera", "points", "actions", "embodiment")
 """What has an on and an off of its own; instructions and histories have theirs in the observation (`has_text`, ...)."""
 SPREAD = 0.7
 """Standard deviation of an object's heat map, in cells of a latent frame."""
-PATCH = 0.04
-"""Metres around a point that move with it in the picture that is carried along its track."""
 
 
 class Given(NamedTuple):
@@ -36,6 +32,7 @@ class Given(NamedTuple):
     actions: Tensor  # (B, F, R D) standardised, the R control steps of each latent frame
     rays: Tensor  # (B, F, V, 6, h', w') of the given path
     moved: Tensor  # (B, F, V, C, h', w') latents of the newest picture, moved along path and tracks, less its own
+    film: Tensor  # (B, F R, V, 3, h, w) in [-1, 1], the newest picture moved along path and tracks
     heat: Tensor  # (B, F, V, 2 (K + V), h', w') where a view sees given points and cameras: now, then
     embodiment: Tensor  # (B,)
     has_video: Tensor  # (B, V) bool
@@ -54,6 +51,10 @@ class Given(NamedTuple):
             "points": (known["points"] & ~self.lacks_points[:, None]) | self.has_points,
             "rays": known["rays"] | self.has_camera,
         }
+
+    def led(self) -> Tensor:
+        """Views (B, V) whose newest picture was moved."""
+        return self.moved.abs().amax((1, 3, 4, 5)) > 0
 
     def clean(self, name: str) -> Tensor | None:
         """Slots (B, n) of a stream that are given, None where none can be."""
@@ -100,49 +101,14 @@ def heat_maps(
     return torch.exp(-square / (2 * SPREAD**2)) * (depth > 0)[..., None, None]
 
 
-def carry_patches(
-    pictures: Tensor,
-    onto: Tensor,
-    intrinsics: Tensor,
-    poses: tuple[Tensor, Tensor],
-    points: tuple[Tensor, Tensor],
-    carried: Tensor,
-) -> Tensor:
-    """Pastes what a picture shows at points to where these have gone, larger or smaller as they came nearer.
-
-    Args:
-        pictures: (N, C, h, w) to take from.
-        onto: (N, C, h, w) to paste into.
-        intrinsics: (N, 3, 3) pixels, of both.
-        poses: (N, 4, 4) each, of the camera then and now.
-        points: (N, K, 3) each, metres in the base frame, where pictures were taken and where they have gone.
-        carried: (N, K) bool, which of them.
-
-    Returns:
-        (N, C, h, w). Patches are discs of `PATCH` metres with soft edges; points behind a camera carry nothing.
-    """
-    rows, columns = pictures.shape[-2:]
-    (old, far), (new, near) = (project_points(p, intrinsics, pose) for p, pose in zip(points, poses, strict=True))
-    y, x = (torch.arange(n, device=onto.device, dtype=onto.dtype) + 0.5 for n in (rows, columns))
-    place = torch.stack([x.expand(rows, columns), y[:, None].expand(rows, columns)], -1)
-    radius = intrinsics[:, :1, 0] * PATCH / near.clamp(min=1e-3)
-    seen = carried & (far > 0) & (near > 0)
-    for k in range(points[0].shape[1]):
-        offset = place - new[:, k, None, None]
-        source = old[:, k, None, None] + offset * (near[:, k] / far[:, k].clamp(min=1e-3))[:, None, None, None]
-        patch = functional.grid_sample(
-            pictures, 2 * source / source.new_tensor([columns, rows]) - 1, padding_mode="border", align_corners=False
-        )
-        share = torch.exp(-((offset.square().sum(-1) / radius[:, k, None, None].square()) ** 2))
-        onto = onto + (share * seen[:, k, None, None]).unsqueeze(1) * (patch - onto)
-    return onto
-
-
 class ConditionEncoder(nn.Module):
-    """The short ways of given futures into the video transformer; all start at zero, so that they disturb nothing.
+    """The short ways of given futures into the video transformer; they start at zero, so that they disturb nothing.
 
     Actions and the embodiment enter as the class does in DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2). That
     a picture moved by geometry guides better than poses alone is known from GEN3C (Ren et al. 2025, arXiv 2503.03751).
+    Of the moved pictures the video takes over `share` at the start: 1 where the network corrects a guess, so that it
+    follows from the beginning, 0 where a network is to be disturbed by nothing. With `own_head` corrections of moved
+    pictures have an output layer of their own: those of a picture that stands still are other ones.
     """
 
     def __init__(
@@ -156,6 +122,8 @@ class ConditionEncoder(nn.Module):
         action: int,
         stride: int,
         embodiments: int,
+        share: float = 0.0,
+        own_head: bool = False,
     ) -> None:
         super().__init__()
         self.stride = stride
@@ -164,10 +132,12 @@ class ConditionEncoder(nn.Module):
         self.heat = nn.Linear(2 * (points + views) * patch**2, width, bias=False)
         self.moved = nn.Linear(latent_channels * patch**2, width, bias=False)
         self.gate = nn.Linear(width, patch**2)
+        self.head = nn.Linear(width, latent_channels * patch**2) if own_head else None
         last = self.actions[-1]
-        ways = (last, self.gate, self.embodiment, self.heat, self.moved)
+        ways = (last, self.gate, self.embodiment, self.heat, self.moved, *([self.head] if self.head else []))
         for parameter in (p for way in ways for p in way.parameters()):
             nn.init.zeros_(parameter)
+        nn.init.constant_(self.gate.bias, share)
 
     def forward(self, given: Given) -> Tensor:
         """What modulates the blocks beside the noise level, (B, F, W)."""

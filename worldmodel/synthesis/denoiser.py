@@ -259,9 +259,10 @@ class Denoiser(nn.Module):
         return self.unpatchify(gate.unsqueeze(-2).expand(*gate.shape[:-1], channels, -1).flatten(-2)) * given.moved
 
     def decode(
-        self, x: Tensor, embedding: Tensor, streams: Sequence[str], *, follows: bool = False
+        self, x: Tensor, embedding: Tensor, streams: Sequence[str], *, follows: bool = False, given: Given | None = None
     ) -> dict[str, Tensor]:
-        """Tokens (B, T, N, W) -> answer for each stream in the shape of `WorldState`; video may follow a source."""
+        """Tokens (B, T, N, W) -> answer for each stream in the shape of `WorldState`; video may follow a source, or be
+        led by what is `given`."""
         shift, scale = (embedding.unsqueeze(-2) + self.head_table).unbind(-2)
         x = modulate(self.norm(x), scale, shift)
         names = self.chosen(streams)
@@ -271,5 +272,9 @@ class Denoiser(nn.Module):
             heads["video"] = self.source.head
         out = {name: heads[name](part) for name, part in zip(names, parts, strict=True)}
         if "video" in out:
+            if given is not None and self.conditions is not None and self.conditions.head is not None:
+                led = given.led().repeat_interleave(self.rows * self.columns, 1)[:, None, :, None]
+                corrected = self.conditions.head(parts[names.index("video")])
+                out["video"] = torch.where(led, corrected, out["video"])
             out["video"] = self.unpatchify(out["video"])
         return out
