@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config"},
-    {"geometry", "nn", "page", "plots", "trials", "viz"},
+    {"geometry", "nn", "draws", "ranks", "page", "plots", "trials", "viz"},
     {"data", "normalise"},
     {"encoders"},
     {"synthesis"},
@@ -29,7 +29,9 @@ TIERS = [
     {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation", "distillation"},
     {"report_samples", "report_closed_loop", "report_motion", "report_edits"},
     {"report", "stamp", "comparison"},
-    {"phases"},
+    {"averaging", "phases"},
+    {"sharding"},
+    {"parallel", "prepare", "progress"},
     {"protocol", "training", "samples", "run_folder", "rollout", "drift", "edit"},
     {"curriculum", "features"},
     {"export"},

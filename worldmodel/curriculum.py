@@ -1,11 +1,12 @@
 """One run of `train.py`: the phases of an experiment, in order, in one folder, resumed where they stopped.
 
 Run folder: `config.yaml`; `phases/NN-name/` with the weights after the phase (`model.safetensors`, `model.json`) or,
-while it runs, `last.ckpt`; `latents.safetensors` (frozen tokeniser's latents of every frame); `csv/`, `wandb/`,
-`samples/`; and at the end the checkpoint itself, `model.safetensors` with `model.json`.
+while it runs, `last.ckpt` (with sharded weights folders, see `sharding`); `latents.safetensors` (frozen tokeniser's
+latents of every frame); `csv/`, `wandb/`, `samples/`; and at the end the checkpoint itself, `model.safetensors` with
+`model.json`.
 """
 
-import hashlib
+import copy
 import logging
 import math
 import time
@@ -16,30 +17,32 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from einops import rearrange
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from worldmodel.acceleration import accelerated
-from worldmodel.checkpoint import build_model, describe, initialise, load_model, make_spec, save_model
-from worldmodel.contracts import Batch, ClipSpec
-from worldmodel.data.clip import collate
+from worldmodel.averaging import MovingAverage
+from worldmodel.checkpoint import WEIGHTS, build_model, describe, initialise, load_model, make_spec, save_model
+from worldmodel.contracts import ClipSpec
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
-from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.statistics import load_statistics, merge_statistics, statistics_hash
 from worldmodel.encoders.pretrained import attach_features
 from worldmodel.model import WorldModel
+from worldmodel.parallel import join, make_strategy
 from worldmodel.phases import DATA, MIXED, PARTS, Phase, make_phases
+from worldmodel.prepare import latent_cache, sample_batch, whole_clips
+from worldmodel.progress import SaveProgress, forget, resume_point
+from worldmodel.ranks import barrier, rank
 from worldmodel.run_folder import claim, training_record
 from worldmodel.samples import log_samples, write_samples
-from worldmodel.training import MovingAverage, PhaseModule, SaveProgress, Throughput
+from worldmodel.sharding import gather, make_mesh
+from worldmodel.training import PhaseModule, Throughput
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +65,13 @@ def train(config: Mapping[str, Any]) -> Path:
         logging.getLogger(name).setLevel(logging.WARNING)
     L.seed_everything(config["seed"], verbose=False)
     torch.set_num_threads(config["trainer"]["threads"])
+    environment = join(config["trainer"])
+    if rank() > 0:
+        log.setLevel(logging.WARNING)
     run = Path(config["run_dir"])
-    claim(run, config)
+    if rank() == 0:
+        claim(run, config)
+    barrier()
     if (run / "model.safetensors").is_file():
         log.info("%s is already trained; another run_dir or an empty one trains again", run)
         return run
@@ -94,13 +102,16 @@ def train(config: Mapping[str, Any]) -> Path:
         folder = run / "phases" / f"{number}-{phase.name}"
         if (folder / "model.safetensors").is_file():
             log.info("phase %s is done", phase.name)
-            (folder / "last.ckpt").unlink(missing_ok=True)
+            if rank() == 0:
+                forget(folder)
             model.load_state_dict(load_model(folder).state_dict())
             continue
         started = time.perf_counter()
-        run_phase(model, phase, config, spec, reader, folder, loggers, run)
+        run_phase(model, phase, config, spec, reader, folder, loggers, run, environment)
         log.info("phase %s took %.0f s", phase.name, time.perf_counter() - started)
-    save_model(model, run)
+    if rank() == 0:
+        save_model(model, run)
+    barrier()
     for logger in loggers:
         logger.finalize("success")
     return run
@@ -144,16 +155,24 @@ def run_phase(
     folder: Path,
     loggers: list[Logger],
     run: Path,
+    environment: ClusterEnvironment | None,
 ) -> None:
-    """Trains one phase, resuming from its `last.ckpt` if there is one, and leaves its averaged weights."""
+    """Trains one phase, resuming where it was saved if it was, and leaves its averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    last = folder / "last.ckpt"
+    last = resume_point(folder)
+    # Nobody writes before all have looked.
+    barrier()
     chosen = data_settings(config, phase)
     # The cache holds the frames of one dataset whose every sample can be read.
     sound = chosen["on_error"] == "raise" and not other_roots(config, [phase])
     cached = phase.objective in MIXED and config["data"]["cache_latents"] and sound
-    latents = latent_cache(model, reader, spec, run) if cached else None
-    resumed = last.is_file()
+    latents = None
+    if cached:
+        # The others wait for the first, and find its file.
+        latents = latent_cache(model, reader, spec, run) if rank() == 0 else None
+        barrier()
+        latents = latent_cache(model, reader, spec, run) if latents is None else latents
+    resumed = last is not None
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
     fitted = phase.objective == "world" and "denoiser" in phase.trains and model.predicts == "clean"
@@ -162,9 +181,20 @@ def run_phase(
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
         model.fit_guess(sample.observation, sample.future)
-    module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
+    settings, mesh = config["trainer"], None
+    if settings["strategy"] == "fsdp":
+        mesh = make_mesh("cpu" if settings["accelerator"] == "cpu" else "cuda", settings["shards"])
+    module = PhaseModule(
+        # A model that was sharded stays so; the whole one waits for what its shards have learned.
+        model=model if mesh is None else copy.deepcopy(model),
+        phase=phase,
+        seed=config["seed"],
+        latents=latents,
+        pieces=settings["accumulate"],
+        mesh=mesh,
+        dtype=torch.bfloat16 if settings["precision"].startswith("bf16") else torch.float32,
+    )
     average = MovingAverage(decay=phase.ema)
-    settings = config["trainer"]
     data = ClipDataModule(
         root=config["data"]["root"],
         spec=spec,
@@ -173,7 +203,6 @@ def run_phase(
         num_workers=settings["workers"],
         reader=reader,
         needs=partial(phase.needs, config["seed"], cached=latents is not None),
-        whole=all(ingredient.rows is None for ingredient in phase.mixture),
         masks=phase.objective == "motion",
         complete=False,
         pairs=phase.pairs,
@@ -183,11 +212,15 @@ def run_phase(
         max_steps=phase.steps,
         accelerator=settings["accelerator"],
         devices=settings["devices"],
+        num_nodes=settings["num_nodes"],
+        strategy=make_strategy(settings, average),
+        plugins=[] if environment is None else [environment],
+        use_distributed_sampler=False,
         precision=settings["precision"],
         gradient_clip_val=phase.clip,
         logger=loggers,
         log_every_n_steps=max(1, min(20, phase.steps // 2)),
-        callbacks=[average, Throughput(), MixtureLog(), SaveProgress(path=last, every=settings["save_every"])],
+        callbacks=[average, Throughput(), MixtureLog(), SaveProgress(folder=folder, every=settings["save_every"])],
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=run,
@@ -196,62 +229,41 @@ def run_phase(
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
-            with accelerated(model, compiled=settings["compile"], checkpointing=settings["checkpointing"]):
+            with accelerated(module.model, compiled=settings["compile"], checkpointing=settings["checkpointing"]):
                 trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
         except SIGTERMException:
             log.warning("stopped by SIGTERM in phase %s, saved; the same command continues from here", phase.name)
             raise SystemExit(143) from None
     average.copy_to(module)
+    if mesh is not None:
+        learned = gather(module.model)
+        if rank() == 0:
+            model.load_state_dict(learned)
+    if rank() == 0:
+        conclude(model, phase, reader, folder, loggers, run, seed=config["seed"], on_error=chosen["on_error"])
+    barrier()
+    if rank() > 0:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def conclude(
+    model: WorldModel,
+    phase: Phase,
+    reader: ShardReader,
+    folder: Path,
+    loggers: list[Logger],
+    run: Path,
+    *,
+    seed: int,
+    on_error: str,
+) -> None:
+    """What follows the last step of a phase: the tokeniser's scale, samples, and the weights."""
+    spec = model.spec
     if phase.objective == "tokeniser":
         with torch.no_grad():
-            clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
+            clips = whole_clips(sample_batch(reader, spec, on_error=on_error))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
     if phase.objective == "world" and "denoiser" in phase.trains:
-        log_samples(
-            write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
-        )
+        log_samples(write_samples(model, reader, run / "samples" / phase.name, seed=seed), loggers, phase.name)
     save_model(model, folder)
-    last.unlink(missing_ok=True)
-
-
-def sample_batch(reader: ShardReader, spec: ClipSpec, count: int = 256, on_error: str = "raise") -> Batch:
-    """About `count` clips spread evenly over the training data: what fixes scales before a phase trains."""
-    dataset = ClipDataset(reader, spec, split="train", on_error=on_error)
-    return collate([dataset[i] for i in range(0, len(dataset), max(len(dataset) // count, 1))])
-
-
-def whole_clips(batch: Batch) -> Tensor:
-    """Newest observed frame and future of every view: (B V, 3, 1 + F*R, h, w) in [-1, 1]."""
-    clips = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], 1)
-    return rearrange(clips, "b t v c h w -> (b v) c t h w").float() / 127.5 - 1.0
-
-
-def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Path) -> Tensor:
-    """Single-frame latents (frames, V, C, h', w') of the training frames by dataset-wide number, from disk if current.
-
-    Valid for one tokeniser and one dataset, whose hash is kept beside it. Frames of other splits stay NaN.
-    """
-    from tqdm import tqdm
-
-    path = run / "latents.safetensors"
-    digest = hashlib.sha256(model.metadata["training"]["index_sha256"].encode())
-    for name, value in model.autoencoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    key = digest.hexdigest()[:16]
-    if path.is_file():
-        held = load_file(path)
-        if key in held:
-            return held[key]
-    entries = [(i, e) for i, e in enumerate(reader.entries) if e.split == "train"]
-    total = sum(e.length for e in reader.entries)
-    cache = torch.full((total, len(spec.cameras), model.autoencoder.channels, *model.grid), torch.nan)
-    model.autoencoder.eval()
-    with torch.no_grad():
-        for i, entry in tqdm(entries, desc="latents", unit="episode"):
-            rgb = np.stack([reader.pictures(i, camera, range(entry.length)) for camera in spec.cameras], 1)
-            flat = torch.from_numpy(rgb).flatten(0, 1).float() / 127.5 - 1.0
-            encoded = model.autoencoder.encode_frames(flat)
-            cache[entry.start : entry.start + entry.length] = encoded.unflatten(0, rgb.shape[:2])
-    save_file({key: cache}, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-    return cache
+    forget(folder)

@@ -18,8 +18,7 @@ def claim(run: Path, config: Mapping[str, Any]) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     noted = run / "config.json"
-    devices = config["trainer"].get("devices")
-    ranks = devices if type(devices) is int and devices > 0 else 1
+    ranks = config["trainer"].get("devices", 1) * config["trainer"].get("num_nodes", 1)
     own = json.loads(json.dumps({k: v for k, v in config.items() if k != "trainer"} | {"ranks": ranks}))
     if noted.is_file():
         before = json.loads(noted.read_text())
@@ -34,11 +33,15 @@ def claim(run: Path, config: Mapping[str, Any]) -> None:
 
 
 def with_global_batches(noted: Mapping[str, Any]) -> dict[str, Any]:
-    """A noted configuration in which the batch sizes of phases are those of all ranks together."""
-    phases = {
-        name: {k: v * noted.get("ranks", 1) if k == "batch_size" else v for k, v in values.items()}
-        for name, values in noted["phases"].items()
-    }
+    """A noted configuration in which the batch sizes of phases, and `rows` of them, are those of all ranks together."""
+    ranks = noted.get("ranks", 1)
+
+    def of_all(values: Mapping[str, Any]) -> dict[str, Any]:
+        scaled = {k: v * ranks for k, v in values.items() if k in ("batch_size", "rows") and v is not None}
+        mixture = {"mixture": [of_all(item) for item in values["mixture"]]} if "mixture" in values else {}
+        return {**values, **scaled, **mixture}
+
+    phases = {name: of_all(values) for name, values in noted["phases"].items()}
     return {k: v for k, v in noted.items() if k != "ranks"} | {"phases": phases}
 
 

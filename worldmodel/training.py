@@ -1,33 +1,55 @@
-"""Lightning side of training: one module for every phase, moving averages, and the callbacks of a run."""
+"""Lightning side of training: one module for every phase, and how fast a run is."""
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
-from worldmodel.contracts import Batch, Pair
+from worldmodel.contracts import Batch, Pair, rows_of
 from worldmodel.data.datamodule import ClipDataModule
 from worldmodel.distillation import distillation_loss, make_teacher
+from worldmodel.draws import Draws
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
 from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
+from worldmodel.ranks import mean_over_ranks, rank
+from worldmodel.sharding import shard
 
 
 class PhaseModule(L.LightningModule):
-    """Trains the parts of the model that a phase names. Every random choice follows from (seed, step)."""
+    """Trains the parts of the model that a phase names. Every random choice follows from (seed, step, row).
 
-    def __init__(self, *, model: WorldModel, phase: Phase, seed: int, latents: Tensor | None = None) -> None:
+    Each batch is computed in `pieces`, one after the other, whose gradients are added up: less memory, more time. With
+    a `mesh` the module shards itself over it, its blocks gathered in `dtype`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: WorldModel,
+        phase: Phase,
+        seed: int,
+        latents: Tensor | None = None,
+        pieces: int = 1,
+        mesh: DeviceMesh | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.model, self.phase, self.seed = model, phase, seed
-        self.latents = latents
+        self.latents, self.pieces = latents, pieces
+        self.mesh, self.gathered = mesh, dtype
+        if pieces < 1:
+            raise ConfigError(f"trainer.accumulate is {pieces}; it is the number of pieces of a batch, 1 or more")
         for name in PARTS:
             part = getattr(model, name)
             if part is not None:
@@ -41,37 +63,83 @@ class PhaseModule(L.LightningModule):
         settings = phase.distillation
         self.teacher = None if settings is None else make_teacher(model, phase.trains, settings.teacher)
 
+    def configure_model(self) -> None:
+        """Shards the module over its mesh, if it has one. Raises `ConfigError` for an objective that cannot be."""
+        if self.mesh is None:
+            return
+        if self.phase.objective == "edit":
+            raise ConfigError(
+                f"phase {self.phase.name!r}: its kinds of pairs use other blocks on each process, which sharded "
+                "weights do not allow; train it with trainer.strategy=ddp"
+            )
+        models = [self.model] if self.teacher is None else [self.model, self.teacher]
+        shard(self, models, self.mesh, self.gathered, entry="losses")
+
     def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
-        """One optimisation step; logs each part of the loss."""
+        """One optimisation step; logs each part of the loss, as it is over all processes.
+
+        All pieces but the last are done here, the last is Lightning's to go back through.
+        """
         phase = self.phase
-        generator = phase.generator(self.seed, self.global_step)
+        self.trainer.optimizers[0].zero_grad()
+        chunks = phase.needs(self.seed, self.global_step).chunks
+        rows = len(batch.key) // chunks
+        count = min(self.pieces, rows)
+        logged: dict[str, Tensor] = {}
+        loss = torch.zeros(())
+        for number in range(count):
+            first, end = number * rows // count, (number + 1) * rows // count
+            piece = batch if count == 1 else rows_of(batch, first * chunks, end * chunks)
+            # Numbered over all processes, of which each has as many rows.
+            draws = phase.draws(self.seed, self.global_step, range(rank() * rows + first, rank() * rows + end))
+            losses = self.losses(piece, draws)
+            share = (end - first) / rows
+            for name, value in losses.items():
+                logged[name] = logged.get(name, 0.0) + share * value.detach()
+            loss = share * losses["loss"]
+            if number + 1 < count:
+                with self.alone():
+                    self.trainer.strategy.backward(loss, None)
+        names = list(logged)
+        logged = dict(zip(names, mean_over_ranks(torch.stack([logged[n] for n in names])).unbind(), strict=True))
+        if not bool(torch.isfinite(logged["loss"])):
+            raise FloatingPointError(
+                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
+            )
+        self.log_dict({f"{phase.name}/{k}": v for k, v in logged.items()})
+        self.log("loss", logged["loss"], prog_bar=True, logger=False)
+        return loss
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keeps replicas from exchanging gradients that are not yet complete."""
+        replica = self.trainer.strategy.model
+        return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: Lightning clears gradients after `training_step`, when all pieces but one have left theirs."""
+
+    def losses(self, batch: Batch | Pair, draws: Draws) -> dict[str, Tensor]:
+        """The loss of some rows and its parts; the mean over processes is what all rows would give together."""
+        phase = self.phase
         if isinstance(batch, Pair):
-            losses = edit_loss(
+            return edit_loss(
                 self.model,
                 batch,
-                generator,
+                draws,
                 rates=phase.rates,
                 dropout=phase.dropout,
                 weights=phase.weights,
                 huber=phase.huber,
             )
-        elif phase.objective == "tokeniser":
-            losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
-        elif phase.objective == "understanding":
-            losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
-        elif phase.objective == "motion":
-            losses = motion_loss(self.model, batch, phase.dropout, generator)
-        else:
-            losses = self.world_step(batch, generator)
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(
-                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
-            )
-        self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
-        return losses["loss"]
+        if phase.objective == "tokeniser":
+            return tokeniser_loss(self.model, batch, phase.kl_weight, draws)
+        if phase.objective == "understanding":
+            return understanding_loss(self.model, batch, phase.dropout, draws, lens=phase.lens)
+        if phase.objective == "motion":
+            return motion_loss(self.model, batch, phase.dropout, draws)
+        return self.world_step(batch, draws)
 
-    def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def world_step(self, batch: Batch, generator: Draws) -> dict[str, Tensor]:
         """Loss of the ingredient that this step draws."""
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
@@ -122,43 +190,6 @@ class PhaseModule(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class MovingAverage(L.Callback):
-    """Exponential moving average of the trained weights; saved with the checkpoint, put into the model at the end."""
-
-    def __init__(self, *, decay: float) -> None:
-        self.decay = decay
-        self.shadow: dict[str, Tensor] = {}
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts from the weights unless a checkpoint brought an average."""
-        if not self.shadow:
-            self.shadow = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Follows the weights; early steps average over fewer of them."""
-        decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
-        live = [p.detach() for n, p in pl_module.named_parameters() if n in self.shadow]
-        for average, parameter in zip(self.shadow.values(), live, strict=True):
-            average.lerp_(parameter, 1 - decay)
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Writes the average into the module's parameters."""
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if name in self.shadow:
-                    parameter.copy_(self.shadow[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The average, for the checkpoint."""
-        return {"shadow": dict(self.shadow)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the average of a checkpoint."""
-        self.shadow = {name: value.clone() for name, value in state_dict["shadow"].items()}
-
-
 class Throughput(L.Callback):
     """Logs samples per second and the share of time spent waiting for data, over the last steps."""
 
@@ -186,24 +217,3 @@ class Throughput(L.Callback):
         """Seconds that training has waited for batches so far."""
         data: Any = getattr(trainer, "datamodule", None)
         return data.waited if isinstance(data, ClipDataModule) else 0.0
-
-
-class SaveProgress(L.Callback):
-    """Saves `last.ckpt` every few steps and on SIGTERM, by rename, so that a killed save never leaves half a file."""
-
-    def __init__(self, *, path: Path, every: int) -> None:
-        self.path, self.every = path, every
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning itself raises `SIGTERMException` right after this hook when the signal came."""
-        if trainer.received_sigterm or trainer.global_step % self.every == 0:
-            self.save(trainer)
-
-    def save(self, trainer: L.Trainer) -> None:
-        """Writes the checkpoint."""
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)

@@ -196,6 +196,15 @@ class StreamLoader:
     def _requests(self) -> Iterator[list[Request]]:
         for number, indices in enumerate(self.sampler, self.position):
             rows, history, future, chunks = Needs() if self.needs is None else self.needs(number)
-            parts = [self._dataset.part(index) for index in indices[:rows]]
+            used = indices if rows is None else spread(indices, rows)
+            parts = [self._dataset.part(index) for index in used]
             self._asked.append(np.bincount(parts, minlength=len(self._dataset.parts)))
-            yield [Request(index, history, future, ahead) for index in indices[:rows] for ahead in range(chunks)]
+            yield [Request(index, history, future, ahead) for index in used for ahead in range(chunks)]
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """`count` of some items, evenly spread, so that the parts of a whole together give what the whole would."""
+    size = len(items)
+    if count >= size:
+        return list(items)
+    return [item for i, item in enumerate(items) if (i + 1) * count // size > i * count // size]

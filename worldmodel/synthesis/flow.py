@@ -1,7 +1,8 @@
 """Rectified flow (Liu et al. 2022, arXiv 2209.03003): pure functions of the noise level sigma, 0 = clean, 1 = noise."""
 
-import torch
 from torch import Tensor
+
+from worldmodel.draws import Draws
 
 SMALLEST = 1e-3
 """Noise level below which a value counts as clean, so that nothing is divided by zero."""
@@ -28,9 +29,9 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sample_sigma(count: int, shift: float, generator: torch.Generator) -> Tensor:
+def sample_sigma(count: int, shift: float, generator: Draws) -> Tensor:
     """Training noise levels (count,): logit-normal, shifted."""
-    return shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
+    return shift_sigma(generator.randn(count).sigmoid(), shift)
 
 
 def clean_to_velocity(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
