@@ -23,17 +23,28 @@ def train_in(
 ) -> list[int | None]:
     """Trains `config` in `ranks` processes as torchrun would start them; returns their exit codes.
 
-    Each leaves `<out>/<rank>.json`: what was logged at every step, and the error if there was one. `disturb` is given
-    the processes while they run.
+    Each leaves what it logged at every step in `<out>/<rank>.jsonl`. `disturb` is given the processes while they run.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {**config, "trainer": {**config["trainer"], "devices": ranks}}
+    return fork(ranks, train_rank, (settings, str(out)), disturb=disturb, timeout=timeout)
+
+
+def fork(
+    ranks: int,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    disturb: Callable[[list[Any]], None] | None = None,
+    timeout: float = 300,
+) -> list[int | None]:
+    """Runs a function in `ranks` processes that find one another as those of torchrun do."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {**config, "trainer": {**config["trainer"], "devices": ranks}}
-    group = [context.Process(target=one_rank, args=(rank, ranks, port, settings, str(out))) for rank in range(ranks)]
+    group = [context.Process(target=one_rank, args=(rank, ranks, port, function, arguments)) for rank in range(ranks)]
     for process in group:
         process.start()
     if disturb is not None:
@@ -48,13 +59,11 @@ def train_in(
     return [process.exitcode for process in group]
 
 
-def one_rank(rank: int, ranks: int, port: int, config: dict[str, Any], out: str) -> None:
-    """One process of a run."""
+def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """One of the processes."""
     import warnings
 
     import torch
-
-    from worldmodel.training import PhaseModule
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -62,23 +71,28 @@ def one_rank(rank: int, ranks: int, port: int, config: dict[str, Any], out: str)
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-    logged: list[dict[str, float]] = []
+    function(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train_rank(config: dict[str, Any], out: str) -> None:
+    """Trains and notes every step."""
+    from worldmodel.curriculum import train
+    from worldmodel.ranks import rank
+    from worldmodel.training import PhaseModule
+
     plain = PhaseModule.log_dict
 
     def note(self: Any, values: Any, *args: Any, **kwargs: Any) -> None:
         if any(name.endswith("/loss") for name in values):
             step = {"step": self.global_step, **{name: float(value) for name, value in values.items()}}
-            logged.append(step)
-            with open(f"{out}/{rank}.jsonl", "a") as file:
+            with open(f"{out}/{rank()}.jsonl", "a") as file:
                 file.write(json.dumps(step) + "\n")
         plain(self, values, *args, **kwargs)
 
     PhaseModule.log_dict = note  # pyright: ignore[reportAttributeAccessIssue]
-    from worldmodel.curriculum import train
-
     train(config)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def curves(out: Path, rank: int = 0) -> list[dict[str, float]]:
