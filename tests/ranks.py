@@ -77,8 +77,8 @@ def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], ar
 
 
 def train_rank(config: dict[str, Any], out: str) -> None:
-    """Trains and notes every step."""
-    from worldmodel.curriculum import train
+    """Trains and notes every step; draws no samples at the end of a phase."""
+    import worldmodel.curriculum
     from worldmodel.ranks import rank
     from worldmodel.training import PhaseModule
 
@@ -92,7 +92,9 @@ def train_rank(config: dict[str, Any], out: str) -> None:
         plain(self, values, *args, **kwargs)
 
     PhaseModule.log_dict = note  # pyright: ignore[reportAttributeAccessIssue]
-    train(config)
+    worldmodel.curriculum.log_samples = lambda *_: None
+    worldmodel.curriculum.write_samples = lambda *_, **__: Path(out)
+    worldmodel.curriculum.train(config)
 
 
 def curves(out: Path, rank: int = 0) -> list[dict[str, float]]:
