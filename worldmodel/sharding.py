@@ -64,6 +64,9 @@ def shard(root: nn.Module, models: list[WorldModel], mesh: DeviceMesh, dtype: to
         # Action blocks are entered twice in a step, and are small enough to stay.
         twice = hasattr(block, "project")
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not twice)
+        for norm in (m for m in block.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) and m.weight is not None):
+            # What follows is in `dtype` too, and not every device takes inputs of one type and weights of another.
+            norm.register_forward_pre_hook(lambda module, x: x[0].to(module.weight.dtype))
         if twice:
             register_fsdp_forward_method(block, "project")
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
