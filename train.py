@@ -24,6 +24,9 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
   trainer=NAME             a file of configs/trainer: cpu (default), gpu, node (all its GPUs), cluster
                            (configs/slurm/train.sbatch)
   trainer.threads=N        CPU threads of torch
+  trainer.devices=N        processes on this machine; phases.NAME.batch_size is that of each
+  trainer.strategy=fsdp    weights, averages and optimiser states shared among them
+  trainer.accumulate=N     pieces that each batch is computed in: less memory, more time
   trainer.compile=true     compiled blocks; trainer.checkpointing=selective or full: less memory, more time
   wandb.mode=MODE          offline (default), online or disabled
 
@@ -48,10 +51,13 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path="configs", config_name="train")
     def run(config: DictConfig) -> None:
-        from worldmodel.curriculum import train
+        from worldmodel.parallel import start
 
         resolved = OmegaConf.to_container(config, resolve=True)
         assert isinstance(resolved, dict)
+        start(resolved["trainer"])
+        from worldmodel.curriculum import train
+
         print(f"checkpoint: {train({str(k): v for k, v in resolved.items()})}")
 
     run()

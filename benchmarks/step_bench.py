@@ -112,7 +112,7 @@ class Bench:
 
     def loss(self, batch: Any, latents: Any) -> Any:
         """Loss of the phase's step; the same noise every time."""
-        import torch
+        from worldmodel.draws import Draws
 
         h = self.spec.history
         # An instance attribute hides the method: pictures are not encoded.
@@ -120,7 +120,7 @@ class Bench:
         self.module.latents = latents[:, :h].flatten(0, 1)
         try:
             with self.autocast():
-                return self.module.world_step(batch, torch.Generator().manual_seed(1))["loss"]
+                return self.module.world_step(batch, Draws(1, range(len(batch.key))))["loss"]
         finally:
             del vars(self.model)["future_latents"]
 
@@ -143,10 +143,10 @@ class Bench:
         import torch
 
         from worldmodel.acceleration import accelerated
+        from worldmodel.averaging import MovingAverage
         from worldmodel.flops import timed
         from worldmodel.synthesis.delta import FORMS, GatedDelta
         from worldmodel.synthesis.temporal import WindowAttention
-        from worldmodel.training import MovingAverage
 
         for block in self.model.denoiser.blocks:
             if isinstance(block.mix, GatedDelta):

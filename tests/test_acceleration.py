@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import future_of, generator, observation_of
+from test_model import future_of, observation_of
 
 from worldmodel.acceleration import accelerated
 from worldmodel.contracts import Batch
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.phases import PARTS, Ingredient, Phase
 from worldmodel.synthesis.delta import GatedDelta, gated_delta_auto
@@ -24,7 +25,7 @@ def step_loss(model: Any, batch: Batch, mode: str, draws: int = 1) -> torch.Tens
     rest: dict[str, Any] = {"trains": tuple(p for p in PARTS if p != "motion"), "steps": 1}
     rest |= {"batch_size": 2, "learning_rate": 1e-3, "insulate": False}
     phase = Phase(name="test", objective="world", mixture=mixture, **rest)
-    return PhaseModule(model=model, phase=phase, seed=0).world_step(batch, generator())["loss"]
+    return PhaseModule(model=model, phase=phase, seed=0).world_step(batch, Draws(0, range(2)))["loss"]
 
 
 def gradients(model: Any, mode: str, draws: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

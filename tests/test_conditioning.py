@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import compose
-from test_model import future_of, generator, observation_of
+from test_model import draws, future_of, generator, observation_of
 
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.conditioning import draw_given, give, guided
@@ -149,7 +149,7 @@ def test_training_learns_conditions_and_asks_only_for_what_is_not_given(aware):
     latents = aware.history_latents(o)
 
     def losses(mode, given, absent=0.0):
-        return clip_loss(aware, batch, latents, generator(), mode=mode, given=given, absent=absent, **settings)[0]
+        return clip_loss(aware, batch, latents, draws(), mode=mode, given=given, absent=absent, **settings)[0]
 
     open_ended = losses("video_prediction", {})
     told = losses("video_prediction", {"camera": 1.0, "points": 0.0})
@@ -162,14 +162,14 @@ def test_training_learns_conditions_and_asks_only_for_what_is_not_given(aware):
 
 
 def test_rates_are_what_rows_are_given_at(aware):
-    flags, lacks = draw_given({"camera": 0.3, "points": 0.5, "video": 0.4}, 0.2, aware.spec, 4000, generator())
+    flags, lacks = draw_given({"camera": 0.3, "points": 0.5, "video": 0.4}, 0.2, aware.spec, 4000, draws(4000))
     rate = lambda mask: mask.float().mean().item()  # noqa: E731
     assert rate(flags["camera"]) == pytest.approx(0.3, abs=0.03)
     assert rate(flags["points"].all(1)) == pytest.approx(0.25, abs=0.04)
     assert rate(flags["video"].sum(1) == 1) == pytest.approx(0.4, abs=0.03)
     assert flags["video"].sum(1).max() == 1
     assert rate(lacks["points"]) == pytest.approx(0.2, abs=0.03)
-    a, b = (draw_given({"camera": 0.3}, 0.0, aware.spec, 50, generator(4))[0]["camera"] for _ in range(2))
+    a, b = (draw_given({"camera": 0.3}, 0.0, aware.spec, 50, draws(50, 4))[0]["camera"] for _ in range(2))
     assert torch.equal(a, b)
 
 

@@ -113,13 +113,17 @@ def test_ranks_may_change_where_the_global_batch_stays(root: str) -> None:
     assert [a + b for a, b in zip(*begun, strict=True)] + run(one, BATCHES - 4) == whole
 
 
-def test_batches_that_are_used_whole_may_change_their_ranks_whatever_they_leave_unloaded(root: str) -> None:
-    settings: dict[str, Any] = {"needs": lambda number: Needs(future=number % 2 == 0), "whole": True}
-    two = [module(root, rank=rank, ranks=2, **settings) for rank in (0, 1)]
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_parts_of_batches_are_the_same_on_any_number_of_ranks(root: str, rows: int) -> None:
+    def needs(share: int) -> dict[str, Any]:
+        return {"needs": lambda number: Needs(future=number % 2 == 0, rows=share)}
+
+    two = [module(root, rank=rank, ranks=2, **needs(rows)) for rank in (0, 1)]
     begun = [run(data, 4) for data in two]
-    one = module(root, batch_size=6, **settings)
+    one = module(root, batch_size=6, **needs(2 * rows))
     one.load_state_dict(two[0].state_dict())
-    whole = chain(root, [BATCHES], batch_size=6)[0]
+    whole = chain(root, [BATCHES], batch_size=6, **needs(2 * rows))[0]
+    assert {len(batch) for batch in whole} == {2 * rows}
     assert [a + b for a, b in zip(*begun, strict=True)] + run(one, BATCHES - 4) == whole
 
 
@@ -127,10 +131,6 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "batch size": ({"batch_size": 4}, "3 × 2 then, 4 × 2 now; their product must stay 6"),
     "ranks": ({"ranks": 3}, "3 × 2 then, 3 × 3 now; their product must stay 6"),
     "seed": ({"seed": 12}, "seed: 11 then, 12 now"),
-    "ranks of cut batches": (
-        {"ranks": 1, "batch_size": 6, "needs": lambda number: Needs(rows=2)},
-        "ranks: 2 then, 1 now, while this phase uses parts of each rank's batch; resume on 2",
-    ),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import compose
 from test_conditioning import clip_of
-from test_model import generator
+from test_model import draws, generator
 from torch import Tensor
 
 from worldmodel.checkpoint import build_model, make_spec
@@ -155,19 +155,19 @@ def test_training_teaches_every_new_layer_and_counts_rows_alike(editor):
     other = batch._replace(future=f._replace(rgb=f.rgb.flip(0)))
     pair = Pair(batch, other, square(editor, o), o.text.flip(0), torch.tensor([0, 1]))
     settings: dict[str, Any] = {"dropout": {}, "weights": {}, "huber": 0.1}
-    losses = edit_loss(editor, pair, generator(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
+    losses = edit_loss(editor, pair, draws(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
     assert set(losses) == {"loss", "colour", *PAIR_KINDS}
     torch.testing.assert_close(losses["loss"], (losses["element"] + losses["colour"] + losses["view"]) / 2)
-    words = edit_loss(editor, pair, generator(), rates={}, **{**settings, "weights": {"video": 0.0}})
+    words = edit_loss(editor, pair, draws(), rates={}, **{**settings, "weights": {"video": 0.0}})
     assert set(words) == {"loss", "colour"} and words["colour"] > 0
     losses["loss"].backward()
     for name, parameter in editor.denoiser.source.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    again = edit_loss(editor, pair, generator(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
+    again = edit_loss(editor, pair, draws(), rates={"blank": 1.0, "reference": 1.0, "across": 1.0}, **settings)
     assert torch.equal(again["loss"], losses["loss"])
     nothing = f._replace(valid=torch.zeros_like(f.valid))
     ended = pair._replace(target=other._replace(future=nothing))
-    assert edit_loss(editor, ended, generator(), rates={}, **{**settings, "weights": {"colour": 0.0}})["loss"] == 0
+    assert edit_loss(editor, ended, draws(), rates={}, **{**settings, "weights": {"colour": 0.0}})["loss"] == 0
 
 
 def test_a_coat_of_paint_is_flat_or_keeps_shades():

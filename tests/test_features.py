@@ -14,7 +14,7 @@ from conftest import compose
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from synthetic import made_up_dataset
-from test_model import generator, observation_of
+from test_model import draws, generator, observation_of
 
 from worldmodel.checkpoint import build_model, load_model, make_spec
 from worldmodel.curriculum import train
@@ -147,7 +147,7 @@ def policy_loss(model: WorldModel, dataset: Path) -> torch.Tensor:
         model,
         batch,
         model.history_latents(batch.observation),
-        generator(),
+        draws(len(batch.key)),
         mode="policy",
         drop=(),
         dropout={"text": 0.5},

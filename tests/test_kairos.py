@@ -9,7 +9,7 @@ import torch
 from conftest import compose
 from kairos_reference import kairos
 from safetensors.torch import load_file, save_file
-from test_model import future_of, generator, observation_of
+from test_model import draws, future_of, generator, observation_of
 
 from worldmodel.checkpoint import build_model, initialise, make_spec
 from worldmodel.contracts import Batch, Fused, WorldState
@@ -320,7 +320,7 @@ def test_the_reduced_small_learns_in_every_direction(statistics, mode):
     settings: dict[str, Any] = {"drop": (), "dropout": {}, "draws": 2, "weights": {}, "insulate": False, "huber": 0.1}
     settings |= {"given": {"camera": 0.5, "points": 0.5}, "absent": 0.1}
     batch = Batch(o, f, torch.zeros(2, 3, dtype=torch.int64), ["a", "b"])
-    losses = world_loss(model, batch, latents, generator(), mode=mode, **settings)
+    losses = world_loss(model, batch, latents, draws(), mode=mode, **settings)
     losses["loss"].backward()
     assert torch.isfinite(losses["loss"])
     named = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config", "cluster"},
-    {"geometry", "nn", "page", "plots", "trials", "viz"},
+    {"geometry", "nn", "draws", "ranks", "page", "plots", "trials", "viz"},
     {"data", "normalise"},
     {"encoders"},
     {"synthesis"},
@@ -33,8 +33,9 @@ TIERS = [
     {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation", "distillation", "finetune"},
     {"report_samples", "report_closed_loop", "report_motion", "report_edits"},
     {"report", "stamp", "comparison"},
-    {"phases"},
-    {"telemetry", "watch"},
+    {"averaging", "phases"},
+    {"sharding", "telemetry", "watch"},
+    {"parallel", "prepare", "progress"},
     {"protocol", "training", "samples", "run_folder", "curves", "rollout", "drift", "edit"},
     {"curriculum", "features"},
     {"export"},

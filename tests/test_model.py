@@ -15,6 +15,7 @@ from worldmodel.checkpoint import build_model, describe, load_model, make_spec, 
 from worldmodel.contracts import MODES, STREAMS, ClipSpec, Future, Observation, WorldState
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.data.transforms import hide, modality_dropout, zoom
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.synthesis.flow import add_noise, clean_to_velocity, shift_sigma, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -44,6 +45,10 @@ def future_of(spec: ClipSpec, batch: int = 2) -> Future:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(rows: int = 2, seed: int = 0) -> Draws:
+    return Draws(seed, range(rows))
 
 
 def test_every_experiment_composes_and_builds(statistics):
@@ -307,8 +312,8 @@ def test_shortcut_starts_as_the_principal_components_of_the_data(tiny_model):
 def test_modality_dropout_is_seeded_and_hits_the_asked_share(tiny_model):
     o = observation_of(tiny_model.spec, 2)
     o = Observation(*(x.repeat_interleave(500, 0) for x in o))
-    first, dropped = modality_dropout(o, {"points": 0.3, "touch": 0.0}, generator())
-    second, _ = modality_dropout(o, {"points": 0.3, "touch": 0.0}, generator())
+    first, dropped = modality_dropout(o, {"points": 0.3, "touch": 0.0}, draws(1000))
+    second, _ = modality_dropout(o, {"points": 0.3, "touch": 0.0}, draws(1000))
     assert torch.equal(first.has_points, second.has_points)
     assert abs(dropped["points"].float().mean() - 0.3) < 0.06
     assert torch.equal(first.has_points, ~dropped["points"][:, None] & o.has_points)
@@ -383,7 +388,7 @@ def test_zoomed_images_show_what_the_new_lens_sees():
     o = o._replace(rgb=ramp.expand_as(o.rgb).clone())
     k = torch.tensor([[60.0, 0, 30], [0, 60.0, 36], [0, 0, 1]]).expand_as(o.intrinsics)
     o = o._replace(intrinsics=k)
-    z = zoom(o, 1.3, generator())
+    z = zoom(o, 1.3, draws(8))
     changed = z.intrinsics[:, -1] != o.intrinsics[:, -1]
     assert 0 < changed.flatten(1).any(1).float().mean() < 1 and not changed[..., 2].any()
     assert torch.equal(z.rgb[:, :-1], o.rgb[:, :-1]) and torch.equal(z.intrinsics[:, :-1], o.intrinsics[:, :-1])
@@ -392,4 +397,4 @@ def test_zoomed_images_show_what_the_new_lens_sees():
         u, v = (lens @ ray)[:2]
         seen = image[0, int(v), int(u) : int(u) + 1].float()
         assert abs(float(seen) - (36.0 - 0.5) * 248 / 63) < 6
-    assert zoom(o, 1.0, generator()) is o
+    assert zoom(o, 1.0, draws(8)) is o

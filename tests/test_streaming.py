@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import compose
 from synthetic import made_up_dataset
-from test_model import future_of, generator, observation_of
+from test_model import draws, future_of, generator, observation_of
 
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.contracts import STREAMS, Batch, ClipSpec, Fused, Future, Observation, WorldState
@@ -190,10 +190,10 @@ def test_a_carried_memory_trains_like_the_whole_clip(frame_by_frame, mode):
 
     latents = model.history_latents(batch.observation).detach()
     carried, cut_off = (
-        world_loss(model, batch, latents, generator(1), mode=mode, chunks=chunks, truncate=truncate, **SETTINGS)["loss"]
+        world_loss(model, batch, latents, draws(2, 1), mode=mode, chunks=chunks, truncate=truncate, **SETTINGS)["loss"]
         for truncate in (False, True)
     )
-    g, total = generator(1), torch.zeros(())
+    g, total = draws(2, 1), torch.zeros(())
     for number, part in enumerate(consecutive(batch, chunks)):
         long = cut(whole, 0, spec.history + number * spec.future)
         own = model.history_latents(long).detach()
@@ -215,7 +215,7 @@ def test_a_history_shorter_than_the_future_cannot_be_carried(tiny_model):
     latents = tiny_model.history_latents(batch.observation)
     tiny_model.spec = replace(spec, history=1)
     with pytest.raises(ConfigError, match=r"data\.spec\.history is 1 and data\.spec\.future 2"):
-        world_loss(tiny_model, batch, latents, generator(), mode="policy", chunks=2, **SETTINGS)
+        world_loss(tiny_model, batch, latents, draws(), mode="policy", chunks=2, **SETTINGS)
 
 
 def test_a_rollout_goes_on_in_constant_memory(tiny_model):

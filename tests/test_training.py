@@ -1,23 +1,29 @@
 """Phases, moving averages, interruption and resume, on the real data path."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from conftest import compose
 from safetensors.torch import load_file
+from test_model import future_of, observation_of
 
+from worldmodel.contracts import Batch
 from worldmodel.curriculum import train
 from worldmodel.curves import read_log
 from worldmodel.errors import ConfigError
 from worldmodel.phases import Ingredient, Phase, make_phases
 from worldmodel.run_folder import claim, differences
+from worldmodel.training import PhaseModule
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,6 +124,35 @@ def test_sigterm_saves_and_the_same_command_ends_where_an_undisturbed_run_does(t
         torch.testing.assert_close(second[name], first[name], msg=name)
 
 
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_batch_in_pieces_is_the_same_step(tiny_model, draws):
+    """Loss and gradients of a batch whose rows have the same elements; pieces need not be of one size."""
+    spec = tiny_model.spec
+    o, f = observation_of(spec, 3), future_of(spec, 3)
+    batch = Batch(o, f, torch.zeros(3, spec.history, dtype=torch.int64), ["a", "b", "c"])
+    mixture = [{"mode": "policy" if draws > 1 else "joint", "weight": 1.0, "draws": draws}]
+    settings = {"objective": "world", "trains": ["denoiser", "expert"], "steps": 1, "batch_size": 3, "clip": 0.0}
+    settings |= {"learning_rate": 1e-3, "mixture": mixture, "insulate": False}
+    found = []
+    for pieces in (1, 2, 3):
+        model = copy.deepcopy(tiny_model).train()
+        module = PhaseModule(model=model, phase=make_phases({"p": settings})[0], seed=0, pieces=pieces)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, [batch])
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((trainer.callback_metrics["loss"], gradients))
+    (loss, whole), *others = found
+    scale = max(float(g.abs().max()) for g in whole.values())
+    for other, gradients in others:
+        torch.testing.assert_close(other, loss)
+        assert gradients.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     claim(tmp_path, {"seed": 0, "phases": {"a": {"steps": 5}}, "trainer": {"threads": 1}})
     claim(tmp_path, {"seed": 0, "phases": {"a": {"steps": 5}}, "trainer": {"threads": 2}})
@@ -127,12 +162,15 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 
 def test_ranks_may_change_with_the_batch_sizes(tmp_path):
-    def settings(batch_size: int, devices: int) -> dict:
-        return {"phases": {"a": {"batch_size": batch_size}}, "trainer": {"devices": devices}}
+    def settings(batch_size: int, devices: int, nodes: int = 1) -> dict:
+        mixture = [{"mode": "policy", "rows": batch_size // 2}, {"mode": "joint"}]
+        phases = {"a": {"batch_size": batch_size, "mixture": mixture}}
+        return {"phases": phases, "trainer": {"devices": devices, "num_nodes": nodes}}
 
     claim(tmp_path, settings(8, 1))
     claim(tmp_path, settings(4, 2))
     claim(tmp_path, settings(2, 4))
+    claim(tmp_path, settings(2, 2, nodes=2))
     with pytest.raises(ConfigError, match=r"other settings \(phases\.a\.batch_size\)"):
         claim(tmp_path, settings(2, 2))
 

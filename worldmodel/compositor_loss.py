@@ -7,14 +7,13 @@ from torch import Tensor
 
 from worldmodel.conditioning import between, draw_given, find_moves
 from worldmodel.contracts import Batch
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.losses import masked_mean
 from worldmodel.model import WorldModel
 
 
-def composite_loss(
-    model: WorldModel, batch: Batch, given: Mapping[str, float], generator: torch.Generator
-) -> dict[str, Tensor]:
+def composite_loss(model: WorldModel, batch: Batch, given: Mapping[str, float], generator: Draws) -> dict[str, Tensor]:
     """Absolute error of the newest picture moved along what is given, of one view and step of each row.
 
     `given` has the rates of `camera` and `points`. Raises `ConfigError` if the model has no compositor.
@@ -32,7 +31,7 @@ def composite_loss(
     tracks = torch.where(points[:, None, :, None], future.points, observation.points[:, -1:])
     moves, led = find_moves(observation, *between(observation, poses, tracks, spec.stride), cameras, points)
     each = spec.window * v
-    pick = (torch.arange(b) * each + torch.randint(each, (b,), generator=generator)).to(device)
+    pick = (torch.arange(b) * each + generator.randint(each, b)).to(device)
     target = future.rgb.flatten(0, 2)[pick].float() / 127.5 - 1.0
     counts = led & future.valid.repeat_interleave(spec.stride, 1)[:, :, None].expand(-1, -1, v).flatten()
     error = (model.compositor(moves.chosen(pick)) - target).abs()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldmodel.contracts import STREAMS, ClipSpec, Future, Observation, Senses, WorldState
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import interpolate_poses
 from worldmodel.joint import JointTransformer, Memory
@@ -164,7 +165,7 @@ def spread(flag: Tensor | bool, name: str, s: Senses, spec: ClipSpec) -> Tensor:
 
 
 def draw_given(
-    rates: Mapping[str, float], absent: float, spec: ClipSpec, batch: int, generator: torch.Generator
+    rates: Mapping[str, float], absent: float, spec: ClipSpec, batch: int, generator: Draws
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Random flags of a training batch and what its rows lack: the dropout of conditions that guidance needs.
 
@@ -174,14 +175,14 @@ def draw_given(
     """
     flags: dict[str, Tensor] = {}
     for name, rate in rates.items():
-        flags[name] = rows = torch.rand(batch, generator=generator) < rate
+        flags[name] = rows = generator.rand(batch) < rate
         if name == "points":
-            some = torch.rand(batch, spec.points, generator=generator) < 0.5
-            flags[name] = rows[:, None] & (some | (torch.rand(batch, 1, generator=generator) < 0.5))
+            some = generator.rand(batch, spec.points) < 0.5
+            flags[name] = rows[:, None] & (some | (generator.rand(batch, 1) < 0.5))
         if name == "video":
-            view = torch.randint(len(spec.cameras), (batch, 1), generator=generator)
+            view = generator.randint(len(spec.cameras), batch, 1)
             flags[name] = rows[:, None] & (torch.arange(len(spec.cameras)) == view)
-    lacks = {name: torch.rand(batch, generator=generator) < absent for name in ("camera", "points")} if absent else {}
+    lacks = {name: generator.rand(batch) < absent for name in ("camera", "points")} if absent else {}
     return flags, lacks
 
 

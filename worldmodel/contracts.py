@@ -14,7 +14,7 @@ Presence masks (`has_*`) are True where the robot has that sense; what they hide
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -135,6 +135,20 @@ class Pair(NamedTuple):
     def key(self) -> list[str]:
         """Sample keys and steps of the sources, for error messages."""
         return self.source.key
+
+
+X = TypeVar("X", Batch, Pair)
+
+
+def rows_of(batch: X, first: int, end: int) -> X:
+    """Some rows of a batch, as views."""
+
+    def part(value: Any) -> Any:
+        if isinstance(value, (torch.Tensor, list)):
+            return value[first:end]
+        return type(value)(*map(part, value)) if hasattr(value, "_fields") else value
+
+    return part(batch)
 
 
 class Senses(NamedTuple):

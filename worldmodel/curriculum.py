@@ -1,12 +1,12 @@
 """One run of `train.py`: the phases of an experiment, in order, in one folder, resumed where they stopped.
 
 Run folder: `config.yaml`; `phases/NN-name/` with the weights after the phase (`model.safetensors`, `model.json`) or,
-while it runs, `last.ckpt`; `latents.safetensors` (frozen tokeniser's latents of every frame); `csv/`, `wandb/`,
-`samples/`, `curves.html`; where numbers were not finite `nonfinite.json`; and at the end the checkpoint itself,
-`model.safetensors` with `model.json`.
+while it runs, `last.ckpt` (with sharded weights folders, see `sharding`); `latents.safetensors` (frozen tokeniser's
+latents of every frame); `csv/`, `wandb/`, `samples/`, `curves.html`; where numbers were not finite `nonfinite.json`; and
+at the end the checkpoint itself, `model.safetensors` with `model.json`.
 """
 
-import hashlib
+import copy
 import logging
 import math
 import time
@@ -17,24 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from einops import rearrange
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from worldmodel.acceleration import accelerated
 from worldmodel.adapters import merge, save_adapters
-from worldmodel.checkpoint import build_model, describe, initialise, load_model, save_model
+from worldmodel.averaging import MovingAverage
+from worldmodel.checkpoint import WEIGHTS, build_model, describe, initialise, load_model, save_model
 from worldmodel.cluster import resolve
-from worldmodel.contracts import Batch, ClipSpec
+from worldmodel.contracts import ClipSpec
 from worldmodel.curves import write_curves
-from worldmodel.data.clip import collate
 from worldmodel.data.datamodule import ClipDataModule, MixtureLog
-from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.embodiments import check_embodiments
 from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
@@ -43,13 +40,18 @@ from worldmodel.encoders.pretrained import attach_features
 from worldmodel.errors import ConfigError
 from worldmodel.finetune import FROM_INIT, inherit, plan_model
 from worldmodel.model import WorldModel
+from worldmodel.parallel import join, make_strategy
 from worldmodel.phases import DATA, MIXED, PARTS, Phase, make_phases
 from worldmodel.policy.interpolate import INITIALISE, begin_from
+from worldmodel.prepare import latent_cache, sample_batch, whole_clips
+from worldmodel.progress import SaveProgress, forget, resume_point
+from worldmodel.ranks import barrier, rank
 from worldmodel.run_folder import claim, keep_log, training_record
 from worldmodel.samples import log_samples, write_samples
+from worldmodel.sharding import gather, make_mesh
 from worldmodel.sized import token_counts
 from worldmodel.telemetry import Throughput, TrainingLog
-from worldmodel.training import MovingAverage, PhaseModule, SaveProgress
+from worldmodel.training import PhaseModule
 from worldmodel.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -74,9 +76,13 @@ def train(config: Mapping[str, Any]) -> Path:
     L.seed_everything(config["seed"], verbose=False)
     config = {**config, "trainer": resolve(config["trainer"])}
     torch.set_num_threads(config["trainer"]["threads"])
+    environment = join(config["trainer"])
+    if rank() > 0:
+        log.setLevel(logging.WARNING)
     run = Path(config["run_dir"])
     if (run / "model.safetensors").is_file():
-        claim(run, config)
+        if rank() == 0:
+            claim(run, config)
         log.info("%s is already trained; another run_dir or an empty one trains again", run)
         return run
     phases = make_phases(config["phases"])
@@ -94,7 +100,10 @@ def train(config: Mapping[str, Any]) -> Path:
     plan = plan_model(config, readers)
     spec, statistics = plan.spec, plan.statistics
     check_embodiments(spec, trained, ", ".join(str(r.root) for r in readers), complete=not plan.adapted)
-    claim(run, config)  # not before the data are known to fit: what was mended must not be refused as other settings
+    # Not before the data are known to fit: what was mended must not be refused as other settings.
+    if rank() == 0:
+        claim(run, config)
+    barrier()
     model = build_model(plan.model, spec, statistics)
     record, begun = training_record(config, readers), set[str]()
     if config["init"] is not None:
@@ -116,7 +125,8 @@ def train(config: Mapping[str, Any]) -> Path:
         folder = run / "phases" / f"{number}-{phase.name}"
         if (folder / "model.safetensors").is_file():
             log.info("phase %s is done", phase.name)
-            (folder / "last.ckpt").unlink(missing_ok=True)
+            if rank() == 0:
+                forget(folder)
             model.load_state_dict(load_model(folder).state_dict())
             fresh &= "expert" not in phase.trains
             continue
@@ -125,9 +135,11 @@ def train(config: Mapping[str, Any]) -> Path:
                 begin_from(model.expert, model.denoiser)
             fresh = False
         started = time.perf_counter()
-        run_phase(model, phase, config, spec, reader, folder, loggers, run)
+        run_phase(model, phase, config, spec, reader, folder, loggers, run, environment)
         log.info("phase %s took %.0f s", phase.name, time.perf_counter() - started)
-    save_model(model, run)
+    if rank() == 0:
+        save_model(model, run)
+    barrier()
     for logger in loggers:
         logger.finalize("success")
     return run
@@ -172,16 +184,24 @@ def run_phase(
     folder: Path,
     loggers: list[Logger],
     run: Path,
+    environment: ClusterEnvironment | None,
 ) -> None:
-    """Trains one phase, resuming from its `last.ckpt` if there is one, and leaves its averaged weights."""
+    """Trains one phase, resuming where it was saved if it was, and leaves its averaged weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    last = folder / "last.ckpt"
+    last = resume_point(folder)
+    # Nobody writes before all have looked.
+    barrier()
     chosen = data_settings(config, phase)
     # The cache holds the frames of one dataset whose every sample can be read.
     sound = chosen["on_error"] == "raise" and not other_roots(config, [phase])
     cached = phase.objective in MIXED and config["data"]["cache_latents"] and sound and not phase.buckets
-    latents = latent_cache(model, reader, spec, run) if cached else None
-    resumed = last.is_file()
+    latents = None
+    if cached:
+        # The others wait for the first, and find its file.
+        latents = latent_cache(model, reader, spec, run) if rank() == 0 else None
+        barrier()
+        latents = latent_cache(model, reader, spec, run) if latents is None else latents
+    resumed = last is not None
     if not resumed and phase.objective == "tokeniser" and model.autoencoder.shortcut is not None:
         model.autoencoder.shortcut.fit(whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"])))
     foretells = phase.objective == "world" and "denoiser" in phase.trains and phase.foretells
@@ -193,11 +213,27 @@ def run_phase(
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
         model.fit_guess(sample.observation, sample.future)
     sizes = phase.batch_sizes(token_counts(model))
-    module = PhaseModule(model=model, phase=phase, seed=config["seed"], latents=latents)
+    settings, mesh = config["trainer"], None
+    if settings["strategy"] == "fsdp":
+        if phase.lora is not None:
+            raise ConfigError(f"phase {phase.name!r}: adapters are not sharded; train them with trainer.strategy=ddp")
+        mesh = make_mesh(
+            "cpu" if settings["accelerator"] == "cpu" else "cuda",
+            settings["shards"] if settings["shards"] != "node" else settings["devices"],
+        )
+    module = PhaseModule(
+        # A model that was sharded stays so; the whole one waits for what its shards have learned.
+        model=model if mesh is None else copy.deepcopy(model),
+        phase=phase,
+        seed=config["seed"],
+        latents=latents,
+        pieces=settings["accumulate"],
+        mesh=mesh,
+        dtype=torch.bfloat16 if settings["precision"].startswith("bf16") else torch.float32,
+    )
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
     log.info("phase %s trains %s of %s parameters", phase.name, *(f"{count:,}" for count in counts))
     average = MovingAverage(decay=phase.ema)
-    settings = config["trainer"]
     data = ClipDataModule(
         root=config["data"]["root"],
         spec=spec,
@@ -207,7 +243,6 @@ def run_phase(
         reader=reader,
         needs=partial(phase.needs, config["seed"], cached=latents is not None, sizes=sizes),
         clips=list(sizes.values()),
-        whole=all(ingredient.rows is None for ingredient in phase.mixture),
         masks=phase.objective == "motion",
         complete=False,
         pairs=phase.pairs,
@@ -219,8 +254,9 @@ def run_phase(
         accelerator=settings["accelerator"],
         devices=settings["devices"],
         num_nodes=settings["num_nodes"],
-        strategy=settings["strategy"],
-        accumulate_grad_batches=settings["accumulate"],
+        strategy=make_strategy(settings, average),
+        plugins=[] if environment is None else [environment],
+        use_distributed_sampler=False,
         precision=settings["precision"],
         gradient_clip_val=phase.clip,
         logger=loggers,
@@ -231,7 +267,7 @@ def run_phase(
             TrainingLog(decay=average.rate),
             MixtureLog(),
             Watch(path=run / "nonfinite.json"),
-            SaveProgress(path=last, every=settings["save_every"]),
+            SaveProgress(folder=folder, every=settings["save_every"]),
             TQDMProgressBar(refresh_rate=interval),
         ],
         enable_checkpointing=False,
@@ -242,71 +278,46 @@ def run_phase(
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
-            with accelerated(model, compiled=settings["compile"], checkpointing=settings["checkpointing"]):
+            with accelerated(module.model, compiled=settings["compile"], checkpointing=settings["checkpointing"]):
                 trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
         except SIGTERMException:
             log.warning("stopped by SIGTERM in phase %s, saved; the same command continues from here", phase.name)
             raise SystemExit(143) from None
     average.copy_to(module)
+    if mesh is not None:
+        learned = gather(module.model)
+        if rank() == 0:
+            model.load_state_dict(learned)
     if phase.lora is not None:
-        save_adapters(model, phase.lora, phase.trains, folder)
+        if rank() == 0:
+            save_adapters(model, phase.lora, phase.trains, folder)
         merge(model)
+    if rank() == 0:
+        conclude(model, phase, reader, folder, loggers, run, seed=config["seed"], on_error=chosen["on_error"])
+    barrier()
+    if rank() > 0:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def conclude(
+    model: WorldModel,
+    phase: Phase,
+    reader: ShardReader,
+    folder: Path,
+    loggers: list[Logger],
+    run: Path,
+    *,
+    seed: int,
+    on_error: str,
+) -> None:
+    """What follows the last step of a phase: the tokeniser's scale, samples, weights, and curves."""
+    spec = model.spec
     if phase.objective == "tokeniser":
         with torch.no_grad():
-            clips = whole_clips(sample_batch(reader, spec, on_error=chosen["on_error"]))
+            clips = whole_clips(sample_batch(reader, spec, on_error=on_error))
             model.autoencoder.set_scale(torch.cat([model.autoencoder.encode_raw(c) for c in clips.split(16)]))
-    if foretells:
-        log_samples(
-            write_samples(model, reader, run / "samples" / phase.name, seed=config["seed"]), loggers, phase.name
-        )
+    if phase.objective == "world" and "denoiser" in phase.trains and phase.foretells:
+        log_samples(write_samples(model, reader, run / "samples" / phase.name, seed=seed), loggers, phase.name)
     save_model(model, folder)
-    last.unlink(missing_ok=True)
-    if trainer.is_global_zero:
-        write_curves([run], run / "curves.html")
-
-
-def sample_batch(reader: ShardReader, spec: ClipSpec, count: int = 256, on_error: str = "raise") -> Batch:
-    """About `count` clips spread evenly over the training data: what fixes scales before a phase trains."""
-    dataset = ClipDataset(reader, spec, split="train", on_error=on_error)
-    return collate([dataset[i] for i in range(0, len(dataset), max(len(dataset) // count, 1))])
-
-
-def whole_clips(batch: Batch) -> Tensor:
-    """Newest observed frame and future of every view: (B V, 3, 1 + F*R, h, w) in [-1, 1]."""
-    clips = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], 1)
-    return rearrange(clips, "b t v c h w -> (b v) c t h w").float() / 127.5 - 1.0
-
-
-def latent_cache(model: WorldModel, reader: ShardReader, spec: ClipSpec, run: Path) -> Tensor:
-    """Single-frame latents (frames, V, C, h', w') of the training frames by dataset-wide number, from disk if current.
-
-    Valid for one tokeniser and one dataset, whose hash is kept beside it. Frames of other splits stay NaN.
-    """
-    from tqdm import tqdm
-
-    path = run / "latents.safetensors"
-    entries = [(i, e) for i, e in enumerate(reader.entries) if e.split == "train"]
-    digest = hashlib.sha256(model.metadata["training"]["index_sha256"].encode())
-    for name, value in model.autoencoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    if reader.chosen is not None:
-        digest.update(reader.chosen.encode())
-    key = digest.hexdigest()[:16]
-    if path.is_file():
-        held = load_file(path)
-        if key in held:
-            return held[key]
-    cache = torch.full((reader.frames, len(spec.cameras), model.autoencoder.channels, *model.grid), torch.nan)
-    model.autoencoder.eval()
-    with torch.no_grad():
-        for i, entry in tqdm(entries, desc="latents", unit="episode"):
-            rgb = np.zeros((entry.length, len(spec.cameras), 3, spec.height, spec.width), np.uint8)
-            for v, camera in enumerate(spec.cameras):
-                if camera not in spec.absent_cameras:
-                    rgb[:, v] = reader.pictures(i, camera, range(entry.length))
-            flat = torch.from_numpy(rgb).flatten(0, 1).float() / 127.5 - 1.0
-            encoded = model.autoencoder.encode_frames(flat)
-            cache[entry.start : entry.start + entry.length] = encoded.unflatten(0, rgb.shape[:2])
-    save_file({key: cache}, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-    return cache
+    forget(folder)
+    write_curves([run], run / "curves.html")

@@ -12,6 +12,7 @@ from worldmodel.checkpoint import load_model
 from worldmodel.conditioning import GUIDABLE, GuidedFlow, give
 from worldmodel.contracts import Batch
 from worldmodel.data.transforms import hide, modality_dropout
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.joint import Memory
 from worldmodel.losses import action_mask, asked_slots, by_level, distance, draw_flags, masked_mean
@@ -48,11 +49,11 @@ class Distillation:
         if unknown := sorted(set(self.guidance) - set(GUIDABLE)):
             raise ConfigError(f"distillation.guidance.{unknown[0]} is none of {', '.join(GUIDABLE)}")
 
-    def levels(self, rows: int, shift: float, generator: torch.Generator) -> Tensor:
+    def levels(self, rows: int, shift: float, generator: Draws) -> Tensor:
         """Random noise levels (rows,) at which a student of any of `student_steps` samples, each number as often."""
         paths = [torch.tensor(sampling_sigmas(count, shift)[:-1], dtype=torch.float32) for count in self.student_steps]
         weights = torch.cat([torch.full((count,), 1 / count) for count in self.student_steps])
-        return torch.cat(paths)[torch.multinomial(weights, rows, replacement=True, generator=generator)]
+        return torch.cat(paths)[generator.categorical(weights, rows)]
 
 
 def make_teacher(model: WorldModel, trains: tuple[str, ...], folder: str | None) -> WorldModel:
@@ -85,7 +86,7 @@ def distillation_loss(
     teacher: WorldModel,
     batch: Batch,
     latents: Tensor | None,
-    generator: torch.Generator,
+    generator: Draws,
     *,
     settings: Distillation,
     mode: str,
@@ -143,7 +144,7 @@ def distillation_loss(
         asked = {name: conditions(teacher, name) for name in (None, *scales)}
         guide = GuidedFlow(teacher, memories, asked, fixed, scales, model.coupling)
         shift = model.shift() if do_streams else model.action_shift
-        noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in like.items()}
+        noise = {name: generator.randn(*value.shape).to(value) for name, value in like.items()}
         level = settings.levels(s.text.shape[0] * draws, shift, generator).to(s.points)
         target = integrate(guide, noise, sampling_sigmas(settings.teacher_steps, shift))
         noisy = {name: add_noise(value, noise[name], level) for name, value in target.items()}

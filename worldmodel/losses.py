@@ -10,12 +10,14 @@ from torch import Tensor
 from worldmodel.conditioning import draw_given, give
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
 from worldmodel.data.transforms import hide, modality_dropout, zoom
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.joint import Memory
 from worldmodel.model import DENOISED, WorldModel
 from worldmodel.nn import repeat_rows
 from worldmodel.policy.realtime import Decided, draw_prefixes
+from worldmodel.ranks import mean_over_ranks, world_size
 from worldmodel.synthesis.conditions import Given
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
 
@@ -24,9 +26,12 @@ QUARTERS = 4
 
 
 def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
-    """Mean of value over the elements of a mask that broadcasts from the left; zero if nothing is present."""
+    """Mean of value over the elements of a mask that broadcasts from the left; zero if nothing is present.
+
+    Elements count the same on all processes: the mean over processes of what each gets is the mean over all elements.
+    """
     weight = mask.reshape(*mask.shape, *([1] * (value.dim() - mask.dim()))).to(value.dtype).expand_as(value)
-    return (value * weight).sum() / weight.sum().clamp(min=1.0)
+    return (value * weight).sum() / mean_over_ranks(weight.sum()).clamp(min=1.0 / world_size())
 
 
 def by_level(name: str, error: Tensor, mask: Tensor, level: Tensor) -> dict[str, Tensor]:
@@ -42,10 +47,10 @@ def by_level(name: str, error: Tensor, mask: Tensor, level: Tensor) -> dict[str,
     return {f"noise/{name}/{100 * (i + 1) // QUARTERS}": mean for i, mean in enumerate(means)}
 
 
-def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator: torch.Generator) -> dict[str, Tensor]:
+def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator: Draws) -> dict[str, Tensor]:
     """Reconstruction (L1 + squared error) of one view of each clip, its first frame counted as much as the rest."""
     views = batch.future.rgb.shape[2]
-    view = torch.arange(batch.future.rgb.shape[0]) % views
+    view = torch.tensor(generator.rows) % views
     rows = torch.arange(batch.future.rgb.shape[0])
     clip = torch.cat([batch.observation.rgb[:, -1:], batch.future.rgb], dim=1)[rows, :, view]
     video = clip.transpose(1, 2).float() / 127.5 - 1.0
@@ -55,12 +60,12 @@ def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator:
     mse = (decoded.detach() - video).square().mean() / 4
     return {
         "loss": 0.5 * (error[:, :, :1].mean() + error[:, :, 1:].mean()) + kl_weight * regulariser,
-        "psnr": -10 * mse.log10(),
+        "psnr": -10 * mean_over_ranks(mse).log10(),
     }
 
 
 def understanding_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator, *, lens: float = 1.0
+    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws, *, lens: float = 1.0
 ) -> dict[str, Tensor]:
     """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied.
 
@@ -95,9 +100,7 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
     }
 
 
-def proposal_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
-) -> dict[str, Tensor]:
+def proposal_loss(model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws) -> dict[str, Tensor]:
     """Behaviour cloning of the state policy alone: it needs neither pictures nor history.
 
     Raises `ConfigError` if the model has none.
@@ -132,7 +135,7 @@ def world_loss(
     model: WorldModel,
     batch: Batch,
     latents: Tensor | None,
-    generator: torch.Generator,
+    generator: Draws,
     *,
     chunks: int = 1,
     truncate: bool = True,
@@ -159,7 +162,7 @@ def world_loss(
         past = memory._replace(kept=memory.kept.detached()) if truncate else memory
     if chunks == 1:
         return found[0]
-    share = torch.stack(shares)
+    share = mean_over_ranks(torch.stack(shares))
     share = share / share.sum().clamp(min=1e-6)
     return {name: (torch.stack([losses[name] for losses in found]) * share).sum() for name in found[0]}
 
@@ -181,7 +184,7 @@ def clip_loss(
     model: WorldModel,
     batch: Batch,
     latents: Tensor | None,
-    generator: torch.Generator,
+    generator: Draws,
     *,
     past: Memory | None = None,
     mode: str,
@@ -233,7 +236,7 @@ def clip_loss(
         noisy = []
         for i, name in enumerate(STREAMS):
             clean_of[name] = clean = getattr(target, name)
-            noise_of[name] = noise = torch.randn(clean.shape, generator=generator).to(clean)
+            noise_of[name] = noise = generator.randn(*clean.shape).to(clean)
             level_of[name] = levels[:, i]
             noisy.append(add_noise(clean, noise, levels[:, i]))
         arguments |= {"state": WorldState(*noisy), "levels": levels}
@@ -248,7 +251,7 @@ def clip_loss(
             level = prefix.levels(level.to(actions))
         level_of["actions"] = level = level.to(actions)
         clean_of["actions"] = actions
-        noise_of["actions"] = noise = torch.randn(actions.shape, generator=generator).to(actions)
+        noise_of["actions"] = noise = generator.randn(*actions.shape).to(actions)
         arguments |= {"actions": add_noise(actions, noise, level), "action_level": level}
     streams, action_velocity = model.velocity(memory, **arguments)
     losses: dict[str, Tensor] = {}
@@ -277,7 +280,7 @@ def draw_flags(
     model: WorldModel,
     mode: str,
     rows: int,
-    generator: torch.Generator,
+    generator: Draws,
     given: Mapping[str, float],
     absent: float,
     device: torch.device,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldmodel.contracts import MOVERS, Batch
 from worldmodel.data.transforms import modality_dropout
+from worldmodel.draws import Draws
 from worldmodel.errors import DataError
 from worldmodel.losses import masked_mean
 from worldmodel.metrics import MOVED
@@ -55,9 +56,7 @@ def motion_truth(batch: Batch, stride: int) -> MotionTruth:
     )
 
 
-def motion_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: torch.Generator
-) -> dict[str, Tensor]:
+def motion_loss(model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws) -> dict[str, Tensor]:
     """Masks (cross-entropy and Dice, Milletari et al. 2016, arXiv 1606.04797, sec. 3), motion (cross-entropy) and
     tracks (L1 of the standardised position), each of the slot of its own: their order is fixed."""
     truth = motion_truth(batch, model.spec.stride)

@@ -1,7 +1,7 @@
 """Phases of a curriculum: what each trains, on what, for how long, and what every step of it draws."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from worldmodel.data.buckets import Bucket, TokenCounts, batch_sizes, make_bucke
 from worldmodel.data.dataset import Needs
 from worldmodel.data.transforms import PRESENCE
 from worldmodel.distillation import Distillation
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.synthesis.conditions import CONDITIONS
 
@@ -180,8 +181,12 @@ class Phase:
             )
 
     def generator(self, seed: int, step: int) -> torch.Generator:
-        """Source of everything random in a step, the same after a resume."""
+        """Source of what is random in a step for all its rows, the same after a resume."""
         return torch.Generator().manual_seed(random.Random(f"{seed} {self.name} {step}").getrandbits(63))
+
+    def draws(self, seed: int, step: int, rows: Sequence[int]) -> Draws:
+        """Source of what is random in some rows of a step, the same after a resume and in any process."""
+        return Draws(f"{seed} {self.name} {step}", rows)
 
     def pick(self, seed: int, step: int) -> Ingredient:
         """The ingredient of a step of a mixture: a function of seed and step, known before its data is loaded."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from worldmodel.contracts import STREAMS, Batch, WorldState
 from worldmodel.data.transforms import PRESENCE, hide, modality_dropout
+from worldmodel.draws import Draws
 from worldmodel.losses import distance, masked_mean
 from worldmodel.model import WorldModel
 from worldmodel.synthesis.flow import add_noise, sample_sigma, velocity_target
@@ -19,7 +19,7 @@ def picture_loss(
     model: WorldModel,
     batch: Batch,
     latents: Tensor,
-    generator: torch.Generator,
+    generator: Draws,
     *,
     dropout: Mapping[str, float],
     weights: Mapping[str, float],
@@ -39,7 +39,7 @@ def picture_loss(
     s = model.normaliser(hide(observation, ["rgb"]), model.grid)
     clean = latents[:, -1:]
     level = sample_sigma(len(batch.key), model.shift(1), generator).to(clean)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    noise = generator.randn(*clean.shape).to(clean)
     noisy = add_noise(clean, noise, level)
     memory = model.remember_nothing(s, there)
     state = WorldState(*(noisy for _ in STREAMS))  # the denoiser reads no other than those of the memory

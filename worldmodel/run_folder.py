@@ -45,11 +45,15 @@ def keep_log(folder: Path) -> None:
 
 
 def with_global_batches(noted: Mapping[str, Any]) -> dict[str, Any]:
-    """A noted configuration in which the batch sizes of phases are those of all ranks together."""
-    phases = {
-        name: {k: v * noted.get("ranks", 1) if k == "batch_size" else v for k, v in values.items()}
-        for name, values in noted["phases"].items()
-    }
+    """A noted configuration in which the batch sizes of phases, and `rows` of them, are those of all ranks together."""
+    ranks = noted.get("ranks", 1)
+
+    def of_all(values: Mapping[str, Any]) -> dict[str, Any]:
+        scaled = {k: v * ranks for k, v in values.items() if k in ("batch_size", "rows") and v is not None}
+        mixture = {"mixture": [of_all(item) for item in values["mixture"]]} if "mixture" in values else {}
+        return {**values, **scaled, **mixture}
+
+    phases = {name: of_all(values) for name, values in noted["phases"].items()}
     return {k: v for k, v in noted.items() if k != "ranks"} | {"phases": phases}
 
 

@@ -1,19 +1,21 @@
-"""Lightning side of training: one module for every phase, moving averages, and saving."""
+"""Lightning side of training: one module for every phase."""
 
 import math
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from worldmodel.adapters import inject
 from worldmodel.compositor_loss import composite_loss
-from worldmodel.contracts import Batch, Pair
+from worldmodel.contracts import Batch, Pair, rows_of
 from worldmodel.distillation import distillation_loss, make_teacher
+from worldmodel.draws import Draws
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
 from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
@@ -21,19 +23,38 @@ from worldmodel.model import WorldModel
 from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
 from worldmodel.picture_loss import picture_loss
+from worldmodel.ranks import rank
+from worldmodel.sharding import shard
 from worldmodel.sized import sized
 from worldmodel.telemetry import Averages
 
 
 class PhaseModule(L.LightningModule):
-    """Trains the parts of the model that a phase names. Every random choice follows from (seed, step)."""
+    """Trains the parts of the model that a phase names. Every random choice follows from (seed, step, row).
 
-    def __init__(self, *, model: WorldModel, phase: Phase, seed: int, latents: Tensor | None = None) -> None:
+    Each batch is computed in `pieces`, one after the other, whose gradients are added up: less memory, more time. With
+    a `mesh` the module shards itself over it, its blocks gathered in `dtype`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: WorldModel,
+        phase: Phase,
+        seed: int,
+        latents: Tensor | None = None,
+        pieces: int = 1,
+        mesh: DeviceMesh | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.model, self.phase, self.seed = model, phase, seed
-        self.latents = latents
+        self.latents, self.pieces = latents, pieces
+        self.mesh, self.gathered = mesh, dtype
         self.averages = Averages()
         self.gradient_norm = torch.zeros(())
+        if pieces < 1:
+            raise ConfigError(f"trainer.accumulate is {pieces}; it is the number of pieces of a batch, 1 or more")
         for name in PARTS:
             part = getattr(model, name)
             if part is not None:
@@ -51,52 +72,97 @@ class PhaseModule(L.LightningModule):
         settings = phase.distillation
         self.teacher = None if settings is None else make_teacher(model, phase.trains, settings.teacher)
 
-    def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
-        """One optimisation step; each part of the loss is kept for the log."""
-        losses = self.losses(batch)
-        if not losses["loss"].requires_grad:
+    def configure_model(self) -> None:
+        """Shards the module over its mesh, if it has one. Raises `ConfigError` for an objective that cannot be."""
+        if self.mesh is None:
+            return
+        if self.phase.objective == "edit":
             raise ConfigError(
-                f"phase {self.phase.name!r}: a batch of {', '.join(losses)} trains nothing of "
-                f"{list(self.phase.trains)}; leave its mode out of the mixture"
+                f"phase {self.phase.name!r}: its kinds of pairs use other blocks on each process, which sharded "
+                "weights do not allow; train it with trainer.strategy=ddp"
             )
-        kept = {name: value.detach() for name, value in losses.items()}
-        if any(name.endswith("/actions") for name in losses):
+        models = [self.model] if self.teacher is None else [self.model, self.teacher]
+        shard(self, models, self.mesh, self.gathered, entry="losses")
+
+    def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
+        """One optimisation step; each part of the loss is kept for the log.
+
+        All pieces of the batch but the last are done here, the last is Lightning's to go back through.
+        """
+        self.trainer.optimizers[0].zero_grad()
+        chunks = self.phase.needs(self.seed, self.global_step).chunks
+        rows = len(batch.key) // chunks
+        count = min(self.pieces, rows)
+        kept: dict[str, Tensor] = {}
+        loss = torch.zeros(())
+        for number in range(count):
+            first, end = number * rows // count, (number + 1) * rows // count
+            piece = batch if count == 1 else rows_of(batch, first * chunks, end * chunks)
+            losses = self.losses(piece, first=first, of=rows)
+            if not losses["loss"].requires_grad:
+                raise ConfigError(
+                    f"phase {self.phase.name!r}: a batch of {', '.join(losses)} trains nothing of "
+                    f"{list(self.phase.trains)}; leave its mode out of the mixture"
+                )
+            share = (end - first) / rows
+            for name, value in losses.items():
+                kept[name] = kept.get(name, 0.0) + share * value.detach()
+            loss = share * losses["loss"]
+            if number + 1 < count:
+                with self.alone():
+                    self.trainer.strategy.backward(loss, None)
+        if any(name.endswith("/actions") for name in kept):
             kept["lambda"] = torch.tensor(float(self.phase.weights.get("actions", 1.0)), device=self.device)
         self.averages.add(kept)
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
-        return losses["loss"]
+        self.log("loss", kept["loss"], prog_bar=True, logger=False)
+        return loss
 
-    def losses(self, batch: Batch | Pair) -> dict[str, Tensor]:
-        """The `loss` of a batch at this step, and its parts."""
+    def alone(self) -> AbstractContextManager[None]:
+        """Keeps replicas from exchanging gradients that are not yet complete."""
+        replica = self.trainer.strategy.model
+        return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: Lightning clears gradients after `training_step`, when all pieces but one have left theirs."""
+
+    def losses(self, batch: Batch | Pair, *, first: int = 0, of: int | None = None) -> dict[str, Tensor]:
+        """The `loss` of some rows at this step, and its parts; the mean over processes is what all rows would give.
+
+        The rows are those from number `first` on, `of` all that this process has of the batch (default: they are all).
+        """
         phase = self.phase
-        generator = phase.generator(self.seed, self.global_step)
+        count = len(batch.key) // phase.needs(self.seed, self.global_step).chunks
+        # Numbered over all processes, of which each has as many rows.
+        begin = rank() * (count if of is None else of) + first
+        draws = phase.draws(self.seed, self.global_step, range(begin, begin + count))
         if phase.lora is not None and phase.lora.dropout:
-            torch.manual_seed(generator.initial_seed())  # peft's dropout draws from the global generator
+            # peft's dropout draws from the global generator.
+            torch.manual_seed(phase.generator(self.seed, self.global_step).initial_seed() + begin)
         if isinstance(batch, Pair):
             return edit_loss(
                 self.model,
                 batch,
-                generator,
+                draws,
                 rates=phase.rates,
                 dropout=phase.dropout,
                 weights=phase.weights,
                 huber=phase.huber,
             )
         if phase.objective == "tokeniser":
-            return tokeniser_loss(self.model, batch, phase.kl_weight, generator)
+            return tokeniser_loss(self.model, batch, phase.kl_weight, draws)
         if phase.objective == "understanding":
-            return understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
+            return understanding_loss(self.model, batch, phase.dropout, draws, lens=phase.lens)
         if phase.objective == "motion":
-            return motion_loss(self.model, batch, phase.dropout, generator)
+            return motion_loss(self.model, batch, phase.dropout, draws)
         if phase.objective == "composite":
-            return composite_loss(self.model, batch, phase.given, generator)
+            return composite_loss(self.model, batch, phase.given, draws)
         with ExitStack() as stack:
             for model in (self.model, self.teacher) if phase.buckets else ():
                 if model is not None:
                     stack.enter_context(sized(model, batch))
-            return self.world_step(batch, generator)
+            return self.world_step(batch, draws)
 
-    def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def world_step(self, batch: Batch, generator: Draws) -> dict[str, Tensor]:
         """Loss of the ingredient that this step draws."""
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
@@ -172,66 +238,3 @@ def within(model: nn.Module, word: str, phase: str) -> nn.Module | nn.Parameter:
         if isinstance(found, nn.Parameter):
             break
     return found
-
-
-class MovingAverage(L.Callback):
-    """Exponential moving average of the trained weights; saved with the checkpoint, put into the model at the end."""
-
-    def __init__(self, *, decay: float) -> None:
-        self.decay = decay
-        self.shadow: dict[str, Tensor] = {}
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts from the weights unless a checkpoint brought an average."""
-        if not self.shadow:
-            self.shadow = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Follows the weights; early steps average over fewer of them."""
-        decay = self.rate(trainer.global_step)
-        live = [p.detach() for n, p in pl_module.named_parameters() if n in self.shadow]
-        for average, parameter in zip(self.shadow.values(), live, strict=True):
-            average.lerp_(parameter, 1 - decay)
-
-    def rate(self, step: int) -> float:
-        """The decay after a number of steps."""
-        return min(self.decay, (1 + step) / (10 + step))
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Writes the average into the module's parameters."""
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if name in self.shadow:
-                    parameter.copy_(self.shadow[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The average, for the checkpoint."""
-        return {"shadow": dict(self.shadow)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the average of a checkpoint."""
-        self.shadow = {name: value.clone() for name, value in state_dict["shadow"].items()}
-
-
-class SaveProgress(L.Callback):
-    """Saves `last.ckpt` every few steps and on SIGTERM, by rename, so that a killed save never leaves half a file."""
-
-    def __init__(self, *, path: Path, every: int) -> None:
-        self.path, self.every = path, every
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning itself raises `SIGTERMException` right after this hook when the signal came."""
-        if trainer.received_sigterm or trainer.global_step % self.every == 0:
-            self.save(trainer)
-
-    def save(self, trainer: L.Trainer) -> None:
-        """Writes the checkpoint."""
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)
-        trainer.strategy.barrier()  # a rank that ends sooner may have the launcher end the others

@@ -44,8 +44,7 @@ class ClipDataModule(L.LightningDataModule):
         on_error: `raise` stops training at a damaged sample, `skip` replaces it (see `ClipDataset`) and counts it in
             `skipped`, in the log and in the checkpoint. Evaluation always raises.
         needs: what training batch number k will use (see `Needs`); None is everything. Rows it leaves out are not made
-            up for: that batch is smaller.
-        whole: whether `needs` never leaves rows out, so that the number of ranks may change on resume.
+            up for: that batch is smaller. Whoever changes the number of ranks keeps the share of rows.
         clips: the sizes of batch that `needs` asks for, where they differ from `batch_size`; for a resume, which is
             exact on other ranks only if each of them scales.
         validation_clips: clips of `heldout_episodes` in the validation loader, evenly spread; None is all.
@@ -76,14 +75,13 @@ class ClipDataModule(L.LightningDataModule):
         on_error: str = "raise",
         complete: bool = True,
         needs: Callable[[int], Needs] | None = None,
-        whole: bool = False,
         clips: Sequence[int] = (),
         validation_clips: int | None = 256,
     ) -> None:
         super().__init__()
         self.root, self.spec, self.batch_size, self.seed = root, spec, batch_size, seed
         self.num_workers, self.validation_clips, self.needs = num_workers, validation_clips, needs
-        self.whole, self.clips = whole or needs is None, list(clips)
+        self.clips = list(clips)
         if mixture is not None and tasks is not None:
             raise ConfigError("give either `mixture`, whose sources name their tasks, or `tasks` of `root`, not both")
         if pairs and (mixture is not None or tasks is not None or camera_map is not None or on_error != "raise"):
@@ -206,7 +204,7 @@ class ClipDataModule(L.LightningDataModule):
         """Continue at the position of `state_dict`.
 
         Workers do not matter. Another number of ranks is exact if the batch size changes with it, so that a global
-        batch holds the same clips, and if batches are used `whole`; anything else is refused.
+        batch holds the same clips; anything else is refused.
 
         Raises:
             ConfigError: seed, global batch or data differ, so that the position means something else.
@@ -223,11 +221,6 @@ class ClipDataModule(L.LightningDataModule):
             differing.append(
                 f"batch_size × ranks: {then['batch_size']} × {then['ranks']} then, {now['batch_size']} × "
                 f"{now['ranks']} now; their product must stay {clips}"
-            )
-        elif then["ranks"] != now["ranks"] and not self.whole:
-            differing.append(
-                f"ranks: {then['ranks']} then, {now['ranks']} now, while this phase uses parts of each rank's batch; "
-                f"resume on {then['ranks']}"
             )
         before = [n * then["ranks"] for n in state_dict.get("clips", [])]
         if before != (after := [n * now["ranks"] for n in now["clips"]]):

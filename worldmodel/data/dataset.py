@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Needs(NamedTuple):
     """What one training batch will really use; the rest is not loaded."""
 
-    rows: int | None = None  # the first so many clips of the batch; None is all
+    rows: int | None = None  # so many clips of the batch, evenly spread; None is all
     history: int | None = None  # pictures of the newest so many history frames; None is all
     future: bool = True  # pictures of the future
     chunks: int = 1  # clips of one episode, each beginning where the future of the last one ends, in consecutive rows

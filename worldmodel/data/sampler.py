@@ -207,7 +207,7 @@ class StreamLoader:
     def _requests(self) -> Iterator[list[Request]]:
         for number, indices in enumerate(self.sampler, self.position):
             needs = Needs() if self.needs is None else self.needs(number)
-            chosen = indices[: needs.rows]
+            chosen = indices if needs.rows is None else spread(indices, needs.rows)
             parts = [self._dataset.part(index) for index in chosen]
             self._asked.append(np.bincount(parts, minlength=len(self._dataset.parts)))
             yield [
@@ -221,3 +221,11 @@ def ignore_signals(worker: int) -> None:
     """Keeps a loader process alive when a whole job is told to stop: what trains needs it until it has saved."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """`count` of some items, evenly spread, so that the parts of a whole together give what the whole would."""
+    size = len(items)
+    if count >= size:
+        return list(items)
+    return [item for i, item in enumerate(items) if (i + 1) * count // size > i * count // size]

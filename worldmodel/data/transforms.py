@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel.contracts import Observation
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 
 PRESENCE = {
@@ -38,18 +39,18 @@ def hide(observation: Observation, senses: Sequence[str], rows: Tensor | None = 
 
 
 def modality_dropout(
-    observation: Observation, rates: Mapping[str, float], generator: torch.Generator
+    observation: Observation, rates: Mapping[str, float], generator: Draws
 ) -> tuple[Observation, dict[str, Tensor]]:
     """Hides each sense of each row with its own probability. Also returns which rows lost which sense, (B,) each."""
     dropped = {}
     for sense, rate in rates.items():
-        rows = torch.rand(observation.text.shape[0], generator=generator).to(observation.text.device) < rate
+        rows = generator.rand(observation.text.shape[0]).to(observation.text.device) < rate
         observation = hide(observation, [sense], rows)
         dropped[sense] = rows
     return observation, dropped
 
 
-def zoom(observation: Observation, most: float, generator: torch.Generator) -> Observation:
+def zoom(observation: Observation, most: float, generator: Draws) -> Observation:
     """Newest images of half the rows as another focal length would show them, with intrinsics to match.
 
     Each view is magnified about its principal point by a factor between 1 / `most` and `most`; beyond it the edge
@@ -58,8 +59,8 @@ def zoom(observation: Observation, most: float, generator: torch.Generator) -> O
     if most == 1:
         return observation
     b, _, v, c, h, w = observation.rgb.shape
-    factor = most ** (2 * torch.rand(b, v, generator=generator) - 1)
-    factor = torch.where(torch.rand(b, 1, generator=generator) < 0.5, factor, 1.0).to(observation.intrinsics)
+    factor = most ** (2 * generator.rand(b, v) - 1)
+    factor = torch.where(generator.rand(b, 1) < 0.5, factor, 1.0).to(observation.intrinsics)
     lens = observation.intrinsics[:, -1]
     size = torch.tensor([w, h]).to(lens)
     centre = 2 * lens[..., :2, 2] / size - 1

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from worldmodel.draws import Draws
+
 
 class Decided(NamedTuple):
     """Actions of a chunk that are decided already."""
@@ -36,9 +38,9 @@ def first_actions(actions: Tensor, count: Tensor) -> Decided:
     return Decided(actions, torch.arange(actions.shape[1], device=actions.device) < count[:, None])
 
 
-def draw_prefixes(actions: Tensor, rate: float, generator: torch.Generator) -> Decided:
+def draw_prefixes(actions: Tensor, rate: float, generator: Draws) -> Decided:
     """Decided prefixes for training: in `rate` of the rows of 1 to half of the actions, as often each, else none."""
     rows, half = actions.shape[0], actions.shape[1] // 2
-    count = torch.randint(1, half + 1, (rows,), generator=generator)
-    count = count * (torch.rand(rows, generator=generator) < rate)
+    count = 1 + generator.randint(half, rows)
+    count = count * (generator.rand(rows) < rate)
     return first_actions(actions, count.to(actions.device))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 
 
@@ -136,7 +137,7 @@ class VideoAutoencoder(nn.Module):
         video = self.net.decode(latents).sample
         return video if self.shortcut is None else self.shortcut.decode(latents) + video
 
-    def sample(self, video: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, video: Tensor, generator: Draws) -> tuple[Tensor, Tensor]:
         """A draw of the latents and its regulariser: KL to a standard normal, or the mean square of an autoencoder
         that is not variational."""
         posterior = None if self.shortcut is not None else self.net.encode(video).latent_dist
@@ -144,7 +145,7 @@ class VideoAutoencoder(nn.Module):
             latents = self.encode_raw(video)
             return latents, latents.square().mean()
         mean, logvar = posterior.mean, posterior.logvar.clamp(-20, 4)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = generator.randn(*mean.shape).to(mean)
         return mean + noise * (0.5 * logvar).exp(), 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
     def set_scale(self, latents: Tensor) -> None:

@@ -2,9 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor
 
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 
 SMALLEST = 1e-3
@@ -52,9 +52,9 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sample_sigma(count: int, shift: float, generator: torch.Generator) -> Tensor:
+def sample_sigma(count: int, shift: float, generator: Draws) -> Tensor:
     """Training noise levels (count,): logit-normal, shifted."""
-    return shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
+    return shift_sigma(generator.randn(count).sigmoid(), shift)
 
 
 def clean_to_velocity(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:

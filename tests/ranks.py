@@ -1,0 +1,102 @@
+"""Runs of `train` in several processes on the CPU, for tests; all are forked from one that has imported everything."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PRELOAD = ["ranks", "conftest", "worldmodel.curriculum", "lightning.pytorch", "torch.distributed.checkpoint"]
+
+
+def train_in(
+    ranks: int,
+    config: dict[str, Any],
+    out: Path,
+    *,
+    disturb: Callable[[list[Any]], None] | None = None,
+    timeout: float = 300,
+) -> list[int | None]:
+    """Trains `config` in `ranks` processes as torchrun would start them; returns their exit codes.
+
+    Each leaves what it logged at every step in `<out>/<rank>.jsonl`. `disturb` is given the processes while they run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {**config, "trainer": {**config["trainer"], "devices": ranks}}
+    return fork(ranks, train_rank, (settings, str(out)), disturb=disturb, timeout=timeout)
+
+
+def fork(
+    ranks: int,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    disturb: Callable[[list[Any]], None] | None = None,
+    timeout: float = 300,
+) -> list[int | None]:
+    """Runs a function in `ranks` processes that find one another as those of torchrun do."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = [context.Process(target=one_rank, args=(rank, ranks, port, function, arguments)) for rank in range(ranks)]
+    for process in group:
+        process.start()
+    if disturb is not None:
+        disturb(group)
+    deadline = time.monotonic() + timeout
+    for process in group:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in group:
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+    return [process.exitcode for process in group]
+
+
+def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """One of the processes."""
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if ranks > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    function(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train_rank(config: dict[str, Any], out: str) -> None:
+    """Trains and notes every step; draws no samples at the end of a phase."""
+    import worldmodel.curriculum
+    from worldmodel.ranks import rank
+    from worldmodel.training import PhaseModule
+
+    plain = PhaseModule.log_dict
+
+    def note(self: Any, values: Any, *args: Any, **kwargs: Any) -> None:
+        if any(name.endswith("/loss") for name in values):
+            step = {"step": self.global_step, **{name: float(value) for name, value in values.items()}}
+            with open(f"{out}/{rank()}.jsonl", "a") as file:
+                file.write(json.dumps(step) + "\n")
+        plain(self, values, *args, **kwargs)
+
+    PhaseModule.log_dict = note  # pyright: ignore[reportAttributeAccessIssue]
+    worldmodel.curriculum.log_samples = lambda *_: None
+    worldmodel.curriculum.write_samples = lambda *_, **__: Path(out)
+    worldmodel.curriculum.train(config)
+
+
+def curves(out: Path, rank: int = 0) -> list[dict[str, float]]:
+    """What was logged at every step, all phases one after the other."""
+    return [json.loads(line) for line in (out / f"{rank}.jsonl").read_text().splitlines()]
