@@ -43,8 +43,7 @@ class Bench:
         import torch
 
         from worldmodel.checkpoint import build_model, make_spec
-        from worldmodel.curriculum import make_phases
-        from worldmodel.phases import Ingredient
+        from worldmodel.phases import Ingredient, make_phases
         from worldmodel.training import PhaseModule
 
         self.given, self.device = given, torch.device(given.device)

@@ -172,7 +172,7 @@ def test_statistics_of_several_datasets_are_those_of_the_union(tmp_path: Path) -
 
 
 def test_a_phase_names_its_own_mixture() -> None:
-    from worldmodel.curriculum import data_settings, other_roots
+    from worldmodel.phase_run import data_settings, other_roots
     from worldmodel.phases import make_phases
 
     own = [{"root": "b", "weight": 1}, {"root": "a", "weight": 2}, {"root": "c", "weight": 0}]

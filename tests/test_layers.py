@@ -37,6 +37,7 @@ TIERS = [
     {"sharding", "telemetry", "watch"},
     {"parallel", "prepare", "progress"},
     {"protocol", "training", "samples", "run_folder", "curves", "rollout", "drift", "edit"},
+    {"phase_run"},
     {"curriculum", "features"},
     {"export"},
 ]

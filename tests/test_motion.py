@@ -13,7 +13,7 @@ from test_data_variants import SETTINGS
 
 from worldmodel.checkpoint import build_model, load_model, make_spec
 from worldmodel.contracts import MOVERS, Batch, ClipSpec, Separation
-from worldmodel.curriculum import make_phases, train
+from worldmodel.curriculum import train
 from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.generate import generate
@@ -26,6 +26,7 @@ from worldmodel.metrics import MOVED, overlap
 from worldmodel.model import WorldModel
 from worldmodel.motion_evaluation import frame_difference, has_masks, motion_means
 from worldmodel.motion_loss import motion_loss, motion_truth
+from worldmodel.phases import make_phases
 from worldmodel.report import plain, render
 from worldmodel.report_motion import painted
 from worldmodel.training import PhaseModule

@@ -11,6 +11,7 @@ from test_model import future_of, observation_of
 from worldmodel.closed_loop import Rollout, Schedule
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.controllers import EagerPolicy
+from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError, ContractError
 from worldmodel.losses import clip_loss
 from worldmodel.model import WorldModel
@@ -71,10 +72,10 @@ def test_one_level_for_all_actions_is_the_same_level_for_each(tiny_model: WorldM
 
 def test_prefixes_are_as_long_and_as_many_as_asked() -> None:
     actions = torch.zeros(4000, 8, 3)
-    counts = draw_prefixes(actions, 0.25, torch.Generator().manual_seed(0)).where.sum(1)
+    counts = draw_prefixes(actions, 0.25, Draws(0, range(4000))).where.sum(1)
     assert set(counts.tolist()) == {0, 1, 2, 3, 4}
     assert (counts > 0).float().mean() == pytest.approx(0.25, abs=0.03)
-    where = draw_prefixes(actions, 1.0, torch.Generator().manual_seed(0)).where
+    where = draw_prefixes(actions, 1.0, Draws(0, range(4000))).where
     assert (where[:, 1:] <= where[:, :-1]).all() and where[:, 0].all()
 
 
@@ -86,7 +87,7 @@ def test_known_actions_have_no_loss(tiny_model: WorldModel) -> None:
     def loss(actions: torch.Tensor) -> float:
         latents = tiny_model.history_latents(batch.observation)
         part = batch._replace(future=batch.future._replace(actions=actions))
-        losses, _ = clip_loss(tiny_model, part, latents, torch.Generator().manual_seed(3), decided=1.0, **SETTINGS)
+        losses, _ = clip_loss(tiny_model, part, latents, Draws(3, range(4)), decided=1.0, **SETTINGS)
         return float(losses["policy/actions"])
 
     first = torch.arange(batch.future.actions.shape[1])[:, None] < 1

@@ -40,13 +40,14 @@ def make_features(config: Mapping[str, Any], *, batch: int = 32, progress: bool 
     from hydra.utils import instantiate
     from tqdm import tqdm
 
-    from worldmodel.curriculum import data_settings, make_phases, other_roots
     from worldmodel.data.index import INDEX
     from worldmodel.data.shards import ShardReader
     from worldmodel.encoders.feature_store import describe, folder_of, part_path, write_part
     from worldmodel.encoders.pretrained import frozen_parts
     from worldmodel.errors import ConfigError
     from worldmodel.finetune import plan_model
+    from worldmodel.phase_run import data_settings, other_roots
+    from worldmodel.phases import make_phases
 
     if config["data"]["features"] is None:
         raise ConfigError("data.features is null; it names the folder that the features go to")
