@@ -45,7 +45,9 @@ class Envelope(nn.Module):
         for field in rows[0]:
             self.register_buffer(field, torch.stack([row[field] for row in rows]), persistent=False)
 
-    def forward(self, wanted: Tensor, previous: Tensor, has_previous: Tensor, now: Observation) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, wanted: Tensor, previous: Tensor, has_previous: Tensor, now: Observation
+    ) -> tuple[Tensor, Tensor]:
         """Actions (B, A, D), the two commands before them, oldest first (B, 2, D), which of them there were (B, 2).
 
         Returns the actions that may be executed, and which limit changed which step (B, A, L) bool, see `LIMITS`.
@@ -56,7 +58,7 @@ class Envelope(nn.Module):
         low, high = row["position_low"], row["position_high"]
         # An effort has a largest size; the force limit comes before the range of commands, which is often as wide.
         pushed = wanted.clamp(-row["force"].unsqueeze(1), row["force"].unsqueeze(1))
-        commanded = torch.minimum(torch.maximum(pushed, row["command_low"].unsqueeze(1)), row["command_high"].unsqueeze(1))
+        commanded = self.in_range(pushed, e)
         heavy = now.wrench[:, -1, :, :, :3].square().sum(-1).amax(1).sqrt()  # (B, S), largest of the newest steps
         stop = ((heavy > row["contact"]) & now.has_wrench).any(1, keepdim=True) & moves
         measured = now.proprio[:, -1].gather(1, row["measured"])
@@ -70,28 +72,35 @@ class Envelope(nn.Module):
         low, high = torch.where(bounded, low, -FREE), torch.where(bounded, high, FREE)
         unit = row["acceleration"] * dt  # the change of velocity in one step
         step = torch.where(absolute, dt, 1 / rate)  # of a velocity, in the unit of the action
-        actions, acted = [], []
-        for t in range(wanted.shape[1]):
-            u = commanded[:, t]
+        rest, both = torch.where(stop, 0.0, 1.0), torch.stack([-low, high], 1)
+        sign = torch.tensor([[[-1.0], [1.0]]])
+        stages: list[list[Tensor]] = []  # asked, calm, slow, fast, kept velocity, where it leads, where it may lead
+        for u in commanded.unbind(1):
             asked = torch.where(absolute, (u - p) / dt, u * rate)
-            calm = torch.where(stop, 0.0, asked)
+            calm = asked * rest
             slow = torch.minimum(torch.maximum(calm, v - unit), v + unit)
             fast = slow.clamp(-row["velocity"], row["velocity"])
-            v = torch.minimum(torch.maximum(fast, -room(p - low, unit, dt)), room(high - p, unit, dt))
+            down, up = room(both - sign * p.unsqueeze(1), unit.unsqueeze(1), dt).unbind(1)
+            v = torch.minimum(torch.maximum(fast, -down), up)
             there = p + v * dt
-            kept = torch.minimum(torch.maximum(there, low), high)
-            command = torch.where(absolute, kept, v / rate)
-            actions.append(torch.where(moves, command, u))
-            changes = [
-                (commanded[:, t] - pushed[:, t]).abs(),
-                ((v - fast).abs() * step + torch.where(absolute, (kept - there).abs(), 0.0)) * moves,
-                (fast - slow).abs() * step * moves,
-                (slow - calm).abs() * step * moves,
-                (calm - asked).abs() * step * moves + (pushed[:, t] - wanted[:, t]).abs(),
-            ]
-            acted.append(torch.stack(changes, 1).amax(2) > NOTICE)
-            p = torch.where(absolute, kept, there)
-        return torch.stack(actions, 1), torch.stack(acted, 1)
+            p = torch.where(absolute, torch.minimum(torch.maximum(there, low), high), there)
+            stages.append([asked, calm, slow, fast, v, there, p])
+        asked, calm, slow, fast, v, there, p = (torch.stack(rows, 1) for rows in zip(*stages, strict=True))
+        absolute, moves, rate, step = (x.unsqueeze(1) for x in (absolute, moves, rate, step))
+        actions = torch.where(moves, torch.where(absolute, p, v / rate), commanded)
+        # Changes of velocities, in the unit of the action.
+        force, acceleration, velocity, position = (
+            (before - after).abs() * step * moves
+            for before, after in ((asked, calm), (calm, slow), (slow, fast), (fast, v))
+        )
+        position = position + (there - p).abs() * moves
+        changes = [(commanded - pushed).abs(), position, velocity, acceleration, force + (pushed - wanted).abs()]
+        return actions, torch.stack(changes, 2).amax(3) > NOTICE
+
+    def in_range(self, actions: Tensor, embodiment: Tensor) -> Tensor:
+        """Actions (B, A, D) within the range of commands alone."""
+        low, high = (self.get_buffer(name)[embodiment].unsqueeze(1) for name in ("command_low", "command_high"))
+        return torch.minimum(torch.maximum(actions, low), high)
 
 
 def room(distance: Tensor, unit: Tensor, dt: float) -> Tensor:

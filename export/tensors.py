@@ -33,7 +33,9 @@ def observation_specs(spec: ClipSpec, frames: int | None = None, images: int | N
         TensorSpec("camera_to_base", (h, v, 4, 4), F32, "m", "base", "pose of each camera, OpenCV axes"),
         TensorSpec("points", (h, k, 3), F32, "m", "base", "tracked object points"),
         TensorSpec("visible", (h, k), FLAG, "", "", "whether a point is seen"),
-        TensorSpec("wrench", (h, r, s, 6), F32, "N, N·m", "sensor", "[fx fy fz tx ty tz], the R steps up to each frame"),
+        TensorSpec(
+            "wrench", (h, r, s, 6), F32, "N, N·m", "sensor", "[fx fy fz tx ty tz], the R steps up to each frame"
+        ),
         TensorSpec("taxels", (h, s, *spec.taxels), F32, "N", "sensor", "force grid of each touch sensor"),
         TensorSpec("proprio", (h, spec.proprio), F32, "robot's own", "", "state vector, padded with 0"),
         TensorSpec("text", (spec.text,), I64, "", "", "instruction: UTF-8 byte + 1, padded with 0"),
@@ -54,7 +56,9 @@ def command_specs(spec: ClipSpec) -> list[TensorSpec]:
     """What a path that answers with actions reads beside the observation."""
     return [
         TensorSpec("noise", (spec.chunk, spec.action), F32, "", "", "standard normal start of the action flow"),
-        TensorSpec("previous", (2, spec.action), F32, "robot's own", "", "the two commands executed before, oldest first"),
+        TensorSpec(
+            "previous", (2, spec.action), F32, "robot's own", "", "the two commands executed before, oldest first"
+        ),
         TensorSpec("has_previous", (2,), FLAG, "", "", "which of them there were in this episode"),
     ]
 

@@ -106,17 +106,23 @@ class ActionPath(Path):
         answer = self.answer(decision, now, previous, has_previous)
         return (*answer, *flat_cache(self.model, decision.memory.kept)) if self.caches else answer
 
-    def answer(self, decision: Decision, now: Observation, previous: Tensor, has_previous: Tensor) -> tuple[Tensor, ...]:
+    def answer(
+        self, decision: Decision, now: Observation, previous: Tensor, has_previous: Tensor
+    ) -> tuple[Tensor, ...]:
         """What the robot is told."""
         actions, limited = self.envelope(decision.actions, previous, has_previous, now)
-        doubt = self.doubt(decision, now.embodiment)
-        confidence, novelty = self.trust(doubt, decision.features, decision.proprio, now.has_proprio)
+        confidence, novelty = self.trust(*self.tells(decision, now))
         return actions, limited, confidence, novelty, novelty > 1
 
-    def doubt(self, decision: Decision, embodiment: Tensor) -> Tensor:
-        """Root mean square of the doubt over the chunk and the robot's own dimensions (B,)."""
-        own = self.get_buffer("dims")[embodiment]
-        return ((decision.doubt.square().mean(1) * own).sum(1) / own.sum(1).clamp(min=1)).sqrt()
+    def tells(self, decision: Decision, now: Observation) -> tuple[Tensor, ...]:
+        """What `Trust` reads: root mean square of the doubt over the chunk and the robot's own dimensions (B,),
+        features and instruction (B, W), proprioception (B, P), and the share of each sense that is there (B, 7)."""
+        own = self.get_buffer("dims")[now.embodiment]
+        doubt = ((decision.doubt.square().mean(1) * own).sum(1) / own.sum(1).clamp(min=1)).sqrt()
+        senses = (now.has_rgb, now.has_camera, now.has_points, now.has_wrench, now.has_taxels)
+        shares = [has.float().mean(1) for has in senses] + [now.has_proprio.float(), now.has_text.float()]
+        proprio = decision.proprio * now.has_proprio.unsqueeze(1)
+        return doubt, decision.features, decision.instruction, proprio, torch.stack(shares, 1)
 
 
 class StepPath(ActionPath):
@@ -195,7 +201,9 @@ class RolloutPath(Path):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         if model.coupling != "joint":
-            raise ExportError(f"rollout: needs streams that see actions, coupling=joint; this model has {model.coupling}")
+            raise ExportError(
+                f"rollout: needs streams that see actions, coupling=joint; this model has {model.coupling}"
+            )
         spec = self.spec
         f, v, k, s = spec.future, len(spec.cameras), spec.points, len(spec.sensors)
         shapes = {"video": (f, v, model.autoencoder.channels, *model.grid), "camera": (f, v, 9)}

@@ -44,6 +44,7 @@ class Decision(NamedTuple):
     actions: Tensor  # (B, A, D) in the embodiment's units
     doubt: Tensor  # (B, A, D) normalised actions: the answer less what the first flow step alone would have been
     features: Tensor  # (B, W) mean of what the action transformer reads
+    instruction: Tensor  # (B, W), zero where absent
     proprio: Tensor  # (B, P) newest, standardised
     memory: Memory
 

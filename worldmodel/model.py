@@ -95,8 +95,9 @@ class WorldModel(JointTransformer):
         if self.action_steps == 1:
             draft = self.denoise_actions(memory, -noise)
         answer = self.normaliser.restore("action", actions, observation.embodiment)
-        features = self.expert.mean(memory.action_context)
-        return Decision(answer, actions - draft, features, senses.proprio[:, -1], memory)
+        context = memory.action_context
+        features = self.expert.mean(context)
+        return Decision(answer, actions - draft, features, context.instruction, senses.proprio[:, -1], memory)
 
     def understand(self, observation: Observation) -> Understanding:
         """Reads the heads of stage 1. Mask the senses in `observation` that the answer must not be copied from."""
@@ -146,7 +147,7 @@ class WorldModel(JointTransformer):
     ) -> Prediction:
         """Runs one of the five modes. `future` gives what the dynamics modes condition on; other modes ignore it.
 
-        `generator` draws the noise to start from, unless `noise` gives it, per stream and for `actions`, where asked for.
+        `generator` draws the noise to start from, unless `noise` gives it, by stream and for `actions`.
         `memory` is what was read up to and with this observation; without it the observation's own history is read.
         `given` says what else of `future` is given where streams are predicted: views (`video`), the path of the
         `camera`, tracks of `points`, for all rows, per row or per slot. `guidance` has a scale for `camera`, `points`,
