@@ -155,17 +155,24 @@ def write_path(
         entry |= {"batch": "any" if dynamic else 1, "accepted": True, "written": True, "reason": None}
         if form == "onnx":
             write_onnx(path, file, opset=options.opset, dynamic=dynamic)
-            runners[file.name], entry["opset"] = OnnxRunner(file), options.opset
+            entry["opset"] = options.opset
         elif form == "torchscript":
             write_torchscript(path, file)
-            runners[file.name] = TorchScriptRunner(file)
         else:
             write_program(path, file, dynamic=dynamic, compiled=form == "aotinductor")
-            runners[file.name] = ProgramRunner(file, compiled=form == "aotinductor")
+        runners[file.name] = graph_runner(folder, entry)
         entries.append(entry)
     batches = (1, 3) if options.dynamic_batch else (1,)
     parity = check_parity(path, runners, examples, tolerance=options.tolerance, batches=batches)
     return [entry | {"parity": asdict(parity[entry["file"]])} for entry in entries]
+
+
+def graph_runner(folder: FilePath, graph: Mapping[str, Any]) -> Runner:
+    """Runs a graph that the manifest lists."""
+    file, form = folder / graph["file"], graph["format"]
+    if form == "onnx":
+        return OnnxRunner(file)
+    return TorchScriptRunner(file) if form == "torchscript" else ProgramRunner(file, compiled=form == "aotinductor")
 
 
 def write_reduced(
