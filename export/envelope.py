@@ -70,30 +70,40 @@ class Envelope(nn.Module):
         v = torch.where(absolute, (previous[:, 1] - previous[:, 0]) / dt * two, previous[:, 1] * rate * one)
         bounded = absolute | placed
         low, high = torch.where(bounded, low, -FREE), torch.where(bounded, high, FREE)
+        p = torch.where(absolute, torch.minimum(torch.maximum(p, low), high), p)
         unit = row["acceleration"] * dt  # the change of velocity in one step
-        step = torch.where(absolute, dt, 1 / rate)  # of a velocity, in the unit of the action
-        rest, both = torch.where(stop, 0.0, 1.0), torch.stack([-low, high], 1)
-        sign = torch.tensor([[[-1.0], [1.0]]])
-        stages: list[list[Tensor]] = []  # asked, calm, slow, fast, kept velocity, where it leads, where it may lead
-        for u in commanded.unbind(1):
-            asked = torch.where(absolute, (u - p) / dt, u * rate)
-            calm = asked * rest
-            slow = torch.minimum(torch.maximum(calm, v - unit), v + unit)
-            fast = slow.clamp(-row["velocity"], row["velocity"])
-            down, up = room(both - sign * p.unsqueeze(1), unit.unsqueeze(1), dt).unbind(1)
-            v = torch.minimum(torch.maximum(fast, -down), up)
-            there = p + v * dt
-            p = torch.where(absolute, torch.minimum(torch.maximum(there, low), high), there)
-            stages.append([asked, calm, slow, fast, v, there, p])
-        asked, calm, slow, fast, v, there, p = (torch.stack(rows, 1) for rows in zip(*stages, strict=True))
-        absolute, moves, rate, step = (x.unsqueeze(1) for x in (absolute, moves, rate, step))
-        actions = torch.where(moves, torch.where(absolute, p, v / rate), commanded)
-        # Changes of velocities, in the unit of the action.
+        # What is asked for is base - pull p, and nothing where the arm must stop.
+        pull = torch.where(absolute, 1 / dt, 0.0)
+        base = torch.where(absolute.unsqueeze(1), commanded / dt, commanded * rate.unsqueeze(1))
+        rest = torch.where(stop, 0.0, 1.0)
+        calm_base, calm_pull = base * rest.unsqueeze(1), pull * rest
+        ends, sign = torch.stack([-low, high], 1), torch.tensor([[[1.0], [-1.0]]])
+        places, speeds = [p], [v]
+        # Nothing that can be done for all steps at once is in this loop: its nodes are most of the graph's.
+        for now_base in calm_base.unbind(1):
+            wish = torch.minimum(torch.maximum(now_base - calm_pull * p, v - unit), v + unit)
+            wish = wish.clamp(-row["velocity"], row["velocity"])
+            down, up = room(ends + sign * p.unsqueeze(1), unit.unsqueeze(1), dt).unbind(1)
+            v = torch.minimum(torch.maximum(wish, -down), up)
+            p = p + v * dt
+            places.append(p)
+            speeds.append(v)
+        before, after = torch.stack(places[:-1], 1), torch.stack(places[1:], 1)
+        speed_before, speed = torch.stack(speeds[:-1], 1), torch.stack(speeds[1:], 1)
+        names = ("velocity", "absolute", "moves")
+        unit, low, high, limit, absolute, moves = (x.unsqueeze(1) for x in (unit, low, high, *(row[n] for n in names)))
+        rate = rate.unsqueeze(1)
+        calm = calm_base - calm_pull.unsqueeze(1) * before
+        slow = torch.minimum(torch.maximum(calm, speed_before - unit), speed_before + unit)
+        fast = slow.clamp(-limit, limit)
+        inside = torch.minimum(torch.maximum(after, low), high)
+        actions = torch.where(moves, torch.where(absolute, inside, speed / rate), commanded)
+        step = torch.where(absolute, dt, 1 / rate) * moves  # of a velocity, in the unit of the action
+        asked = base - pull.unsqueeze(1) * before
         force, acceleration, velocity, position = (
-            (before - after).abs() * step * moves
-            for before, after in ((asked, calm), (calm, slow), (slow, fast), (fast, v))
+            (first - second).abs() * step
+            for first, second in ((asked, calm), (calm, slow), (slow, fast), (fast, speed))
         )
-        position = position + (there - p).abs() * moves
         changes = [(commanded - pushed).abs(), position, velocity, acceleration, force + (pushed - wanted).abs()]
         return actions, torch.stack(changes, 2).amax(3) > NOTICE
 
@@ -109,8 +119,8 @@ def room(distance: Tensor, unit: Tensor, dt: float) -> Tensor:
     A velocity of w units needs at most (w + 1/2)² / 2 unit-steps to stop, and exactly w of them where w <= 1. Beyond
     the limit no velocity away from the box is left.
     """
-    steps = distance.clamp(min=0) / (unit * dt)
-    return torch.maximum((2 * steps).sqrt() - 0.5, steps.clamp(max=1)) * unit
+    twice = (distance * (2 / (unit * dt))).clamp(min=0)
+    return torch.maximum(twice.sqrt() - 0.5, (0.5 * twice).clamp(max=1)) * unit
 
 
 def limits_of(
