@@ -153,7 +153,7 @@ def test_parity_fails_on_non_finite_answers(bad: float) -> None:
     with pytest.raises(ExportError, match=r"policy\.pt"):
         check_parity(path, {"policy.pt": broken}, examples)
     lost = FakeModel()
-    torch.nn.init.constant_(lost.velocity.bias, bad)
+    torch.nn.init.constant_(lost.velocity.bias, np.nan)
     with pytest.raises(ExportError, match="eager model answers non-finite"):
         check_parity(action_path(lost), {}, examples)
     with pytest.raises(ExportError, match="no held-out observations"):
