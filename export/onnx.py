@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Note of the exporter at each node: the modules that it belongs to."""
+
+
 def write_onnx(module: Path, path: FilePath, *, opset: int, dynamic: bool) -> None:
     """Exports to one self-contained file with the names of the path's inputs and outputs.
 
@@ -90,6 +94,10 @@ def simplify(model: "ir.Model") -> None:
         common.CommonSubexpressionEliminationPass(),
     ):
         tidy(model)
+    # Stack traces and the like are a quarter of the file; scopes say later which nodes belong to which part.
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key != SCOPES]:
+            del node.metadata_props[key]
 
 
 def reason(error: BaseException) -> str:

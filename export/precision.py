@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from export.evidence import action_error
-from export.onnx import reason
+from export.onnx import SCOPES, reason
 from export.parity import Example, Runner, eager_answers, run_ticks
 from export.wrappers import ActionPath, Path
 from worldmodel.contracts import Batch
@@ -70,7 +70,7 @@ def guarded_nodes(model: Any) -> list[str]:
     found = []
     for node in model.graph.node:
         notes = {entry.key: entry.value for entry in node.metadata_props}
-        scopes = notes.get("pkg.torch.onnx.name_scopes", "")
+        scopes = notes.get(SCOPES, "")
         if any(f"'{part}'" in scopes for part in GUARDED):
             found.append(node.name)
     return found

@@ -46,13 +46,13 @@ def test_every_precision_is_measured_and_a_failed_one_is_marked(artefact: Path) 
         assert check["eager_action_error"] > 0 and graph["accepted"] == (name != "int8_dynamic")
     assert "at most 1e-09 is allowed" in graphs["int8_dynamic"]["reason"]
     sizes = {name: (artefact / graph["file"]).stat().st_size for name, graph in graphs.items()}
-    assert sizes["bf16"] < 0.7 * sizes["fp32"]
+    assert sizes["bf16"] < 0.8 * sizes["fp32"]
     kinds = {node.op_type for node in onnx.load(str(artefact / "policy.int8_dynamic.onnx")).graph.node}
     assert kinds & {"MatMulInteger", "DynamicQuantizeMatMul"}
 
 
 def test_the_runtime_refuses_what_failed_and_names_what_there_is(artefact: Path) -> None:
-    with pytest.raises(RuntimeContractError, match=r"int8_dynamic\.onnx: failed its check .* unproven=True"):
+    with pytest.raises(RuntimeContractError, match=r"int8_dynamic\.onnx: failed its check .*\(unproven=True\)"):
         OnnxPolicy(artefact, precision="int8_dynamic")
     with pytest.raises(RuntimeContractError, match=r"policy in int4: no such ONNX graph; .* policy in bf16"):
         OnnxPolicy(artefact, precision="int4")
