@@ -134,7 +134,7 @@ def check_parity(
     if not examples:
         raise ExportError("parity: no held-out observations to compare on")
     results = {name: ParityResult(tolerance, 0, 0, tuple(batches)) for name in artefacts}
-    flags = dict.fromkeys(artefacts, (0, 0))
+    flags: dict[str, tuple[int, int]] = {name: (0, 0) for name in artefacts}
     for batch in batches:
         for start in range(0, len(examples) - batch + 1, batch):
             example = joined(examples[start : start + batch]) if batch > 1 else examples[start]

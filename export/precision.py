@@ -133,7 +133,7 @@ def quantise(
         class Reader(CalibrationDataReader):
             """Hands observations to the quantiser."""
 
-            def get_next(self) -> dict[str, np.ndarray] | None:
+            def get_next(self) -> Any:
                 """The next one."""
                 return next(rows, None)
 

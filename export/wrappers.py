@@ -50,9 +50,7 @@ class ActionModel(Protocol):
         """sha256 of the statistics."""
         ...
 
-    def decide(
-        self, observation: Observation, noise: Tensor, past: Past | None = None, fresh: int | None = None
-    ) -> Decision:
+    def decide(self, observation: Observation, noise: Tensor) -> Decision:
         """Actions in the robot's units from an observation and standard normal noise, with what tells their worth."""
         ...
 
