@@ -142,9 +142,9 @@ def quantise(
 
 
 def odd_products(model: Any) -> list[str]:
-    """Names of matrix products whose constant is no matrix: onnxruntime has no kernel for their channels in int8."""
+    """Names of products with a constant that is no matrix: onnxruntime has no kernel for its channels in int8."""
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    return [n.name for n in model.graph.node if n.op_type == "MatMul" and ranks.get(n.input[1], 2) != 2]
+    return [n.name for n in model.graph.node if n.op_type == "MatMul" and any(ranks.get(i, 2) != 2 for i in n.input)]
 
 
 def feeds(path: Path, names: Sequence[str], examples: Sequence[Example]) -> Iterator[dict[str, np.ndarray]]:
