@@ -33,7 +33,7 @@ SMALL = ("synthesis.denoiser.hidden=64", "encoders.layers=1", "policy.expert.hid
 
 @pytest.fixture
 def model(tiny_model: WorldModel, statistics: dict[str, Any]) -> WorldModel:
-    tiny_model.metadata = {"statistics": statistics}
+    tiny_model.metadata = {"statistics": statistics, "statistics_hash": "0" * 64}
     return tiny_model
 
 

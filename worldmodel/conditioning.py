@@ -77,7 +77,9 @@ def give(
         points=model.future_points(s, tracks),
         actions=actions.unflatten(1, (frames, spec.stride)).flatten(2),
         rays=model.normaliser.rays(lens.expand(-1, frames, -1, -1, -1), poses, model.grid),
-        moved=moved_pictures(model, observation, poses, tracks, has["camera"], has["points"]),
+        moved=moved_pictures(model, observation, poses, tracks, has["camera"], has["points"])
+        if {"camera", "points"} & set(wanted)
+        else poses.new_zeros(b, frames, poses.shape[2], model.autoencoder.channels, *model.grid),
         heat=torch.cat([now, then], 3) * (shown.repeat(1, 1, 1, 2, 1, 1) & known),
         embodiment=s.embodiment,
         **{f"has_{name}": flag for name, flag in has.items()},
@@ -193,7 +195,8 @@ class GuidedFlow:
             values.pop("actions")
         has_streams, has_actions = any(name in values for name in STREAMS), "actions" in values
         first = next(iter(now.values()))
-        level = torch.as_tensor(sigma).to(first).expand(first.shape[0])
+        rows = first.shape[0]
+        level = sigma.to(first).expand(rows) if isinstance(sigma, Tensor) else first.new_full((rows,), sigma)
         filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
         stream_level = level if any(name in now for name in STREAMS) else torch.zeros_like(level)
         streams, action = self.model.velocity(
