@@ -21,14 +21,13 @@ from export.parity import (
 )
 from export.torchscript import TorchScriptRunner, write_torchscript
 from export.trust import Trust, no_trust
-from export.wrappers import ActionPath, StepPath
+from export.wrappers import ActionPath, RolloutPath, StepPath
 from worldmodel.contracts import Observation
 from worldmodel.errors import ExportError
 from worldmodel.model import WorldModel
+from worldmodel.streaming import future_of_actions
 
 torch.set_num_threads(1)
-
-SMALL = ("synthesis.denoiser.hidden=64", "encoders.layers=1", "policy.expert.hidden=32")
 
 
 @pytest.fixture
@@ -125,3 +124,36 @@ def test_an_exported_step_goes_through_every_state_of_its_cache(model: WorldMode
 
     with pytest.raises(ExportError, match=r"step\.onnx: output '\w+' differs .* tick [1-9]"):
         check_parity(step, {"step.onnx": broken}, chosen[:1])
+
+
+@pytest.mark.parametrize("name", ["understanding", "rollout"])
+def test_understanding_and_rollout_are_the_models(model: WorldModel, tmp_path: Path, name: str) -> None:
+    envelope, trust = Envelope(model.spec, model.statistics), Trust(no_trust(128, model.spec.proprio))
+    path = make_path(name, model, envelope, trust).eval()
+    write_torchscript(path, tmp_path / "graph.pt")
+    moments = [("a", ticks(model, 2)), ("b", ticks(model, 1, missing=True))]
+    examples = make_examples(path, moments)
+    runner = TorchScriptRunner(tmp_path / "graph.pt")
+    result = check_parity(path, {"graph.pt": runner}, examples, batches=(1, 2))["graph.pt"]
+    assert set(result.max_error) == {row.name for row in path.outputs}
+    now = moments[0][1][-1]
+    with torch.no_grad():
+        if name == "understanding":
+            expected = tuple(model.understand(now))
+            answer = path(*shortened(now, path))
+        else:
+            inputs = examples[0].ticks[0]
+            noise = dict(zip(model.denoiser.streams, inputs[18:], strict=True))
+            future = future_of_actions(now, inputs[17])
+            p = model.predict(now, future, "forward_dynamics", generator=None, noise=noise)
+            expected, answer = (p.rgb, p.camera_to_base, p.points, p.wrench), path(*now, *inputs[17:])
+            other = path(*now, inputs[17] + 1, *inputs[18:])
+            assert any((a - b).abs().max() > 1e-5 for a, b in zip(answer, other, strict=True)), "actions are not heard"
+    for a, b in zip(answer, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rollout_needs_streams_that_see_actions(model: WorldModel) -> None:
+    model.coupling = "history_only"
+    with pytest.raises(ExportError, match="coupling=joint; this model has history_only"):
+        RolloutPath(model)
