@@ -1,9 +1,9 @@
-"""Latency of one action chunk on one CPU thread: the checkpoint as it is, its TorchScript and its ONNX.
+"""Latency of one action chunk on one CPU thread: the checkpoint as it is, and every graph of its artefact.
 
   python benchmarks/action_latency.py CHECKPOINT ARTEFACT [--ticks 300]
 
-The three take turns within each tick, so that whatever else the machine does hits all of them alike; read the ratios.
-Prints a Markdown table.
+They take turns within each tick, so that whatever else the machine does hits all of them alike; read the ratios. Eager
+is `WorldModel.act`, without envelope and confidence, which the graphs have inside. Prints a Markdown table.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,27 +35,38 @@ def load(checkpoint: Path, artefact: Path) -> tuple[dict[str, Callable[[], objec
     """What to run, on the same golden observation, and its size in bytes, by name."""
     import torch
 
-    from export.build import GOLDEN_FILE, ONNX_FILE, TORCHSCRIPT_FILE, eager_runner
-    from export.onnx import OnnxRunner
+    from export.build import GOLDEN_FILE, graph_runner
+    from export.envelope import Envelope
+    from export.parity import shortened
     from export.runtime import load_manifest
-    from export.torchscript import TorchScriptRunner
-    from export.wrappers import INPUT_NAMES, ActionPath
+    from export.trust import Trust, no_trust
+    from export.wrappers import SENSES, StepPath
     from worldmodel.checkpoint import WEIGHTS, load_model
+    from worldmodel.contracts import Observation
 
     torch.set_num_threads(1)
-    files = load_manifest(artefact)["files"]
+    manifest, model = load_manifest(artefact), load_model(checkpoint)
+    names = [entry["name"] for entry in manifest["paths"]["policy"]["inputs"]]
     with np.load(artefact / GOLDEN_FILE, allow_pickle=False) as golden:
-        inputs = tuple(torch.from_numpy(golden[name][:1]) for name in INPUT_NAMES)
-    eager = eager_runner(ActionPath(load_model(checkpoint)).eval())
-    runners: dict[str, Callable[[], object]] = {"eager": lambda: eager(inputs)}
+        inputs = tuple(torch.from_numpy(golden[name][:1]) for name in names)
+    now, rest = Observation(*inputs[:SENSES]), inputs[SENSES:]
+    feeds = {"policy": inputs}
+    if "policy_step" in manifest["paths"]:
+        nothing = Trust(no_trust(1, 1))
+        step = StepPath(model, Envelope(model.spec, model.statistics), nothing)
+        feeds["policy_step"] = (*shortened(now, step), *rest, *step.empty(1))
+
+    def eager() -> object:
+        with torch.inference_mode():
+            return model.act(now, rest[0])
+
+    runners: dict[str, Callable[[], object]] = {"eager": eager}
     sizes = {"eager": (checkpoint / WEIGHTS).stat().st_size}
-    if TORCHSCRIPT_FILE in files:
-        script = TorchScriptRunner(artefact / TORCHSCRIPT_FILE)
-        runners["TorchScript"] = lambda: script(inputs)
-        sizes["TorchScript"] = files[TORCHSCRIPT_FILE]["bytes"]
-    graph = OnnxRunner(artefact / ONNX_FILE)
-    runners["ONNX"] = lambda: graph(inputs)
-    sizes["ONNX"] = files[ONNX_FILE]["bytes"]
+    for graph in manifest["graphs"]:
+        if graph["path"] in feeds:
+            name = f"{graph['path']} {graph['format']} {graph['precision']}"
+            runners[name] = partial(graph_runner(artefact, graph), feeds[graph["path"]])
+            sizes[name] = manifest["files"][graph["file"]]["bytes"]
     return runners, sizes
 
 

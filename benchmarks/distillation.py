@@ -198,12 +198,11 @@ def latency(contenders: list[Contender], ticks: int) -> list[tuple[float, float]
     import torch
 
     from benchmarks.action_latency import measure
-    from export.wrappers import INPUT_NAMES, random_inputs
+    from export.tensors import observation_specs, random_tensors
     from worldmodel.contracts import Observation
 
     spec = contenders[0].model.spec
-    inputs = dict(zip(INPUT_NAMES, random_inputs(spec, 1), strict=False))
-    observation = Observation(**{name: inputs[name] for name in Observation._fields})
+    observation = Observation(*random_tensors(observation_specs(spec), spec, 1))
     noise = torch.randn(1, spec.chunk, spec.action, generator=torch.Generator().manual_seed(0))
 
     def video(contender: Contender) -> None:

@@ -17,13 +17,24 @@ Export a trained policy for a robot, drive the simulated arm with what was expor
 """
 
 BUILD_HELP = """\
-Write an artefact folder: the action path (observation history -> action chunk, flow steps unrolled, normalisation
-inside) as ONNX and TorchScript, golden observations, runtime.py (needs numpy and onnxruntime only) and manifest.json.
+Write an artefact folder: paths through the model as graphs in several formats, golden observations, the runtime (needs
+numpy and onnxruntime only) and manifest.json, which states every input and output with shape, unit and frame.
 
   python -m export build checkpoint=runs/tiny out=artefacts/tiny data=data/metaworld
+  python -m export build checkpoint=runs/tiny out=artefacts/tiny data=data/metaworld \\
+      paths=[policy,policy_step,understanding,rollout] formats=[onnx,torchscript,program,aotinductor] \\
+      precisions=[fp16,bf16,int8_dynamic,int8_static]
 
-Every artefact is first compared with the checkpoint on held-out observations, with all senses and with some of them
-masked. If any action value differs by more than the tolerance, nothing is written.
+Paths: `policy` (observation history -> action chunk), `policy_step` (newest frame and a cache -> action chunk and the
+next cache), `understanding` (newest frame -> camera poses, objects, contact), `rollout` (history and actions ->
+predicted streams). Actions are clamped inside the graph to the limits of configs/embodiments/NAME.yaml; outputs say
+which limit acted, how confident the answer is, and whether the observation is unlike the training data.
+
+Every graph is first compared with the checkpoint on held-out observations, with all senses and with some of them
+masked, `policy_step` over every state of its cache. If any number differs by more than the tolerance, nothing is
+written. A further precision must stay within its bound: mean difference of actions in standard deviations (other
+outputs: over their size), relative growth of the error against the demonstrators, and, with `trials`, success in the
+closed loop; one that does not is left out, or kept and marked (keep_failed). The manifest records what was found.
 
 Settings and their defaults:
 """
@@ -76,21 +87,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(settings: dict[str, Any]) -> None:
     """Loads checkpoint and observations, exports, and says what was written."""
     from export.build import BuildOptions, build_artefact
-    from export.observations import held_out_observations, robot_names
+    from export.drive import DrivenCheck
+    from export.observations import held_out_moments, recorded_clips, robot_names
     from worldmodel.checkpoint import load_model
     from worldmodel.data.shards import ShardReader
 
     model = load_model(settings.pop("checkpoint"))
-    reader = ShardReader(settings.pop("data"))
-    out, count = settings.pop("out"), settings.pop("observations")
-    options = BuildOptions(**{**settings, **{name: tuple(settings[name]) for name in ("formats", "optional")}})
-    print(f"exporting {' and '.join(options.formats)} and checking parity; this takes a minute", flush=True)
-    observations = held_out_observations(reader, model.spec, count)
-    errors = build_artefact(model, out, observations, robot_names(reader, model.spec), options)
-    print(f"\n| {out} | bytes | max abs error |\n| --- | ---: | ---: |")
+    reader, out = ShardReader(settings.pop("data")), settings.pop("out")
+    count, ticks, clips = (settings.pop(name) for name in ("observations", "ticks", "clips"))
+    trials, tasks, drop = (settings.pop(name) for name in ("trials", "tasks", "success_drop"))
+    lists = {name: tuple(settings[name]) for name in ("paths", "formats", "precisions", "optional")}
+    options = BuildOptions(**{**settings, **lists})
+    drive = DrivenCheck(trials=trials, tasks=tuple(tasks or ()), drop=drop) if trials else None
+    print(f"exporting {', '.join(options.paths)} as {', '.join(options.formats)} and checking parity", flush=True)
+    moments = held_out_moments(reader, model.spec, count, ticks)
+    recorded = recorded_clips(reader, model.spec, clips)
+    graphs = build_artefact(model, out, moments, recorded, robot_names(reader, model.spec), options, drive)
+    print(f"\n| {out} | bytes | difference | |\n| --- | ---: | ---: | --- |")
     for path in sorted(Path(out).iterdir()):
-        error = f"{errors[path.name]:.2g}" if path.name in errors else ""
-        print(f"| {path.name} | {path.stat().st_size:,} | {error} |")
+        if path.is_file():
+            print(f"| {path.name} | {path.stat().st_size:,} | {_difference(graphs.get(path.name))} |")
+    for graph in graphs.values():
+        if not graph["written"]:
+            print(f"{graph['file']} is not written: {graph['reason']}")
+
+
+def _difference(graph: dict[str, Any] | None) -> str:
+    """Two cells of the table: how far a graph is from the eager model, and what became of it."""
+    if graph is None:
+        return " | "
+    if "parity" in graph:
+        return f"{max(graph['parity']['max_error'].values()):.2g} at most |"
+    mean = next(iter(graph["check"]["mean_difference"].values()))
+    return f"{mean:.2g} in the mean | {'' if graph['accepted'] else graph['reason']}"
 
 
 def _drive(settings: dict[str, Any]) -> None:
@@ -103,7 +132,13 @@ def _drive(settings: dict[str, Any]) -> None:
     folder = Path(settings["artefact"])
     spec = load_manifest(folder)["spec"]
     result = run_closed_loop(
-        OnnxPolicyFactory(folder, mask=tuple(settings["mask"]), seed=settings["seed"]),
+        OnnxPolicyFactory(
+            folder,
+            mask=tuple(settings["mask"]),
+            seed=settings["seed"],
+            precision=settings["precision"],
+            unproven=settings["unproven"],
+        ),
         settings["tasks"] or list(TRAIN_TASKS),
         trials=settings["trials"],
         seed=settings["seed"],

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from export.runtime import OnnxPolicy
+from export.runtime import OnnxPolicy, load_manifest
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,43 @@ class OnnxPolicyFactory:
     mask: tuple[str, ...] = ()
     seed: int = 0
     threads: int = 1
+    precision: str = "fp32"
+    unproven: bool = False
 
     def __call__(self) -> OnnxPolicy:
         """The policy, on one thread by default since every worker has its own."""
-        return OnnxPolicy(self.folder, mask=self.mask, seed=self.seed, threads=self.threads)
+        return OnnxPolicy(
+            self.folder,
+            mask=self.mask,
+            seed=self.seed,
+            threads=self.threads,
+            precision=self.precision,
+            unproven=self.unproven,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrivenCheck:
+    """Holds the closed-loop success of one precision against that of fp32, on the same start states."""
+
+    trials: int
+    tasks: tuple[str, ...]
+    drop: float
+    workers: int | None = None
+
+    def __call__(self, folder: Path, precision: str) -> dict[str, Any]:
+        """Successes and trials of a precision in the artefact `folder`."""
+        from worldmodel.closed_loop import MetaworldScenes, run_closed_loop
+        from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
+
+        spec = load_manifest(folder)["spec"]
+        result = run_closed_loop(
+            OnnxPolicyFactory(folder, precision=precision, unproven=True),
+            list(self.tasks or TRAIN_TASKS),
+            trials=self.trials,
+            image_every=spec["stride"],
+            workers=self.workers,
+            make_scene=MetaworldScenes(spec["height"], tuple(spec["cameras"])),
+            progress=False,
+        )
+        return {"successes": sum(t.successes for t in result.tasks), "trials": sum(t.trials for t in result.tasks)}

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
-from export.parity import ParityResult
+from export.envelope import LIMITS, Envelope
 from export.runtime import MANIFEST_SCHEMA, SENSES
-from export.wrappers import ActionModel, input_specs
+from export.tensors import TensorSpec
+from export.wrappers import ActionModel, ActionPath, Path
 from worldmodel.errors import ExportError
 
 
@@ -29,13 +30,13 @@ class RobotNames:
 
 def build_manifest(
     model: ActionModel,
-    folder: Path,
+    folder: FilePath,
     *,
-    onnx: str,
-    opset: int,
-    dynamic: bool,
+    paths: Sequence[Path],
+    graphs: Sequence[Mapping[str, Any]],
     optional: Sequence[str],
-    parity: ParityResult,
+    trust: Mapping[str, Any],
+    envelope: Envelope,
     git: dict[str, Any],
     robots: Mapping[str, RobotNames],
 ) -> dict[str, Any]:
@@ -44,11 +45,12 @@ def build_manifest(
     Args:
         model: the exported model.
         folder: where the finished files lie; each is listed with its size and sha256.
-        onnx: name of the ONNX file, which the runtime opens.
-        opset: its operator set.
-        dynamic: whether the batch dimension is open; otherwise it is 1.
+        paths: the exported paths.
+        graphs: one entry for each graph: path, format, precision, file, batch, whether it is accepted and written,
+            parity with the model or the check of its precision.
         optional: senses that a robot may lack, of `runtime.SENSES`; the runtime masks them instead of refusing.
-        parity: what `check_parity` found.
+        trust: report of the calibration.
+        envelope: the limits inside the graphs.
         git: from `git_state`.
         robots: names and units of every embodiment of the model.
 
@@ -60,30 +62,12 @@ def build_manifest(
     if unknown:
         raise ExportError(f"optional: unknown senses {unknown}, expected some of {list(SENSES)}")
     spec = model.spec
-    batch: int | str = "batch" if dynamic else 1
     return {
         "schema_version": MANIFEST_SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "onnx": onnx,
-        "opset": opset,
-        "inputs": [
-            {
-                "name": row.name,
-                "shape": [batch, *row.shape],
-                "dtype": str(row.dtype).removeprefix("torch."),
-                "unit": row.unit,
-                "frame": row.frame,
-                "description": row.description,
-            }
-            for row in input_specs(spec)
-        ],
-        "output": {
-            "name": "actions",
-            "shape": [batch, spec.chunk, spec.action],
-            "dtype": "float32",
-            "unit": "see action_units of the embodiment",
-            "description": "row 0 is executed now, one row per control step; dimensions beyond the robot's are padding",
-        },
+        "paths": {path.name: _path(path) for path in paths},
+        "graphs": [dict(graph) for graph in graphs if graph["written"]],
+        "refused": [dict(graph) for graph in graphs if not graph["written"]],
         "spec": asdict(spec),
         "control": {
             "fps": spec.fps,
@@ -93,7 +77,12 @@ def build_manifest(
             "history_steps": [-spec.stride * back for back in reversed(range(spec.history))],
             "before_start": "the first frame of the episode repeats",
         },
-        "embodiments": [_embodiment(model, robots, index) for index in range(len(spec.embodiments))],
+        "embodiments": [
+            _embodiment(model, robots, index) | {"envelope": envelope.sources[name]}
+            for index, name in enumerate(spec.embodiments)
+        ],
+        "limits": list(LIMITS),
+        "trust": dict(trust),
         "optional": list(optional),
         "instruction": {"encoding": "UTF-8 byte + 1, padded with 0", "length": spec.text},
         "flow_steps": model.action_steps,
@@ -102,18 +91,45 @@ def build_manifest(
         "checkpoint": {key: model.metadata.get(key) for key in ("schema_version", "training")},
         "git": git,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
-        "parity": asdict(parity),
-        "files": {path.name: file_entry(path) for path in sorted(folder.iterdir())},
+        "files": {
+            str(path.relative_to(folder)): file_entry(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path != folder / "manifest.json"
+        },
     }
 
 
-def file_entry(path: Path) -> dict[str, Any]:
+def _path(path: Path) -> dict[str, Any]:
+    """Inputs and outputs of one path; `cache` pairs those that go from one call to the next."""
+    cache = [row.name for row in path.caches] if isinstance(path, ActionPath) else []
+    pairs = {name: f"next_{name}" for name in cache}
+    return {
+        "description": (type(path).__doc__ or "").strip().splitlines()[0],
+        "inputs": [_tensor(row) for row in path.inputs],
+        "outputs": [_tensor(row) for row in path.outputs],
+        "cache": {"before_first": "zeros", "next": pairs} if pairs else None,
+    }
+
+
+def _tensor(row: TensorSpec) -> dict[str, Any]:
+    """One input or output."""
+    return {
+        "name": row.name,
+        "shape": ["batch", *row.shape],
+        "dtype": str(row.dtype).removeprefix("torch."),
+        "unit": row.unit,
+        "frame": row.frame,
+        "description": row.description,
+    }
+
+
+def file_entry(path: FilePath) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: FilePath, manifest: dict[str, Any]) -> None:
     """Writes manifest.json; refuses values that are no JSON, NaN among them."""
     try:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
@@ -122,7 +138,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
-def git_state(folder: Path) -> dict[str, Any]:
+def git_state(folder: FilePath) -> dict[str, Any]:
     """Revision of the sources and whether they were changed since; None for both outside a git checkout."""
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:

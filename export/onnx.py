@@ -1,42 +1,43 @@
-"""Writes the action path as ONNX and runs it with onnxruntime."""
+"""Writes a path as ONNX and runs it with onnxruntime."""
 
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from export.wrappers import INPUT_NAMES, ActionPath
+from export.wrappers import Path
 from worldmodel.errors import ExportError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def write_onnx(path_module: ActionPath, example: tuple[Tensor, ...], path: Path, *, opset: int, dynamic: bool) -> None:
-    """Exports to one self-contained file with named inputs and the output `actions`.
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Note of the exporter at each node: the modules that it belongs to."""
+
+
+def write_onnx(module: Path, path: FilePath, *, opset: int, dynamic: bool) -> None:
+    """Exports to one self-contained file with the names of the path's inputs and outputs.
 
     Args:
-        path_module: the wrapped model, in eval mode.
-        example: one valid input of each kind, see `wrappers.random_inputs`; batch 2 or more where `dynamic`, since
-            the exporter takes a batch of one for a constant.
+        module: the path, in eval mode.
         path: of the .onnx file.
         opset: ONNX operator set.
-        dynamic: leaves the batch dimension open instead of fixing it to the example's.
+        dynamic: leaves the batch dimension open instead of fixing it to 1.
 
     Raises:
         ExportError: the exporter refuses the model, the checker refuses the graph, or an input is unused.
     """
     import onnx
 
-    shapes = None
-    if dynamic:
-        batch = torch.export.Dim("batch", min=1, max=1024)
-        shapes = tuple({0: batch} for _ in example)
+    # The exporter takes a batch of one for a constant.
+    example = module.example(2 if dynamic else 1)
+    names = [row.name for row in module.inputs]
     # The exporter narrates its steps through warnings and the log; failures come as exceptions.
     for name in ("onnxscript", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -44,13 +45,13 @@ def write_onnx(path_module: ActionPath, example: tuple[Tensor, ...], path: Path,
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                path_module,
+                module,
                 example,
                 dynamo=True,
-                input_names=list(INPUT_NAMES),
-                output_names=["actions"],
+                input_names=names,
+                output_names=[row.name for row in module.outputs],
                 opset_version=opset,
-                dynamic_shapes=shapes,
+                dynamic_shapes=batch_shapes(example) if dynamic else None,
                 verbose=False,
                 optimize=False,
             )
@@ -60,11 +61,17 @@ def write_onnx(path_module: ActionPath, example: tuple[Tensor, ...], path: Path,
         graph = onnx.load(str(path))
         onnx.checker.check_model(graph, full_check=True)
     except Exception as error:  # the exporter, the converter and the checker each raise families of their own
-        raise ExportError(f"{path.name}: ONNX export failed: {_reason(error)}") from error
-    names = [entry.name for entry in graph.graph.input]
-    if names != list(INPUT_NAMES):
-        unused = sorted(set(INPUT_NAMES) - set(names))
-        raise ExportError(f"{path.name}: the graph has inputs {names}, expected {list(INPUT_NAMES)}; unused: {unused}")
+        raise ExportError(f"{path.name}: ONNX export failed: {reason(error)}") from error
+    found = [entry.name for entry in graph.graph.input]
+    if found != names:
+        unused = sorted(set(names) - set(found))
+        raise ExportError(f"{path.name}: the graph has inputs {found}, expected {names}; unused: {unused}")
+
+
+def batch_shapes(example: Sequence[Tensor]) -> tuple[tuple[dict[int, object], ...]]:
+    """Dynamic shapes of `Path.forward(*inputs)`: an open batch, the same for all."""
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    return (tuple({0: batch} for _ in example),)
 
 
 def simplify(model: "ir.Model") -> None:
@@ -87,9 +94,13 @@ def simplify(model: "ir.Model") -> None:
         common.CommonSubexpressionEliminationPass(),
     ):
         tidy(model)
+    # Stack traces and the like are a quarter of the file; scopes say later which nodes belong to which part.
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key != SCOPES]:
+            del node.metadata_props[key]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The innermost cause; the exporter wraps it in a page of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -99,16 +110,16 @@ def _reason(error: BaseException) -> str:
 class OnnxRunner:
     """Runs an exported graph on torch tensors, on one CPU thread."""
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
+    def __init__(self, path: FilePath, threads: int = 1) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._inputs = [entry.name for entry in self._session.get_inputs()]
 
-    def __call__(self, inputs: Sequence[Tensor]) -> np.ndarray:
-        """Actions (B, A, D)."""
-        feed = {name: tensor.numpy() for name, tensor in zip(INPUT_NAMES, inputs, strict=True)}
-        (actions,) = self._session.run(["actions"], feed)
-        return np.asarray(actions)
+    def __call__(self, inputs: Sequence[Tensor]) -> list[np.ndarray]:
+        """The outputs, in order."""
+        feed = {name: tensor.numpy() for name, tensor in zip(self._inputs, inputs, strict=True)}
+        return [np.asarray(value) for value in self._session.run(None, feed)]

@@ -87,7 +87,7 @@ def _metadata(policy: OnnxPolicy, optional: set[str], instruction: str | None) -
     """What clients are told, msgpack values only."""
     manifest = policy.manifest
     robot = next(row for row in manifest["embodiments"] if row["name"] == policy.embodiment)
-    inputs = {entry["name"]: entry for entry in manifest["inputs"]}
+    inputs = {entry["name"]: entry for entry in manifest["paths"]["policy"]["inputs"]}
     observations: dict[str, Any] = {}
     for name, (shape, dtype) in policy.shapes.items():
         kind, _, camera = name.partition(".")

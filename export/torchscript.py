@@ -1,23 +1,22 @@
-"""Writes the action path as traced and frozen TorchScript, for controllers that link libtorch."""
+"""Writes a path as traced and frozen TorchScript, for controllers that link libtorch."""
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from export.wrappers import ActionPath
+from export.wrappers import Path
 from worldmodel.errors import ExportError
 
 
-def write_torchscript(path_module: ActionPath, example: tuple[Tensor, ...], path: Path) -> None:
-    """Traces and freezes the action path. Checks that raise are not in a trace; the runtime makes them.
+def write_torchscript(module: Path, path: FilePath) -> None:
+    """Traces and freezes a path. Checks that raise are not in a trace; the runtime makes them.
 
     Args:
-        path_module: the wrapped model, in eval mode.
-        example: one valid input of each kind, see `wrappers.random_inputs`.
+        module: the path, in eval mode.
         path: of the .pt file.
 
     Raises:
@@ -28,7 +27,7 @@ def write_torchscript(path_module: ActionPath, example: tuple[Tensor, ...], path
         # the tracer warns about each Python number it fixes, which is what is wanted of sizes.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(path_module, example, check_trace=False)
+            traced = torch.jit.trace(module, module.example(1), check_trace=False)
             torch.jit.save(torch.jit.freeze(traced), str(path))  # type: ignore[arg-type]
     except Exception as error:  # the tracer raises whatever the traced code raises
         raise ExportError(f"{path.name}: TorchScript export failed: {type(error).__name__}: {error}") from error
@@ -37,12 +36,12 @@ def write_torchscript(path_module: ActionPath, example: tuple[Tensor, ...], path
 class TorchScriptRunner:
     """Runs a saved trace on torch tensors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: FilePath) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._module = torch.jit.load(str(path), map_location="cpu")
 
-    def __call__(self, inputs: Sequence[Tensor]) -> np.ndarray:
-        """Actions (B, A, D)."""
+    def __call__(self, inputs: Sequence[Tensor]) -> list[np.ndarray]:
+        """The outputs, in order."""
         with torch.no_grad():
-            return self._module(*inputs).numpy()
+            return [value.numpy() for value in self._module(*inputs)]

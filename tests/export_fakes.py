@@ -5,9 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.envelope import Envelope
 from export.manifest import RobotNames
-from export.wrappers import random_inputs
-from worldmodel.contracts import ClipSpec, Observation
+from export.tensors import observation_specs, random_tensors
+from export.trust import Trust, no_trust
+from export.wrappers import ActionPath
+from worldmodel.contracts import Batch, ClipSpec, Future, Observation
+from worldmodel.guess import Decision
+from worldmodel.streaming import future_of_actions
 
 SPEC = ClipSpec(height=8, width=8, points=3, proprio=5, action=6, text=32, taxels=(2, 2, 2))
 ROBOTS = {"sawyer": RobotNames(action_names=("x", "y", "z", "grip"), proprio_names=tuple("abcde"))}
@@ -30,7 +35,7 @@ class FakeModel(nn.Module):
         self.statistics_hash = "0" * 64
         self.action_steps = 2
         self.metadata: dict[str, Any] = {"schema_version": 1, "training": {"tasks": ["reach-v3"]}}
-        width = self._features(Observation(*random_inputs(spec, 1)[:-1])).shape[1]
+        width = self._features(made_up(spec)).shape[1]
         actions = spec.chunk * spec.action
         self.read = nn.Linear(width, actions)
         self.velocity = nn.Linear(actions, actions)
@@ -42,6 +47,14 @@ class FakeModel(nn.Module):
         for _ in range(2):
             actions = actions - 0.5 * torch.tanh(self.velocity(actions) + context)
         return actions.unflatten(1, (self.spec.chunk, self.spec.action))
+
+    def decide(self, observation: Observation, noise: Tensor) -> Decision:
+        """The same actions with what tells their worth."""
+        actions = self.act(observation, noise)
+        features = torch.tanh(self.read(self._features(observation)))[:, :8]
+        memory: Any = None
+        words = observation.text[:, :8].float() / 256 * observation.has_text.unsqueeze(1)
+        return Decision(actions, actions - noise, features, words, observation.proprio[:, -1], memory)
 
     def _features(self, o: Observation) -> Tensor:
         views = o.rgb.float().transpose(1, 2) / 255
@@ -60,6 +73,32 @@ class FakeModel(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def fake_observations(count: int = 2, spec: ClipSpec = SPEC) -> list[tuple[str, Observation]]:
-    """Made-up observations of batch 1, each with a key."""
-    return [(f"episode{i}@{i}", Observation(*random_inputs(spec, 1, seed=i)[:-1])) for i in range(count)]
+def made_up(spec: ClipSpec = SPEC, batch: int = 1, seed: int = 0) -> Observation:
+    """A made-up observation."""
+    return Observation(*random_tensors(observation_specs(spec), spec, batch, seed))
+
+
+def fake_moments(count: int = 2, spec: ClipSpec = SPEC) -> list[tuple[str, list[Observation]]]:
+    """Made-up moments of two ticks of batch 1, each with a key."""
+    return [(f"episode{i}@{i}", [made_up(spec, 1, 7 * i + k) for k in (1, 0)]) for i in range(count)]
+
+
+def fake_clips(count: int = 12, spec: ClipSpec = SPEC) -> dict[str, list[Batch]]:
+    """Made-up clips with actions, by split."""
+    splits: dict[str, list[Batch]] = {}
+    for number, split in enumerate(("train", "heldout_episodes", "heldout_tasks")):
+        splits[split] = []
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(100 * number + seed)
+            now = made_up(spec, count // 4, 100 * number + seed)
+            actions = torch.randn((count // 4, spec.chunk, spec.action), generator=generator)
+            future: Future = future_of_actions(now, actions)
+            splits[split].append(Batch(now, future, torch.zeros(0), [f"{split}{seed}"] * (count // 4)))
+    return splits
+
+
+def action_path(model: nn.Module) -> ActionPath:
+    """The policy path of a fake model, with limits of nothing and calibrated to nothing."""
+    spec: ClipSpec = model.spec  # pyright: ignore[reportAssignmentType]
+    made = ActionPath(model, Envelope(spec, model.statistics, {}), Trust(no_trust(8, spec.proprio)))  # pyright: ignore
+    return made.eval()

@@ -162,9 +162,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 def made_up_artefact(out: Path) -> Path:
     """The artefact of a small model without training."""
-    from export_fakes import ROBOTS, FakeModel, fake_observations
+    from export_fakes import ROBOTS, FakeModel, fake_clips, fake_moments
 
     from export.build import BuildOptions, build_artefact
 
-    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",)))
+    options = BuildOptions(paths=("policy",), formats=("onnx",))
+    build_artefact(FakeModel(), out, fake_moments(1), fake_clips(), ROBOTS, options)
     return out

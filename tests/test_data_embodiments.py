@@ -52,6 +52,7 @@ def test_metadata_that_contradict_the_registry_are_refused(tiny_dataset: Path, t
     assert len(found) == 1 and "delta_z is " in found[0] and "[-1.0, 1.0]" in found[0]
 
 
+ARM = "{title: x, gripper: null, proprio: {names: [p], units: [m]}, action: {names: [a], units: [m]}, envelope: "
 BROKEN: dict[str, tuple[str, str]] = {
     "not yaml": ("a: [", "not readable YAML"),
     "fields": ("title: x", r"must have the fields \['action', 'gripper', 'proprio', 'title'\]"),
@@ -63,6 +64,30 @@ BROKEN: dict[str, tuple[str, str]] = {
     "gripper": (
         "{title: x, action: {names: [a], units: [m]}, gripper: {names: [b], open: 0, closed: 1}, proprio: null}",
         r"gripper: \['b'\] are none of the actions \['a'\]",
+    ),
+    "envelope fields": (
+        ARM + "{joints: {}}}",
+        "envelope: must have source, contact",
+    ),
+    "envelope joint": (
+        ARM + "{source: s, contact: 1, joints: {b: {controls: position}}}}",
+        r"envelope: \['b'\] are none of the actions",
+    ),
+    "envelope kind": (
+        ARM + "{source: s, contact: 1, joints: {a: {controls: torque}}}}",
+        "envelope: a: controls 'torque', expected one of position, velocity, effort",
+    ),
+    "envelope measured": (
+        ARM + "{source: s, contact: 1, joints: {a: {controls: position, measured: q}}}}",
+        "envelope: a: measured 'q' is none of",
+    ),
+    "envelope position": (
+        ARM + "{source: s, contact: 1, joints: {a: {controls: velocity, position: [0, 1]}}}}",
+        "envelope: a: position must be",
+    ),
+    "envelope sign": (
+        ARM + "{source: s, contact: 1, joints: {a: {controls: position, velocity: -1}}}}",
+        r"envelope: a: \['velocity'\] must be above 0",
     ),
 }
 

@@ -12,7 +12,7 @@ from export_fakes import FakeModel
 from export.__main__ import main
 from export.build import BuildOptions, build_artefact
 from export.drive import OnnxPolicyFactory
-from export.observations import held_out_observations, robot_names
+from export.observations import held_out_moments, recorded_clips, robot_names
 from worldmodel.closed_loop import Rollout
 from worldmodel.contracts import ClipSpec
 from worldmodel.controllers import EagerPolicy, ExpertPolicy
@@ -29,12 +29,12 @@ SPEC = ClipSpec()
 @pytest.fixture(scope="module")
 def artefact(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reader = ShardReader(tiny_dataset)
-    observations = held_out_observations(reader, SPEC, 2)
-    assert [key.split()[0] for key, _ in observations] == ["heldout_episodes"] * 2 + ["heldout_tasks"] * 2
-    assert "@0" in observations[0][0]
+    moments = held_out_moments(reader, SPEC, 2, ticks=3)
+    assert [key.split()[0] for key, _ in moments] == ["heldout_episodes"] * 2 + ["heldout_tasks"] * 2
+    assert "@0" in moments[0][0] and len(moments[0][1]) == 3 and len(moments[1][1]) == 1
     out = tmp_path_factory.mktemp("artefacts") / "fake"
-    options = BuildOptions(formats=("onnx",))
-    build_artefact(FakeModel(SPEC), out, observations, robot_names(reader, SPEC), options)
+    options = BuildOptions(paths=("policy",), formats=("onnx",))
+    build_artefact(FakeModel(SPEC), out, moments, recorded_clips(reader, SPEC, 12), robot_names(reader, SPEC), options)
     return out
 
 
@@ -50,14 +50,19 @@ def test_artefact_and_checkpoint_drive_alike(artefact: Path, mask: tuple[str, ..
     eager = EagerPolicy(cast(WorldModel, FakeModel(SPEC).eval()), mask=mask)
     scene = MetaworldScene("drawer-close-v3", pixels=SPEC.height, cameras=SPEC.cameras)
     observation: dict[str, Any] = scene.reset(np.random.default_rng(0))
-    chunk = np.zeros((0, 4))
+    chunk, free = np.zeros((0, 4)), 0
     for step in range(14):
         for policy in (exported, eager):
             policy.observe(observation)
         if step % 4 == 0:
-            chunk = exported.act()
-            np.testing.assert_allclose(chunk, eager.act(), atol=1e-4)
+            chunk, wanted = exported.act(), eager.act().clip(-1, 1)
+            assert exported.report is not None and 0 < exported.report.confidence < 1
+            # The command range is the eager policy's too; nothing else may change an action unsaid.
+            held = np.any([rows for kind, rows in exported.report.limited.items() if kind != "command"], axis=0)
+            np.testing.assert_allclose(chunk[~held], wanted[~held], atol=1e-4)
+            free += int((~held).sum())
         observation, _ = scene.step(chunk[step % 4], images=(step + 1) % 4 == 0)
+    assert free > 16
     scene.close()
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import compose
 from safetensors.torch import load_file, save_file
 
-from export.wrappers import INPUT_NAMES, random_inputs
+from export.tensors import observation_specs, random_tensors
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import MODES, STREAMS, ClipSpec, Future, Observation, WorldState
 from worldmodel.data.statistics import statistics_hash
@@ -22,8 +22,7 @@ from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 
 
 def observation_of(spec: ClipSpec, batch: int = 2) -> Observation:
-    inputs = dict(zip(INPUT_NAMES, random_inputs(spec, batch), strict=False))
-    return Observation(**{name: inputs[name] for name in Observation._fields})
+    return Observation(*random_tensors(observation_specs(spec), spec, batch))
 
 
 def future_of(spec: ClipSpec, batch: int = 2) -> Future:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_fakes import ROBOTS, SPEC, FakeModel, fake_observations
+from export_fakes import ROBOTS, SPEC, FakeModel, action_path, fake_clips, fake_moments
 
 from export.build import BuildOptions, build_artefact
+from export.envelope import Envelope
 from export.runtime import OnnxPolicy, RuntimeContractError, encode_instruction, load_manifest
 from worldmodel.data.live import observation_from_history
 
@@ -25,7 +26,8 @@ PROPRIO, POINTS = 5, 3
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artefacts") / "fake"
-    build_artefact(FakeModel(), out, fake_observations(1), ROBOTS, BuildOptions(formats=("onnx",)))
+    options = BuildOptions(paths=("policy",), formats=("onnx",))
+    build_artefact(FakeModel(), out, fake_moments(1), fake_clips(), ROBOTS, options)
     return out
 
 
@@ -103,10 +105,13 @@ def test_actions_equal_the_graph_and_have_the_robots_dimensions(artefact: Path) 
     policy = OnnxPolicy(artefact)
     run_to(policy, 9)
     noise = np.random.default_rng(0).standard_normal((SPEC.chunk, SPEC.action)).astype(np.float32)
-    inputs = [torch.from_numpy(value) for value in [*policy.inputs().values(), noise[None]]]
-    from export.wrappers import ActionPath
-
-    expected = ActionPath(FakeModel())(*inputs).detach().numpy()[0, :, :4]
+    feed = policy.inputs()
+    assert feed["proprio"][0, -1, :3].tolist() == [9, 9, 9]
+    before = (np.zeros((1, 2, SPEC.action), np.float32), np.zeros((1, 2), bool))
+    inputs = [torch.from_numpy(value) for value in [*feed.values(), noise[None], *before]]
+    path = action_path(FakeModel())
+    path.envelope = Envelope(SPEC, path.model.statistics)
+    expected = path(*inputs)[0].detach().numpy()[0, :, :4]
     actions = policy.act(noise=noise)
     assert actions.shape == (SPEC.chunk, 4) and policy.action_names == ["x", "y", "z", "grip"]
     np.testing.assert_allclose(actions, expected, atol=1e-5)
@@ -216,8 +221,8 @@ def test_bad_arguments_are_refused_by_name(artefact: Path) -> None:
         ("policy.onnx", b"truncated", r"policy\.onnx: altered since export: 9 bytes"),
         ("golden.npz", None, r"golden\.npz: missing"),
         ("manifest.json", b"{", "not valid JSON"),
-        ("manifest.json", b'{"schema_version": 99}', "schema_version is 99, this runtime reads 1"),
-        ("manifest.json", b'{"schema_version": 1}', r"manifest\.json: has no \['control'.*'onnx'"),
+        ("manifest.json", b'{"schema_version": 99}', "schema_version is 99, this runtime reads 2"),
+        ("manifest.json", b'{"schema_version": 2}', r"manifest\.json: has no \['control'.*'paths'"),
         ("manifest.json", None, r"no manifest\.json"),
     ],
 )
@@ -233,7 +238,7 @@ def test_damaged_artefact_is_refused(
 
 def test_file_outside_the_folder_is_refused(artefact: Path, tmp_path: Path) -> None:
     manifest = load_manifest(artefact)
-    manifest["onnx"] = "../policy.onnx"
+    manifest["graphs"] = []
     manifest["files"] = {"../policy.onnx": {"bytes": 0, "sha256": ""}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RuntimeContractError, match="does not lie in the artefact folder"):

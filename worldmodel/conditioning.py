@@ -73,7 +73,11 @@ def give(
     shown = torch.cat([has["points"], has["camera"]], 1)[:, None, None, :, None, None]
     if latents is None and flags.get("video", False) is not False:
         raise ConfigError("given: views of the future are given as latents, which are missing")
-    film, moved = moved_pictures(model, observation, poses, tracks, has["camera"], has["points"])
+    if {"camera", "points"} & set(wanted):
+        film, moved = moved_pictures(model, observation, poses, tracks, has["camera"], has["points"])
+    else:  # no branch on values, which an exported graph cannot have
+        film = (observation.rgb[:, -1:].float() / 127.5 - 1.0).expand(-1, steps, -1, -1, -1, -1)
+        moved = poses.new_zeros(b, frames, poses.shape[2], model.autoencoder.channels, *model.grid)
     return Given(
         video=latents,
         camera=model.future_camera(s, poses),
@@ -228,7 +232,8 @@ class GuidedFlow:
             values.pop("actions")
         has_streams, has_actions = any(name in values for name in STREAMS), "actions" in values
         first = next(iter(now.values()))
-        level = torch.as_tensor(sigma).to(first).expand(first.shape[0])
+        rows = first.shape[0]
+        level = sigma.to(first).expand(rows) if isinstance(sigma, Tensor) else first.new_full((rows,), sigma)
         filled = {**dict.fromkeys(STREAMS, level), **values}  # the denoiser does not read streams it has not
         stream_level = level if any(name in now for name in STREAMS) else torch.zeros_like(level)
         streams, action = self.model.velocity(

@@ -31,6 +31,24 @@ class Memory(NamedTuple):
     source: Source | None = None  # another clip that the future follows
 
 
+class Past(NamedTuple):
+    """What reading goes on from, of a memory whose rest is gone."""
+
+    kept: StreamState
+    streams: tuple[str, ...]
+
+
+class Decision(NamedTuple):
+    """A chunk of actions, and what tells how far to trust it."""
+
+    actions: Tensor  # (B, A, D) in the embodiment's units
+    doubt: Tensor  # (B, A, D) normalised actions: the answer less what the first flow step alone would have been
+    features: Tensor  # (B, W) mean of what the action transformer reads
+    instruction: Tensor  # (B, W), zero where absent
+    proprio: Tensor  # (B, P) newest, standardised
+    memory: Memory
+
+
 class Guess(nn.Module):
     """The guess, and what an answer means beside it."""
 

@@ -13,7 +13,7 @@ from worldmodel.contracts import STREAMS, ClipSpec, Fused, Future, Observation, 
 from worldmodel.encoders.fusion import SENSES, FusionEncoder
 from worldmodel.encoders.motion import MotionEncoder
 from worldmodel.errors import ConfigError
-from worldmodel.guess import Guess, Memory
+from worldmodel.guess import Guess, Memory, Past
 from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
@@ -157,7 +157,7 @@ class JointTransformer(Guess):
         *,
         streams: Sequence[str] = STREAMS,
         read_only: bool = False,
-        past: Memory | None = None,
+        past: Memory | Past | None = None,
         fresh: int | None = None,
     ) -> Memory:
         """Reads the history once. Without `latents` the video stream is left out and costs nothing.

@@ -20,7 +20,8 @@ from worldmodel.contracts import (
 from worldmodel.editing import Reference, composite, draw, look_from, read_request, replace_element
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import pluecker_rays
-from worldmodel.joint import JointTransformer, Memory
+from worldmodel.guess import Decision, Memory, Past
+from worldmodel.joint import JointTransformer
 from worldmodel.normalise import DELTA_GAIN
 from worldmodel.policy.realtime import Decided
 from worldmodel.synthesis.autoencoder import carry_residual
@@ -60,7 +61,13 @@ class WorldModel(JointTransformer):
 
         What is `decided` already stays as it is, and the rest continues it.
         """
+        return self.draft_actions(memory, noise, decided)[0]
+
+    def draft_actions(self, memory: Memory, noise: Tensor, decided: Decided | None = None) -> tuple[Tensor, Tensor]:
+        """What `denoise_actions` answers, and what the first flow step alone would have: how far they differ tells
+        how sure the answer is."""
         start = noise if decided is None else decided.fill(noise)
+        drafts: list[Tensor] = []
 
         def step(actions: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
             level = noise.new_full((noise.shape[0],), sigma)
@@ -68,9 +75,12 @@ class WorldModel(JointTransformer):
                 level = decided.levels(level)
             _, velocity = self.velocity(memory, actions=actions["actions"], action_level=level)
             assert velocity is not None
-            return {"actions": velocity if decided is None else decided.still(velocity)}
+            velocity = velocity if decided is None else decided.still(velocity)
+            drafts.append(actions["actions"] - sigma * velocity)
+            return {"actions": velocity}
 
-        return integrate(step, {"actions": start}, sampling_sigmas(self.action_steps, self.action_shift))["actions"]
+        levels = sampling_sigmas(self.action_steps, self.action_shift)
+        return integrate(step, {"actions": start}, levels)["actions"], drafts[0]
 
     def act(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Tensor:
         """Policy mode: observation and noise (B, A, D) -> actions (B, A, D) in the embodiment's units.
@@ -88,6 +98,24 @@ class WorldModel(JointTransformer):
             decided = decided._replace(actions=own)
         actions = self.denoise_actions(memory, noise, decided)
         return self.normaliser.restore("action", actions, memory.embodiment)
+
+    def decide(
+        self, observation: Observation, noise: Tensor, past: Past | Memory | None = None, fresh: int | None = None
+    ) -> Decision:
+        """As `act`, with what tells how far to trust the answer; `past` and `fresh` as in `remember`.
+
+        A network of a single flow step is asked a second time, from the opposite noise.
+        """
+        senses = self.normaliser(observation, self.grid)
+        latents = self.history_latents(observation if fresh is None else observation.newest(fresh))
+        memory = self.remember(senses, latents, past=past, fresh=fresh)
+        actions, draft = self.draft_actions(memory, noise)
+        if self.action_steps == 1:
+            draft = self.denoise_actions(memory, -noise)
+        answer = self.normaliser.restore("action", actions, observation.embodiment)
+        context = memory.action_context
+        features = self.expert.mean(context)
+        return Decision(answer, actions - draft, features, context.instruction, senses.proprio[:, -1], memory)
 
     def understand(self, observation: Observation) -> Understanding:
         """Reads the heads of stage 1. Mask the senses in `observation` that the answer must not be copied from."""
@@ -127,15 +155,17 @@ class WorldModel(JointTransformer):
         future: Future | None,
         mode: str,
         *,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         steps: int | None = None,
         coupling: str | None = None,
         memory: Memory | None = None,
         given: Flags | None = None,
         guidance: Mapping[str, float] | None = None,
+        noise: Mapping[str, Tensor] | None = None,
     ) -> Prediction:
         """Runs one of the five modes. `future` gives what the dynamics modes condition on; other modes ignore it.
 
+        `generator` draws the noise to start from, unless `noise` gives it, by stream and for `actions`.
         `memory` is what was read up to and with this observation; without it the observation's own history is read.
         `given` says what else of `future` is given where streams are predicted: views (`video`), the path of the
         `camera`, tracks of `points`, for all rows, per row or per slot. `guidance` has a scale for `camera`, `points`,
@@ -184,10 +214,13 @@ class WorldModel(JointTransformer):
         free: dict[str, Tensor] = {}
         fixed: dict[str, Tensor] = {}
         action_shape = (b, spec.chunk, spec.action)
+        if noise is None:
+            order = [*(("actions",) if do_actions else ()), *(shapes if do_streams else ())]
+            noise = {n: torch.randn((shapes | {"actions": action_shape})[n], generator=generator) for n in order}
+        drawn = {n: start.to(s.points) for n, start in noise.items()}
         if do_actions:
-            free["actions"] = torch.randn(action_shape, generator=generator).to(s.points)
+            free["actions"] = drawn["actions"]
         if do_streams:
-            drawn = {n: torch.randn(shape, generator=generator).to(s.points) for n, shape in shapes.items()}
             free |= {n: drawn[n] for n in self.denoiser.streams}
         if mode == "forward_dynamics" and future is not None:
             fixed["actions"] = self.normaliser.standardise("action", future.actions, s.embodiment)

@@ -1,9 +1,10 @@
 """The registry of robots: what the numbers of an action and of a state mean, one YAML file per embodiment.
 
 `configs/embodiments/NAME.yaml` holds `title`, `action` and `proprio` (`names`, `units`, optional `limits`; null where
-nothing is measured) and `gripper` (`names` of the actions that move it, values when `open` and when `closed`). Data of
-an embodiment that has an entry must have these names in this order, since episodes of one embodiment share one space;
-a robot that is driven in another way is another embodiment. Data of embodiments without an entry are taken as they are.
+nothing is measured), `gripper` (`names` of the actions that move it, values when `open` and when `closed`) and, for
+what may be commanded, an optional `envelope` (see `Envelope`). Data of an embodiment that has an entry must have these
+names in this order, since episodes of one embodiment share one space; a robot that is driven in another way is another
+embodiment. Data of embodiments without an entry are taken as they are.
 """
 
 import re
@@ -20,6 +21,8 @@ from worldmodel.errors import ConfigError
 
 REGISTRY = Path(__file__).parents[2] / "configs" / "embodiments"
 _FIELDS = {"title", "action", "gripper", "proprio"}
+CONTROLS = ("position", "velocity", "effort")
+"""What the number of an action commands: where its joint goes, how fast it moves, or how hard it pushes."""
 _SLACK = 0.01
 """Share of its range by which a value may pass a limit: encoders overshoot."""
 
@@ -43,6 +46,32 @@ class Gripper:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Joint:
+    """What one action moves and how far that may go; None where there is no limit.
+
+    Position, velocity and acceleration are those of the joint, in the unit that `measured` has, per second and per
+    second squared. `rate` is the velocity that a command of 1 stands for; joints that are sent to positions have 1.
+    """
+
+    controls: str  # one of CONTROLS
+    measured: str | None = None  # the dimension of proprioception that says where it is
+    rate: float = 1.0
+    position: tuple[float, float] | None = None
+    velocity: float | None = None
+    acceleration: float | None = None
+    force: float | None = None  # largest size of an effort, in the unit of the action
+
+
+@dataclass(frozen=True, kw_only=True)
+class Envelope:
+    """What a robot may be commanded beside the `limits` of its actions."""
+
+    source: str  # where the figures come from
+    contact: float | None  # N, at any wrench sensor; above it all motion is brought to rest
+    joints: Mapping[str, Joint]  # by action name; those without an entry have the limits of their action alone
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embodiment:
     """A robot under one kind of control; None stands for what it does not have."""
 
@@ -51,6 +80,7 @@ class Embodiment:
     action: Channels | None
     gripper: Gripper | None
     proprio: Channels | None
+    envelope: Envelope | None = None
 
 
 @cache
@@ -75,7 +105,7 @@ def load_embodiments(folder: Path = REGISTRY) -> Mapping[str, Embodiment]:
 
 
 def _entry(content: Any, path: Path) -> Embodiment:
-    if not isinstance(content, dict) or set(content) != _FIELDS:
+    if not isinstance(content, dict) or set(content) - {"envelope"} != _FIELDS:
         has = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{path}: must have the fields {sorted(_FIELDS)} (null for what is absent), it has {has}")
     action, proprio = (_channels(content[name], f"{path}: {name}") for name in ("action", "proprio"))
@@ -87,7 +117,49 @@ def _entry(content: Any, path: Path) -> Embodiment:
         if unknown := [name for name in values["names"] if name not in known]:
             raise ConfigError(f"{path}: gripper: {unknown} are none of the actions {list(known)}")
         gripper = Gripper(names=tuple(values["names"]), open=float(values["open"]), closed=float(values["closed"]))
-    return Embodiment(name=path.stem, title=str(content["title"]), action=action, gripper=gripper, proprio=proprio)
+    envelope = _envelope(content.get("envelope"), action, proprio, f"{path}: envelope")
+    return Embodiment(
+        name=path.stem,
+        title=str(content["title"]),
+        action=action,
+        gripper=gripper,
+        proprio=proprio,
+        envelope=envelope,
+    )
+
+
+def _envelope(values: Any, action: Channels | None, proprio: Channels | None, where: str) -> Envelope | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict) or set(values) != {"source", "contact", "joints"}:
+        raise ConfigError(f"{where}: must have source, contact (N or null) and joints, or be absent")
+    known = action.names if action else ()
+    if unknown := [name for name in values["joints"] if name not in known]:
+        raise ConfigError(f"{where}: {unknown} are none of the actions {list(known)}")
+    joints = {name: _joint(entry, proprio, f"{where}: {name}") for name, entry in values["joints"].items()}
+    contact = None if values["contact"] is None else float(values["contact"])
+    return Envelope(source=str(values["source"]), contact=contact, joints=joints)
+
+
+def _joint(values: Any, proprio: Channels | None, where: str) -> Joint:
+    fields = Joint.__dataclass_fields__
+    if not isinstance(values, dict) or "controls" not in values or set(values) - set(fields):
+        raise ConfigError(f"{where}: must have controls and otherwise some of {', '.join(fields)}")
+    kind, measured, known = values["controls"], values.get("measured"), proprio.names if proprio else ()
+    if kind not in CONTROLS:
+        raise ConfigError(f"{where}: controls {kind!r}, expected one of {', '.join(CONTROLS)}")
+    if measured is not None and measured not in known:
+        raise ConfigError(f"{where}: measured {measured!r} is none of the proprioception {list(known)}")
+    numbers = {name: float(values[name]) for name in ("rate", "velocity", "acceleration", "force") if name in values}
+    if wrong := [name for name, value in numbers.items() if not value > 0]:
+        raise ConfigError(f"{where}: {wrong} must be above 0")
+    pair = None
+    if "position" in values:
+        low, high = (float(value) for value in values["position"])
+        pair = (low, high)
+        if low >= high or (kind == "velocity" and measured is None) or kind == "effort":
+            raise ConfigError(f"{where}: position must be [lowest, highest] of a joint whose position is known")
+    return Joint(controls=kind, measured=measured, position=pair, **numbers)
 
 
 def _channels(values: Any, where: str) -> Channels | None:

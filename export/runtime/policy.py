@@ -1,92 +1,26 @@
-"""Runs an exported policy on a robot: numpy, onnxruntime and the standard library, nothing else of this repository.
-
-A copy of this file lies in every artefact folder, so that the folder alone is enough:
-
-    policy = OnnxPolicy("artefact", instruction="Press the red button.")
-    policy.reset()
-    while running:
-        policy.observe(observation)          # every control step; see `OnnxPolicy.observe` for the names
-        if step % policy.stride == 0:
-            chunk = policy.act()             # (A, D) actions in the robot's own units, chunk[0] is executed now
-        execute(chunk[step % policy.stride])
-"""
+"""The exported policy as an object that observes and acts."""
 
 import copy
 import difflib
-import hashlib
-import json
 from collections import deque
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
-MANIFEST_SCHEMA = 1
-"""Version of manifest.json that this file reads."""
-
-SENSES = ("rgb", "camera", "points", "wrench", "taxels", "proprio", "text")
-"""What a presence mask can hide. `touch` is accepted as a short name for wrench and taxels."""
-
-ROTATION_TOLERANCE = 1e-3
+from .manifest import SENSES, RuntimeContractError, find_graph, load_manifest
+from .observation import checked, encode_instruction, known, observation_shapes
 
 
-class RuntimeContractError(ValueError):
-    """An artefact or an observation is not what the manifest says."""
+class Report(NamedTuple):
+    """What the graph says of its last answer."""
 
-
-def load_manifest(folder: str | Path) -> dict[str, Any]:
-    """Reads manifest.json and checks its version and the size and sha256 of every file it lists.
-
-    Raises:
-        RuntimeContractError: no manifest, another schema version, or a file that is missing or altered.
-    """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise RuntimeContractError(f"{folder}: no manifest.json; expected a folder written by `python -m export build`")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RuntimeContractError(f"{path}: not valid JSON ({error})") from None
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != MANIFEST_SCHEMA:
-        raise RuntimeContractError(f"{path}: schema_version is {version!r}, this runtime reads {MANIFEST_SCHEMA}")
-    needed = {"control", "embodiments", "files", "inputs", "onnx", "optional", "spec"}
-    if lacking := sorted(needed - set(manifest)):
-        raise RuntimeContractError(f"{path}: has no {lacking}")
-    if manifest["onnx"] not in manifest["files"]:
-        raise RuntimeContractError(f"{path}: onnx is {manifest['onnx']!r}, expected one of {sorted(manifest['files'])}")
-    for name, entry in manifest["files"].items():
-        if Path(name).name != name:
-            raise RuntimeContractError(f"{path}: file {name!r} does not lie in the artefact folder")
-        if not (folder / name).is_file():
-            raise RuntimeContractError(f"{folder / name}: missing, but listed in manifest.json")
-        content = (folder / name).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if len(content) != entry["bytes"] or digest != entry["sha256"]:
-            raise RuntimeContractError(
-                f"{folder / name}: altered since export: {len(content)} bytes, sha256 {digest[:12]}...; "
-                f"manifest.json says {entry['bytes']} bytes, sha256 {entry['sha256'][:12]}..."
-            )
-    return manifest
-
-
-def encode_instruction(text: str, length: int) -> np.ndarray:
-    """UTF-8 bytes plus one, padded with 0 to `length`: (L,) int64.
-
-    Raises:
-        RuntimeContractError: the text is longer than the model reads.
-    """
-    if not isinstance(text, str):
-        raise RuntimeContractError(f"instruction: got {type(text).__name__}, expected str")
-    encoded = text.encode("utf-8")
-    if len(encoded) > length:
-        raise RuntimeContractError(f"instruction: {len(encoded)} bytes, expected at most {length}: {text!r}")
-    row = np.zeros(length, np.int64)
-    row[: len(encoded)] = np.frombuffer(encoded, np.uint8).astype(np.int64) + 1
-    return row
+    limited: dict[str, np.ndarray]  # kind of limit -> (A,) bool, which rows it changed
+    confidence: float  # 0 to 1, see `trust` in the manifest
+    novelty: float  # distance from the training data; above 1 the observation is out of distribution
+    out_of_distribution: bool
 
 
 class OnnxPolicy:
@@ -100,6 +34,8 @@ class OnnxPolicy:
         allow_missing: cameras that may be absent (`front`), or senses that the manifest does not list as optional.
         mask: senses to hide although they are observed, of `SENSES` or `touch`.
         embodiment: name of the robot; needed only where the artefact knows several.
+        precision: of the graph, one that the manifest lists.
+        unproven: runs a graph that failed its check when it was built.
 
     Raises:
         RuntimeContractError: see `load_manifest`; or an argument names something the artefact does not have.
@@ -115,6 +51,8 @@ class OnnxPolicy:
         allow_missing: Collection[str] = (),
         mask: Iterable[str] = (),
         embodiment: str | None = None,
+        precision: str = "fp32",
+        unproven: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.manifest = load_manifest(folder)
@@ -134,18 +72,19 @@ class OnnxPolicy:
         self._robot = robots[embodiment]
         self.embodiment: str = embodiment
         self.action_names: list[str] = list(self._robot["action_names"])
-        self._shapes = _observation_shapes(spec, self._robot["proprio_dims"])
+        self._shapes = observation_shapes(spec, self._robot["proprio_dims"])
         self._instruction = instruction
-        self._allowed = _known(allow_missing, [*self.cameras, *SENSES], "allow_missing")
-        chosen = _known(mask, [*SENSES, "touch"], "mask")
+        self._allowed = known(allow_missing, [*self.cameras, *SENSES], "allow_missing")
+        chosen = known(mask, [*SENSES, "touch"], "mask")
         self._masked = (chosen - {"touch"}) | ({"wrench", "taxels"} if "touch" in chosen else set())
         self._optional = set(self.manifest["optional"]) | self._allowed | self._masked
         self._seed = seed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        path = self.folder / self.manifest["onnx"]
+        path = self.folder / find_graph(self.manifest, "policy", precision, unproven=unproven)
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._inputs = self.manifest["paths"]["policy"]["inputs"]
         self.reset()
 
     @property
@@ -164,6 +103,9 @@ class OnnxPolicy:
         self._ring: deque[dict[str, np.ndarray]] = deque(maxlen=self.history * self.stride)
         self._text = self._instruction
         self._random = np.random.default_rng(self._seed)
+        self._chunk: np.ndarray | None = None
+        self._executed = 0
+        self.report: Report | None = None
 
     def observe(self, observation: dict[str, Any]) -> None:
         """Takes the observation of one control step. Call it once per step, 1/fps seconds apart.
@@ -188,14 +130,15 @@ class OnnxPolicy:
                 near = difflib.get_close_matches(key, self._shapes, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise RuntimeContractError(f"{key}: unknown; {hint}expected names {sorted(self._shapes)}")
-            step[key] = _checked(key, value, *self._shapes[key])
+            step[key] = checked(key, value, *self._shapes[key])
         if ("points" in step) != ("visible" in step) or len(step.get("points", ())) != len(step.get("visible", ())):
             raise RuntimeContractError("points, visible: expected both, with one flag per point")
         self._text = text
         self._ring.append(step)
+        self._executed += 1
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """The graph's inputs for now, without the noise; batch 1.
+        """The graph's inputs for now, without noise and earlier commands; batch 1.
 
         Raises:
             RuntimeContractError: nothing observed yet, or a camera or sense is missing that must not be.
@@ -208,8 +151,8 @@ class OnnxPolicy:
         series = [[max(0, frame - back) for back in reversed(range(self.stride))] for frame in frames]
         feed = {
             entry["name"]: np.zeros([1, *entry["shape"][1:]], entry["dtype"])
-            for entry in self.manifest["inputs"]
-            if entry["name"] != "noise"
+            for entry in self._inputs
+            if entry["name"] not in ("noise", "previous", "has_previous")
         }
         # Hidden views still pass through pose arithmetic on their way to the mask: identities keep it finite.
         feed["intrinsics"][...] = np.eye(3, dtype=np.float32)
@@ -250,11 +193,15 @@ class OnnxPolicy:
             raise RuntimeContractError("instruction: missing; give it to OnnxPolicy(instruction=...) or to observe")
         return feed
 
-    def act(self, noise: np.ndarray | None = None) -> np.ndarray:
+    def act(self, noise: np.ndarray | None = None, previous: np.ndarray | None = None) -> np.ndarray:
         """The next chunk: (A, D) float32 in the units of the manifest; row 0 is the action to execute now.
+
+        `report` then says which limits changed it and how far to trust it.
 
         Args:
             noise: (A, padded D) standard normal values to start the flow from; drawn from the seed by default.
+            previous: (2, D) the commands that were executed last, oldest first, for limits of velocity and
+                acceleration. By default the rows of the last chunk, one for each step observed since it was answered.
 
         Raises:
             RuntimeContractError: see `inputs`; the noise has another shape; or the model answered non-finite values.
@@ -263,12 +210,30 @@ class OnnxPolicy:
         shape = (self.horizon, self._padded_action)
         if noise is None:
             noise = self._random.standard_normal(shape, dtype=np.float32)
-        feed["noise"] = _checked("noise", noise, shape, "float32")[None]
-        (actions,) = self._session.run(["actions"], feed)
-        chunk = np.asarray(actions)[0, :, : len(self.action_names)]
+        feed["noise"] = checked("noise", noise, shape, "float32")[None]
+        feed["previous"], feed["has_previous"] = self._before(previous)
+        names = ["actions", "limited", "confidence", "novelty", "out_of_distribution"]
+        actions, limited, confidence, novelty, odd = (np.asarray(x)[0] for x in self._session.run(names, feed))
+        chunk = actions[:, : len(self.action_names)]
         if not np.isfinite(chunk).all():
             raise RuntimeContractError("actions: the model answered non-finite values; do not execute them")
+        kinds = {kind: limited[:, i] for i, kind in enumerate(self.manifest["limits"])}
+        self.report = Report(kinds, float(confidence), float(novelty), bool(odd))
+        self._chunk, self._executed = chunk, 0
         return chunk
+
+    def _before(self, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The two commands before now, padded (1, 2, padded D), and which of them there were (1, 2)."""
+        rows, has = np.zeros((1, 2, self._padded_action), np.float32), np.zeros((1, 2), bool)
+        size = len(self.action_names)
+        if given is not None:
+            rows[0, :, :size], has[...] = checked("previous", given, (2, size), "float32"), True
+        elif self._chunk is not None:
+            # A chunk that ran out is held at its last row.
+            for place, row in enumerate((self._executed - 2, self._executed - 1)):
+                if row >= 0:
+                    rows[0, place, :size], has[0, place] = self._chunk[min(row, len(self._chunk) - 1)], True
+        return rows, has
 
     def _flags(self, key: str, frames: list[int], count: int) -> np.ndarray:
         """(count,) bool: which points or sensors are there, all of them unless the observations say otherwise."""
@@ -296,61 +261,3 @@ class OnnxPolicy:
             f"{key}: missing {where}, expected {dtype} {list(shape)}; a robot without it says so with "
             f"OnnxPolicy(allow_missing={{{camera or sense!r}}})"
         )
-
-
-def _observation_shapes(spec: dict[str, Any], proprio: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every observation name of one control step."""
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    for camera in spec["cameras"]:
-        shapes[f"rgb.{camera}"] = ((spec["height"], spec["width"], 3), "uint8")
-        shapes[f"intrinsics.{camera}"] = ((3, 3), "float32")
-        shapes[f"camera_to_base.{camera}"] = ((4, 4), "float32")
-    sensors = len(spec["sensors"])
-    return shapes | {
-        "points": ((spec["points"], 3), "float32"),
-        "visible": ((spec["points"],), "bool"),
-        "wrench": ((sensors, 6), "float32"),
-        "taxels": ((sensors, *spec["taxels"]), "float32"),
-        "proprio": ((proprio,), "float32"),
-        "has_points": ((spec["points"],), "bool"),
-        "has_wrench": ((sensors,), "bool"),
-        "has_taxels": ((sensors,), "bool"),
-    }
-
-
-def _known(names: Iterable[str], valid: list[str], argument: str) -> set[str]:
-    """The names as a set, all of them valid."""
-    if isinstance(names, str):
-        raise RuntimeContractError(f"{argument}: got the text {names!r}, expected a collection of names")
-    for name in (chosen := set(names)):
-        if name not in valid:
-            raise RuntimeContractError(f"{argument}: unknown name {name!r}, expected some of {valid}")
-    return chosen
-
-
-def _checked(key: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A private copy of `value` in the expected type, after checking shape, type, finiteness and geometry."""
-    array = np.asarray(value)
-    # A scene with fewer tracked points than the model knows brings fewer rows.
-    fits = array.shape == shape
-    if key in ("points", "visible", "has_points"):
-        fits = array.ndim == len(shape) and array.shape[0] <= shape[0] and array.shape[1:] == shape[1:]
-    if not fits or (array.dtype.kind != "f" if dtype == "float32" else array.dtype != dtype):
-        raise RuntimeContractError(f"{key}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}")
-    array = array.astype(dtype)
-    if dtype == "float32" and not np.isfinite(array).all():
-        index = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
-        raise RuntimeContractError(f"{key}: non-finite value at {index}, expected finite {dtype} {list(shape)}")
-    if key.startswith("camera_to_base."):
-        rotation = array[:3, :3].astype(np.float64)
-        error = float(np.abs(rotation @ rotation.T - np.eye(3)).max())
-        if error > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0 or not np.array_equal(array[3], (0, 0, 0, 1)):
-            raise RuntimeContractError(
-                f"{key}: not a rigid transform (max |R Rᵀ - I| {error:.2g}, det {np.linalg.det(rotation):.3f}, "
-                f"last row {array[3].tolist()}); expected det +1, at most {ROTATION_TOLERANCE}, [0, 0, 0, 1]"
-            )
-    if key.startswith("intrinsics.") and (array[0, 0] <= 0 or array[1, 1] <= 0 or array[2, 2] != 1):
-        raise RuntimeContractError(
-            f"{key}: focal lengths {array[0, 0]:g}, {array[1, 1]:g}, last entry {array[2, 2]:g}; expected > 0, > 0, 1"
-        )
-    return array

@@ -1,0 +1,27 @@
+"""Runs an exported policy on a robot: numpy, onnxruntime and the standard library, nothing else of this repository.
+
+A copy of this folder lies in every artefact, so that the artefact alone is enough:
+
+    policy = OnnxPolicy("artefact", instruction="Press the red button.")
+    policy.reset()
+    while running:
+        policy.observe(observation)          # every control step; see `OnnxPolicy.observe` for the names
+        if step % policy.stride == 0:
+            chunk = policy.act()             # (A, D) actions in the robot's own units, chunk[0] is executed now
+        execute(chunk[step % policy.stride]) # policy.report: which limits acted, confidence, out of distribution
+"""
+
+from .manifest import MANIFEST_SCHEMA, SENSES, RuntimeContractError, find_graph, load_manifest
+from .observation import encode_instruction
+from .policy import OnnxPolicy, Report
+
+__all__ = [
+    "MANIFEST_SCHEMA",
+    "SENSES",
+    "OnnxPolicy",
+    "Report",
+    "RuntimeContractError",
+    "encode_instruction",
+    "find_graph",
+    "load_manifest",
+]
