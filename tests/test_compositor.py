@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_conditioning import clip_of
-from test_model import generator
+from test_model import draws, generator
 
 from worldmodel.compositor_loss import composite_loss
 from worldmodel.conditioning import between, give
@@ -113,7 +113,7 @@ def test_the_compositor_learns_one_batch(tiny_model, batch):
     optimiser = torch.optim.AdamW(tiny_model.compositor.parameters(), lr=5e-3)
     losses = []
     for _ in range(20):
-        loss = composite_loss(tiny_model, batch, {"camera": 1.0, "points": 1.0}, generator(3))["loss"]
+        loss = composite_loss(tiny_model, batch, {"camera": 1.0, "points": 1.0}, draws(len(batch.key), 3))["loss"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -124,7 +124,7 @@ def test_the_compositor_learns_one_batch(tiny_model, batch):
 
 def test_the_compositor_is_asked_only_for_what_is_given(tiny_model, batch):
     def loss(given: dict[str, float]) -> float:
-        return composite_loss(tiny_model, batch, given, generator(3))["loss"].item()
+        return composite_loss(tiny_model, batch, given, draws(len(batch.key), 3))["loss"].item()
 
     assert loss({}) == 0 and loss({"camera": 1.0}) > 0 and loss({"points": 1.0}) > 0
     tiny_model.compositor = None

@@ -113,7 +113,7 @@ def test_only_what_a_phase_trains_learns_and_the_teacher_does_not(tiny_model):
     assert teacher is not None and teacher.encoder is tiny_model.encoder and teacher.denoiser is not tiny_model.denoiser
     before = copy.deepcopy(teacher.state_dict())
     optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    module.losses(batch_of(tiny_model), draws())["loss"].backward()
+    module.losses(batch_of(tiny_model))["loss"].backward()
     optimiser.step()
     touched = {name.split(".")[1] for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"denoiser"}, "no actions, no gradient of the action transformer"

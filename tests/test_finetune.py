@@ -9,9 +9,10 @@ import torch
 from conftest import TINY_COUNTS, compose
 from safetensors.torch import load_file, save_file
 from synthetic import made_up_dataset
-from test_model import future_of, generator, observation_of
+from test_model import draws, future_of, generator, observation_of
 
 from worldmodel.adapters import ADAPTERS, Lora, apply_adapters, inject, merge, save_adapters, wrapped_layers
+from worldmodel.averaging import MovingAverage
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import Batch
 from worldmodel.curriculum import train
@@ -25,7 +26,7 @@ from worldmodel.finetune import in_order_of, plan_model
 from worldmodel.holdout import check_unseen
 from worldmodel.phases import Phase, make_phases
 from worldmodel.run_folder import training_record
-from worldmodel.training import MovingAverage, PhaseModule
+from worldmodel.training import PhaseModule
 
 RECIPES = ("finetune_full", "finetune_lora", "finetune_frozen")
 
@@ -109,7 +110,7 @@ def test_only_adapters_and_what_is_whole_have_gradients_optimiser_and_average(ti
     )  # fmt: skip
     module = PhaseModule(model=tiny_model, phase=phase, seed=0)
     batch = batch_of(tiny_model.spec)
-    module.world_step(batch, generator())["loss"].backward()
+    module.world_step(batch, draws())["loss"].backward()
     moved = {name for name, p in tiny_model.named_parameters() if p.grad is not None}
     assert all(".lora_" in name or name.endswith("embodiment.weight") for name in moved)
     assert {"expert.blocks.0.q.lora_B.default.weight", "expert.embodiment.weight"} <= moved

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import compose
 from test_kairos import FOUR_LAYERS, REDUCED, reduced
-from test_model import future_of, generator, observation_of
+from test_model import draws, future_of, generator, observation_of
 
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.contracts import STREAMS, Batch, WorldState
@@ -48,7 +48,7 @@ def test_a_picture_is_told_by_its_caption_alone(model: Any) -> None:
 
     def loss(batch: Batch, latents: torch.Tensor) -> float:
         with torch.no_grad():
-            return float(picture_loss(model, batch, latents, generator(), **PLAIN)["loss"])
+            return float(picture_loss(model, batch, latents, draws(), **PLAIN)["loss"])
 
     own = loss(batch, latents)
     changed = {
@@ -71,7 +71,7 @@ def test_an_absent_view_counts_for_nothing(model: Any) -> None:
     latents = latents_of(model, batch)
     other = latents.clone()
     other[:, :, 1:] = 7.0
-    losses = [picture_loss(model, batch, x, generator(), **PLAIN)["loss"] for x in (latents, other)]
+    losses = [picture_loss(model, batch, x, draws(), **PLAIN)["loss"] for x in (latents, other)]
     assert torch.equal(*losses)
 
 
@@ -82,7 +82,7 @@ def test_the_guess_of_a_picture_is_not_the_picture(tiny_model: Any) -> None:
     tiny_model.get_buffer("stream_scale").fill_(0.1)
     batch = batch_of(tiny_model)
     latents = latents_of(tiny_model, batch)
-    loss = picture_loss(tiny_model, batch, latents, generator(), **PLAIN)["loss"]
+    loss = picture_loss(tiny_model, batch, latents, draws(), **PLAIN)["loss"]
     torch.testing.assert_close(loss, latents[:, -1].square().mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_pictures_train_and_then_come_out_of_noise(tiny_model: Any) -> None:
     optimiser = torch.optim.AdamW([*model.denoiser.parameters(), *model.encoder.parameters()], lr=3e-3)
     for number in range(60):
         optimiser.zero_grad()
-        picture_loss(model, batch, latents, generator(number), **PLAIN)["loss"].backward()
+        picture_loss(model, batch, latents, draws(seed=number), **PLAIN)["loss"].backward()
         optimiser.step()
     made = sample(model, batch)
     own, other = ((made - x).square().mean() for x in (latents, latents.flip(0)))
@@ -123,8 +123,8 @@ def test_pictures_and_clips_train_the_same_network(model: Any) -> None:
     settings: dict[str, Any] = {"drop": (), "draws": 1, "insulate": False, "given": {}, "absent": 0.0, **PLAIN}
     touched = []
     for losses in (
-        picture_loss(model, batch, latents, generator(), **PLAIN),
-        world_loss(model, batch, latents, generator(), mode="video_prediction", **settings),
+        picture_loss(model, batch, latents, draws(), **PLAIN),
+        world_loss(model, batch, latents, draws(), mode="video_prediction", **settings),
     ):
         model.zero_grad()
         losses["loss"].backward()
@@ -163,7 +163,7 @@ def test_training_and_sampling_share_the_shift_and_actions_have_their_own(
     monkeypatch.setattr(worldmodel.model, "sampling_sigmas", lambda n, s: seen["sample"].append(s) or path(n, s))
     batch = batch_of(model)
     settings: dict[str, Any] = {"drop": (), "draws": 1, "insulate": False, "given": {}, "absent": 0.0, **PLAIN}
-    world_loss(model, batch, latents_of(model, batch), generator(), mode="joint", **settings)
+    world_loss(model, batch, latents_of(model, batch), draws(), mode="joint", **settings)
     with torch.no_grad():
         model.predict(batch.observation, None, "video_prediction", generator=generator(), steps=1)
         model.act(batch.observation, torch.randn(2, model.spec.chunk, model.spec.action, generator=generator()))

@@ -58,7 +58,8 @@ def test_features_are_those_of_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2"])
 def test_pictures_of_another_size_have_the_tokens_of_a_network_that_is_built_for_it(name):
-    own, other = (encoder(config=VISION[name], **size) for size in ({}, {"size": (48, 24), "cells": (4, 2)}))
+    own = encoder(config=VISION[name])
+    other = encoder(config=VISION[name], size=(48, 24), cells=(4, 2))
     other.load_state_dict(own.state_dict() | {"position": at_grid(own.position.detach(), (2, 4), (4, 2))})
     rgb = pictures(2, 2, 3, 48, 24)
     assert own(rgb).shape == (2, 2, 8, 12)
