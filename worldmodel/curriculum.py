@@ -80,7 +80,7 @@ def train(config: Mapping[str, Any]) -> Path:
         record = inherit(record, config["init"])
     model.metadata = describe(plan.model, spec, statistics, statistics_hash(statistics), record)
     fresh = not any(name.startswith("expert.") for name in begun)
-    if (way := (config["policy"] or {}).get("initialise")) not in INITIALISE:
+    if (way := (config.get("policy") or {}).get("initialise")) not in INITIALISE:
         raise ConfigError(f"policy.initialise: {way!r} is none of {', '.join(map(str, INITIALISE))}")
     if config["data"]["features"] is not None:
         seen = model.metadata["training"]
