@@ -156,6 +156,8 @@ class Phase:
 
     def pick(self, seed: int, step: int) -> Ingredient:
         """The ingredient of a step of a mixture: a function of seed and step, known before its data is loaded."""
+        if len(self.mixture) == 1:
+            return self.mixture[0]
         weights = torch.tensor([i.weight for i in self.mixture])
         return self.mixture[int(torch.multinomial(weights, 1, generator=self.generator(seed, step)))]
 

@@ -44,9 +44,20 @@ class PhaseModule(L.LightningModule):
     def training_step(self, batch: Batch | Pair, batch_idx: int) -> Tensor:
         """One optimisation step; logs each part of the loss."""
         phase = self.phase
-        generator = phase.generator(self.seed, self.global_step)
+        losses = self.losses(batch, phase.generator(self.seed, self.global_step))
+        if not bool(torch.isfinite(losses["loss"])):
+            raise FloatingPointError(
+                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
+            )
+        self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
+        return losses["loss"]
+
+    def losses(self, batch: Batch | Pair, generator: torch.Generator) -> dict[str, Tensor]:
+        """The phase's loss and its parts."""
+        phase = self.phase
         if isinstance(batch, Pair):
-            losses = edit_loss(
+            return edit_loss(
                 self.model,
                 batch,
                 generator,
@@ -55,21 +66,13 @@ class PhaseModule(L.LightningModule):
                 weights=phase.weights,
                 huber=phase.huber,
             )
-        elif phase.objective == "tokeniser":
-            losses = tokeniser_loss(self.model, batch, phase.kl_weight, generator)
-        elif phase.objective == "understanding":
-            losses = understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
-        elif phase.objective == "motion":
-            losses = motion_loss(self.model, batch, phase.dropout, generator)
-        else:
-            losses = self.world_step(batch, generator)
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(
-                f"phase {phase.name!r}, step {self.global_step}: the loss is not finite; batch keys {batch.key[:8]}"
-            )
-        self.log_dict({f"{phase.name}/{k}": v.detach() for k, v in losses.items()})
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False)
-        return losses["loss"]
+        if phase.objective == "tokeniser":
+            return tokeniser_loss(self.model, batch, phase.kl_weight, generator)
+        if phase.objective == "understanding":
+            return understanding_loss(self.model, batch, phase.dropout, generator, lens=phase.lens)
+        if phase.objective == "motion":
+            return motion_loss(self.model, batch, phase.dropout, generator)
+        return self.world_step(batch, generator)
 
     def world_step(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Loss of the ingredient that this step draws."""
