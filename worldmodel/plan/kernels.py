@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from worldmodel.model import WorldModel
 from worldmodel.plan.ledger import Ledger
@@ -104,7 +105,7 @@ class AsOnGPU(TorchFunctionMode):
         b, tq, n, e, d = q.shape
         tk, m = keys.k.shape[1], keys.k.shape[2]
         # The mask is numbers, not a tensor of the step.
-        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        with _disable_current_modes():
             seen = int(dense_window_mask(tq, tk, tk - tq, window, dilation, blocks).sum()) * n * m
         self.needed = 4.0 * b * e * d * (seen + (0 if extra is None else tq * n * extra[0].shape[1]))
         try:

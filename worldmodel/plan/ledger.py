@@ -47,7 +47,7 @@ class Ledger(TorchDispatchMode):
     formulas and what `add` is told of kernels that have none; every one belongs to the part whose module runs, or whose
     backward pass does.
 
-    After a step `flops` has (part, "forward" or "backward") -> FLOPs, `kept` the bytes by kind between both passes, and
+    After a step `flops` has (part, "forward", "backward" or "again") -> FLOPs, `kept` the bytes by kind between both passes, and
     `curve` rows of (activations, copies, gradients) at every moment that could be the fullest.
     """
 
@@ -83,7 +83,9 @@ class Ledger(TorchDispatchMode):
 
     def add(self, flops: float, part: str | None = None) -> None:
         """Counts FLOPs for a part, by default the one that runs."""
-        self.flops[part or self.part, "forward" if self.forward else "backward"] += int(flops)
+        # Modules run in the backward pass where checkpointing computes them again.
+        way = "forward" if self.forward else "backward" if len(self.stack) == 1 else "again"
+        self.flops[part or self.part, way] += int(flops)
 
     def between(self) -> None:
         """Notes what the forward pass leaves; call it before the backward pass."""

@@ -10,8 +10,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from worldmodel import conditioning
+from worldmodel import conditioning, distillation
 from worldmodel.acceleration import accelerated
 from worldmodel.checkpoint import build_model
 from worldmodel.contracts import Batch, ClipSpec, SeeingTextEncoder
@@ -23,6 +24,7 @@ from worldmodel.phases import MIXED, PARTS, Phase
 from worldmodel.plan.batch import WORDS, random_batch
 from worldmodel.plan.kernels import gpu_kernels
 from worldmodel.plan.ledger import Ledger
+from worldmodel.synthesis.sampler import sampling_sigmas
 from worldmodel.training import PhaseModule
 
 DRAWS = 4096
@@ -32,7 +34,7 @@ DRAWS = 4096
 class Count(NamedTuple):
     """What one forward and backward pass over some rows takes."""
 
-    flops: dict[tuple[str, str], float]  # (part, "forward" or "backward") -> FLOPs
+    flops: dict[tuple[str, str], float]  # (part, "forward", "backward" or "again" by checkpointing) -> FLOPs
     kept: dict[str, float]  # kind -> bytes between both passes
     peak: dict[str, float]  # most bytes at a time: activations, with copies, with gradients too
     calls: float  # forward passes of each video block
@@ -121,6 +123,7 @@ def count_step(
             handle = block.register_forward_pre_hook(lambda *_: calls.append(1))
             stack.callback(handle.remove)
         stack.enter_context(texts(models))
+        stack.enter_context(patch.object(distillation, "sampling_sigmas", sigmas))
         stack.enter_context(patch.object(conditioning, "moved_pictures", moved(share)))
         stack.enter_context(accelerated(module.model, compiled=False, checkpointing=checkpointing))
         if known is not None and "autoencoder" not in phase.trains:
@@ -140,6 +143,12 @@ def count_step(
 def default_loss(module: PhaseModule, batch: Batch) -> Tensor:
     """The loss that the phase trains by."""
     return module.losses(batch, torch.Generator().manual_seed(1))["loss"]
+
+
+def sigmas(steps: int, shift: float) -> list[float]:
+    """Noise levels as numbers: they are no part of the count."""
+    with _disable_current_modes():
+        return sampling_sigmas(steps, shift)
 
 
 def clips(phase: Phase) -> int:
