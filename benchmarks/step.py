@@ -13,10 +13,10 @@ can hold: latents are drawn instead of encoded, and instructions are read once, 
 `--tokeniser` times the encoding by itself. Learning rates are 0, so that every row has the same weights and its loss
 can be held against the first row's.
 
-FLOPs are those the model needs, whatever a row computes besides: matrix products and attention as torch's FlopCounter
-counts them in the forward pass; windowed attention 4 d per pair of tokens that see each other and the gated delta rule
-6 dk dv per token, for each head; three times that where something is trained, without what checkpointing computes
-again. MFU is their rate over that of one large matrix product in the same run.
+FLOPs are those the model needs, whatever a row computes besides, counted as `python -m worldmodel.plan` does: products
+and attention of the forward and backward pass by torch's formulas; windowed attention 4 d per pair of tokens that see
+each other and the gated delta rule 6 dk dv per token, for each head, and twice that backward; nothing that
+checkpointing computes again. MFU is their rate over that of one large matrix product in the same run.
 """
 
 import argparse

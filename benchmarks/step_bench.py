@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 
 class Row(NamedTuple):
@@ -48,7 +47,7 @@ class Bench:
         from worldmodel.phases import Ingredient
         from worldmodel.training import PhaseModule
 
-        self.given, self.device = given, torch.device(given.device)
+        self.given, self.device, self.config = given, torch.device(given.device), config
         self.spec = make_spec(config["data"]["spec"])
         phases = [p for p in make_phases(config["phases"]) if p.objective == "world" and given.phase in (None, p.name)]
         if not phases:
@@ -81,95 +80,35 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def batch(self, size: int) -> tuple[Any, Any]:
-        """A random batch on the device with the latents of its history; those of its future are drawn in the step."""
+        """A random batch on the device with the latents of its history and future, which are drawn in the step."""
         import torch
 
-        from worldmodel.contracts import Batch, Future, Observation
+        from worldmodel.plan.batch import random_batch
 
-        spec, g = self.spec, torch.Generator().manual_seed(0)
-        b, h, f, v, k, s = size, spec.history, spec.future, len(spec.cameras), spec.points, len(spec.sensors)
-        draw = lambda *shape: torch.randn(b, *shape, generator=g)  # noqa: E731
-        yes = lambda *shape: torch.ones(b, *shape, dtype=torch.bool)  # noqa: E731
-        images = lambda n: torch.randint(  # noqa: E731
-            0, 256, (b, n, v, 3, spec.height, spec.width), generator=g, dtype=torch.uint8
-        )
-        lens = torch.tensor([[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1 / spec.height]]) * spec.height
-        words = torch.tensor(list(b"put the red block into the drawer and close it")[: spec.text])
-        text = torch.zeros(b, spec.text, dtype=torch.int64)
-        text[:, : len(words)] = words + 1
-        observation = Observation(
-            images(h), lens.expand(b, h, v, 3, 3), torch.eye(4).expand(b, h, v, 4, 4), draw(h, k, 3), yes(h, k),
-            draw(h, spec.stride, s, 6), draw(h, s, *spec.taxels), draw(h, spec.proprio), text,
-            torch.zeros(b, dtype=torch.int64), yes(v), yes(v), yes(k), yes(s), yes(s), yes()[:, None][:, 0], yes(),
-        )  # fmt: skip
-        future = Future(
-            images(1), torch.eye(4).expand(b, f, v, 4, 4), draw(f, k, 3), yes(f, k), draw(f, s, 6),
-            draw(spec.chunk, spec.action), yes(f), yes(spec.chunk), yes(spec.action),
-        )  # fmt: skip
+        batch = random_batch(self.spec, size, frames=1)
         move = lambda values: type(values)(*(x.to(self.device) for x in values))  # noqa: E731
-        frame = torch.arange(b * h).unflatten(0, (b, h))
-        latents = draw(h + f, v, self.model.autoencoder.channels, *self.model.grid).to(self.device)
-        return Batch(move(observation), move(future), frame, ["random"] * b), latents
+        shape = (size, self.frames, len(self.spec.cameras), self.model.autoencoder.channels, *self.model.grid)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return batch._replace(observation=move(batch.observation), future=move(batch.future)), latents
 
     def loss(self, batch: Any, latents: Any) -> Any:
         """Loss of the phase's step; the same noise every time."""
-        import torch
-
-        h = self.spec.history
-        # An instance attribute hides the method: pictures are not encoded.
-        vars(self.model)["future_latents"] = lambda observation, future: latents[:, h:]
-        self.module.latents = latents[:, :h].flatten(0, 1)
-        try:
-            with self.autocast():
-                return self.module.world_step(batch, torch.Generator().manual_seed(1))["loss"]
-        finally:
-            del vars(self.model)["future_latents"]
+        with self.autocast():
+            return given_latents(self.module, batch, latents)
 
     def flops(self) -> float:
         """FLOPs that the model needs for one sample (see the top of this file)."""
         import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
 
-        from worldmodel.synthesis import temporal
-        from worldmodel.synthesis.delta import GatedDelta
+        from worldmodel.plan.step import count_step, meta_module
 
-        mixing, frozen, batch = [0], [0], self.batch(1)
+        def loss(module: Any, batch: Any) -> Any:
+            b, (v, c) = len(batch.key), (len(self.spec.cameras), module.model.autoencoder.channels)
+            return given_latents(module, batch, torch.zeros(b, self.frames, v, c, *module.model.grid))
 
-        def window(q: Any, keys: Any, *, window: int, dilation: int, extra: Any = None, blocks: Any = None) -> Any:
-            tq, tk, n, m = q.shape[1], keys.k.shape[1], q.shape[2], keys.k.shape[2]
-            seen = int(temporal.dense_window_mask(tq, tk, tk - tq, window, dilation, blocks).sum()) * n * m
-            mixing[0] += 4 * q.shape[3] * q.shape[4] * (seen + (0 if extra is None else tq * n * extra[0].shape[1]))
-            return q
-
-        def rule(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any) -> Any:
-            mixing[0] += 6 * q.shape[1] * q.shape[2] * q.shape[3] * v.shape[3]
-            return v, state
-
-        gated = [block.mix for block in self.model.denoiser.blocks if isinstance(block.mix, GatedDelta)]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            self.loss(*batch)  # reads the instruction, once
-            stack.enter_context(patch.dict(temporal.FORMS, dict.fromkeys(temporal.FORMS, window)))
-            for mix in gated:
-                stack.enter_context(patch.object(mix, "rule", rule))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # not every kernel is known to the counter
-            counter = stack.enter_context(FlopCounterMode(display=False))
-            start: list[int] = []
-            handles = [
-                self.model.encoder.register_forward_pre_hook(lambda *_: start.append(counter.get_total_flops())),
-                self.model.encoder.register_forward_hook(
-                    lambda *_: frozen.append(counter.get_total_flops() - start.pop())
-                ),
-            ]
-            self.loss(*batch)
-            for handle in handles:
-                handle.remove()
-        total = counter.get_total_flops() + mixing[0]
-        if self.given.forward:
-            return total
-        constant = 0 if "encoder" in self.phase.trains else sum(frozen)
-        return 3 * (total - constant) + constant
+        module = meta_module(self.config, self.phase, self.spec)
+        count = count_step(module, rows=1, half=False, backward=not self.given.forward, loss=loss)
+        return sum(count.flops.values())
 
     def measure(self, row: Row, profile: Path | None) -> dict[str, Any]:
         """Median seconds of a step, peak bytes, loss."""
@@ -237,6 +176,20 @@ class Bench:
 
         encode()
         return statistics.median(timed(encode) for _ in range(3))
+
+
+def given_latents(module: Any, batch: Any, latents: Any) -> Any:
+    """Loss of a phase's step in which latents (B, H + F, V, C, h', w') are at hand and no pictures are encoded."""
+    import torch
+
+    h = module.model.spec.history
+    # An instance attribute hides the method.
+    vars(module.model)["future_latents"] = lambda observation, future: latents[:, h:]
+    module.latents = latents[:, :h].flatten(0, 1)
+    try:
+        return module.world_step(batch, torch.Generator().manual_seed(1))["loss"]
+    finally:
+        del vars(module.model)["future_latents"]
 
 
 def timed(run: Callable[[], Any]) -> float:

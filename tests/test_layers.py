@@ -31,7 +31,7 @@ TIERS = [
     {"report", "stamp", "comparison"},
     {"phases"},
     {"protocol", "training", "samples", "run_folder", "rollout", "drift", "edit"},
-    {"curriculum", "features"},
+    {"curriculum", "features", "plan"},
     {"export"},
 ]
 STAGES = {"encoders", "synthesis", "policy"}

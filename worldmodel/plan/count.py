@@ -23,7 +23,7 @@ class Counter:
     """Counts steps of a resolved training configuration; `half`: bfloat16 autocast.
 
     A deep network is counted with one and with two repeats of its pattern of layers, and a teacher with one and with two
-    sampling steps: everything grows linearly from there. What is counted once is remembered.
+    sampling steps: all grows linearly from there. What is counted once is remembered.
     """
 
     def __init__(self, config: Mapping[str, Any], spec: ClipSpec, *, half: bool) -> None:

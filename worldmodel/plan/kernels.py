@@ -120,9 +120,7 @@ class AsOnGPU(TorchFunctionMode):
         finally:
             self.needed = None
 
-    def rule(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Gated delta rule in the fused form: 6 dk dv per token and head; kept as flash-linear-attention does."""
         b, m, e, dv = v.shape
         flops = 6.0 * b * m * e * q.shape[3] * dv
@@ -142,12 +140,12 @@ def same_type(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def gpu_kernels(models: Sequence[WorldModel], ledger: Ledger, attention: str | None = None) -> Iterator[None]:
-    """Until it is left, attention (of a form, else the models' own) and the gated delta rule are counted instead."""
+def gpu_kernels(models: Sequence[WorldModel], ledger: Ledger) -> Iterator[None]:
+    """Until it is left, attention and the gated delta rule of `models` are counted instead of computed."""
     mode = AsOnGPU(ledger)
 
     def form(name: str) -> Any:
-        return lambda q, keys, **settings: mode.window(attention or name, q, keys, **settings)
+        return lambda q, keys, **settings: mode.window(name, q, keys, **settings)
 
     with ExitStack() as stack:
         stack.enter_context(patch.dict(temporal.FORMS, {name: form(name) for name in temporal.FORMS}))
@@ -156,4 +154,3 @@ def gpu_kernels(models: Sequence[WorldModel], ledger: Ledger, attention: str | N
                 stack.enter_context(patch.object(block.mix, "rule", mode.rule))
         stack.enter_context(mode)
         yield
-

@@ -48,7 +48,9 @@ def make_plan(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     cluster = Cluster(gpu=gpu, shard=shard, **{name: chosen[name] for name in names})
     spec, phases = make_spec(config["data"]["spec"]), make_phases(config["phases"])
     known = [phase.name for phase in phases]
-    asked = known if chosen["phase"] is None else [chosen["phase"]] if isinstance(chosen["phase"], str) else chosen["phase"]
+    asked = (
+        known if chosen["phase"] is None else [chosen["phase"]] if isinstance(chosen["phase"], str) else chosen["phase"]
+    )
     if missing := [name for name in asked if name not in known]:
         raise ConfigError(f"phase: no {missing[0]!r}; one of {', '.join(known)}")
     picked = [phase for phase in phases if phase.name in asked]

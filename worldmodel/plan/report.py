@@ -20,14 +20,24 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         for row in plan["phases"]
     ]
     flops = [
-        [row["name"], part, f"{way['forward'] / 1e12:,.3g}", f"{way['backward'] / 1e12:,.3g}", f"{way['again'] / 1e12:,.3g}"]
+        [
+            row["name"],
+            part,
+            f"{way['forward'] / 1e12:,.3g}",
+            f"{way['backward'] / 1e12:,.3g}",
+            f"{way['again'] / 1e12:,.3g}",
+        ]
         for row in counted
         for part, way in row["flops"].items()
         if sum(way.values()) > 1e-6 * row["step"]["flops"]
     ]
     kinds = list(dict.fromkeys(kind for row in counted for kind in row["memory"] if kind != "total"))
     memory = [
-        [row["name"], *(f"{row['memory'].get(k, 0) / GIB:,.2f}" for k in (*kinds, "total")), "yes" if row["fits"] else "no"]
+        [
+            row["name"],
+            *(f"{row['memory'].get(k, 0) / GIB:,.2f}" for k in (*kinds, "total")),
+            "yes" if row["fits"] else "no",
+        ]
         for row in counted
     ]
     times = []
@@ -58,7 +68,17 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         ("Memory of each GPU, GiB", ["phase", *kinds, "total", "fits"], memory),
         (
             "Time of a step, ms",
-            ["phase", "TFLOP per GPU", "TFLOP again", "compute", "gather", "reduce-scatter", "all-reduce", "update", "step"]
+            [
+                "phase",
+                "TFLOP per GPU",
+                "TFLOP again",
+                "compute",
+                "gather",
+                "reduce-scatter",
+                "all-reduce",
+                "update",
+                "step",
+            ]
             + ["samples", "samples/s", "tokens/s"],
             times,
         ),
@@ -84,7 +104,9 @@ def verdict(plan: dict[str, Any]) -> list[str]:
                 f" ({w['total'] / GIB:,.1f} GiB)"
                 for w in row["would_fit"]
             ]
-            lines.append(f"{row['name']}: DOES NOT FIT, {asked}. {'Would: ' + '; '.join(ways) if ways else 'Nothing would'}.")
+            lines.append(
+                f"{row['name']}: DOES NOT FIT, {asked}. {'Would: ' + '; '.join(ways) if ways else 'Nothing would'}."
+            )
     return lines or [f"Every phase fits {limit:.1f} GiB of each GPU."]
 
 

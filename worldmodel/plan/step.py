@@ -1,6 +1,5 @@
 """One training step of a phase, run on tensors without memory: the model's own forward and backward pass, counted."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -49,9 +48,7 @@ class Count(NamedTuple):
 def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> PhaseModule:
     """The module of a phase on the meta device: shapes and types of a run's parameters, none of their memory."""
     with torch.device("meta"):
-        model = build_model(
-            weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}}
-        )
+        model = build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
         return PhaseModule(model=model, phase=phase, seed=0)
 
 
@@ -93,16 +90,14 @@ def count_step(
     checkpointing: str = "none",
     backward: bool = True,
     loss: Callable[[PhaseModule, Batch], Tensor] | None = None,
-    attention: str | None = None,
     known: dict[Any, Any] | None = None,
 ) -> Count:
     """Counts a step of a module from `meta_module`, whose phase has at most one ingredient; `rows` clips.
 
     `half` is bfloat16 autocast as on a GPU. `loss` is the phase's own unless another is given. What the frozen
     autoencoder and image encoder do in every step is counted; a frozen language model keeps what it answered.
-    `attention` is the form of windowed attention, the model's own unless given. `known` remembers what encoding pictures
-    took, for other counts of the same autoencoder. Raises `ConfigError` for what cannot be
-    counted.
+    `known` remembers what encoding pictures took, for other counts of the same autoencoder. Raises `ConfigError` for
+    what cannot be counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -129,13 +124,13 @@ def count_step(
         if known is not None and "autoencoder" not in phase.trains:
             encode = remembered(module.model.autoencoder.encode_raw, ledger, known)
             stack.enter_context(patch.object(module.model.autoencoder, "encode_raw", encode))
-        stack.enter_context(gpu_kernels(models, ledger, attention))
+        stack.enter_context(gpu_kernels(models, ledger))
         stack.enter_context(ledger)
         with gradients, torch.autocast("cpu", torch.bfloat16, enabled=half):
             value = (loss or default_loss)(module, batch)
         ledger.between()
         if backward:
-            value.backward()
+            torch.autograd.backward(value)  # as a method it would leave the mode of `gpu_kernels`
     peak = {"activations": ledger.peak(0, 0), "copies": ledger.peak(1, 0), "gradients": ledger.peak(1, 1)}
     return Count(dict(ledger.flops), ledger.kept, peak, sum(calls) / len(blocks))
 
