@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 class Counter:
     """Counts steps of a resolved training configuration; `half`: bfloat16 autocast.
 
-    A deep network is counted with one and with two repeats of its pattern of layers, and a teacher with one and with two
+    A deep network is counted with one and with two repeats of its pattern of layers, and a teacher with one and two
     sampling steps: all grows linearly from there. What is counted once is remembered.
     """
 

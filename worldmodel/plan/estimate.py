@@ -166,7 +166,7 @@ def tokens(spec: ClipSpec, module: PhaseModule) -> int:
 
 
 def data(spec: ClipSpec, samples: float, seconds: float, nodes: int, *, bits: float, epochs: float) -> dict[str, float]:
-    """What `samples` clips in `seconds` ask of data: each hour of recording cut into clips end to end, `epochs` times."""
+    """What `samples` clips in `seconds` ask of data: recordings are cut into clips end to end, `epochs` times."""
     hours = samples * spec.window / spec.fps / 3600 / epochs
     pictures = hours * 3600 * spec.fps * len(spec.cameras)
     size = pictures * spec.height * spec.width * bits / 8

@@ -21,7 +21,7 @@ PRECISE = {
     *("layer_norm", "group_norm", "softmax", "log_softmax", "softplus", "exp", "expm1", "log", "log1p", "rsqrt"),
     *("reciprocal", "pow", "cumsum", "norm", "sinh", "acos", "asin", "sum", "prod"),
 }
-"""Functions that autocast on a GPU runs in float32 and autocast on a CPU does not (both: torch's list of operations)."""
+"""Functions that autocast runs in float32 on a GPU and not on a CPU (torch's lists of operations)."""
 CHUNK = 64
 """Tokens of a chunk in the fused kernels of the gated delta rule; they keep one row of that length per token."""
 
@@ -88,7 +88,8 @@ class AsOnGPU(TorchFunctionMode):
         flops = 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (k.shape[-1] + v.shape[-1])
         flops = flops if self.needed is None else self.needed
         kept = [(torch.float32, q.shape[:-1])]
-        return Kernel.apply(self.ledger, flops, (*q.shape[:-1], v.shape[-1]), kept, q, k, v)  # pyright: ignore[reportReturnType]
+        shape = (*q.shape[:-1], v.shape[-1])
+        return Kernel.apply(self.ledger, flops, shape, kept, q, k, v)  # pyright: ignore[reportReturnType]
 
     def window(
         self,

@@ -43,12 +43,12 @@ class Ledger(TorchDispatchMode):
     """Keeps the books of one step of `module`: enter it inside a `FakeTensorMode`, or around a real step.
 
     Bytes are those of storages from the first operation that returns them until nothing holds them any more. What is
-    there before (parameters, buffers, the batch) is not counted; `hold` names it. FLOPs are those of torch's registry of
-    formulas and what `add` is told of kernels that have none; every one belongs to the part whose module runs, or whose
-    backward pass does.
+    there before (parameters, buffers, the batch) is not counted; `hold` names it. FLOPs are those of torch's formulas
+    and what `add` is told of kernels that have none; every one belongs to the part whose module runs, or whose backward
+    pass does.
 
-    After a step `flops` has (part, "forward", "backward" or "again") -> FLOPs, `kept` the bytes by kind between both passes, and
-    `curve` rows of (activations, copies, gradients) at every moment that could be the fullest.
+    After a step `flops` has (part, "forward", "backward" or "again") -> FLOPs, `kept` the bytes by kind between both
+    passes, and `curve` rows of (activations, copies, gradients) at every moment that could be the fullest.
     """
 
     def __init__(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> None:

@@ -9,6 +9,8 @@ from worldmodel.plan.estimate import GIB
 
 Table = tuple[str, Sequence[str], list[list[str]]]
 """Heading, columns, rows."""
+SPENT = ("compute", "gather", "reduce-scatter", "all-reduce", "update")
+RATES = ("samples/s and node", "pictures/s and node")
 
 
 def tables(plan: dict[str, Any]) -> list[Table]:
@@ -68,24 +70,12 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         ("Memory of each GPU, GiB", ["phase", *kinds, "total", "fits"], memory),
         (
             "Time of a step, ms",
-            [
-                "phase",
-                "TFLOP per GPU",
-                "TFLOP again",
-                "compute",
-                "gather",
-                "reduce-scatter",
-                "all-reduce",
-                "update",
-                "step",
-            ]
-            + ["samples", "samples/s", "tokens/s"],
+            ["phase", "TFLOP per GPU", "TFLOP again", *SPENT, "step", "samples", "samples/s", "tokens/s"],
             times,
         ),
         (
             "Days and data",
-            ["phase", "steps", "days", "10^9 tokens", "hours recorded", "GB", "shards", "samples/s and node"]
-            + ["pictures/s and node"],
+            [*("phase", "steps", "days", "10^9 tokens", "hours recorded", "GB", "shards"), *RATES],
             needs,
         ),
     ]
@@ -116,7 +106,8 @@ def assumptions(plan: dict[str, Any]) -> list[str]:
     network = gpu["network"] if s["network"] is None else s["network"]
     return [
         f"{s['nodes']} nodes of {s['gpus']} {s['gpu']}: {gpu['tflops']} TFLOP/s bfloat16 dense, {gpu['memory']} GiB, "
-        f"{gpu['bandwidth']} GB/s, {gpu['link']} GB/s to GPUs of the node ({gpu['source']}), {network} GB/s to other nodes",
+        f"{gpu['bandwidth']} GB/s, {gpu['link']} GB/s to GPUs of the node ({gpu['source']}), "
+        f"{network} GB/s to other nodes",
         f"MFU {s['mfu']:.0%} of that peak, links at {s['efficiency']:.0%}, {s['spare']:.0%} of memory left free; "
         "communication hides behind computing",
         f"shard={s['shard']}, checkpointing={s['checkpointing']}, precision {plan['precision']}, "
