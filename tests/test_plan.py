@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,22 +64,20 @@ def real_loss(module: PhaseModule, rows: int) -> torch.Tensor:
 
 
 def saved_bytes(module: PhaseModule, rows: int) -> int:
-    """Distinct storages that the graph of a real step holds, without parameters and buffers."""
-    states = {x.untyped_storage().data_ptr() for x in [*module.parameters(), *module.buffers()]}
-    found: dict[int, int] = {}
-    held = []
+    """Distinct storages that the graph of a real step still holds after it, without parameters and buffers."""
+    states = {x.untyped_storage()._cdata for x in [*module.parameters(), *module.buffers()]}
+    found: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in states:
-            found[storage.data_ptr()] = storage.nbytes()
-            held.append(x)
+        if storage._cdata not in states:
+            found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = real_loss(module, rows)
     assert loss.requires_grad
-    return sum(found.values())
+    return sum(size for reference, size in found.values() if not reference.expired())
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,13 +1,13 @@
 """Counts what a step does while it runs on tensors without memory: FLOPs by part and pass, bytes by kind."""
 
 import math
-import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,7 +48,7 @@ class Ledger(TorchDispatchMode):
     pass does.
 
     After a step `flops` has (part, "forward", "backward" or "again") -> FLOPs, `kept` the bytes by kind between both
-    passes, and `curve` rows of (activations, copies, gradients) at every moment that could be the fullest.
+    passes, and `peak` the most bytes at a time of activations, of these and copies, and of all kinds.
     """
 
     def __init__(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
@@ -60,10 +60,9 @@ class Ledger(TorchDispatchMode):
         self.forward = True
         self.flops: Counter[tuple[str, str]] = Counter()
         self.live: Counter[str] = Counter()
-        self.highest = 0
+        self.peak = dict.fromkeys(KINDS, 0)
         self.kept: dict[str, int] = {}
-        self.curve: list[tuple[int, int, int]] = []
-        self.kind: dict[int, tuple[str, int]] = {}
+        self.kind: dict[int, tuple[str, int, StorageWeakRef]] = {}
         self.given: set[int] = set()
         self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
         self.hold([*module.parameters(), *module.buffers()])
@@ -89,6 +88,7 @@ class Ledger(TorchDispatchMode):
 
     def between(self) -> None:
         """Notes what the forward pass leaves; call it before the backward pass."""
+        self.sweep()
         self.kept = {kind: self.live[kind] for kind in KINDS}
         self.forward = False
 
@@ -131,11 +131,17 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self.kind or key in self.given:
             return
-        size = storage.nbytes()
-        self.kind[key] = (kind, size)
-        self.live[kind] += size
-        weakref.finalize(storage, self.free, key).atexit = False
+        # A weak reference keeps the address, so no other storage can take it while it is in the books.
+        self.kind[key] = (kind, storage.nbytes(), StorageWeakRef(storage))
+        self.live[kind] += storage.nbytes()
         self.note()
+
+    def sweep(self) -> None:
+        """Takes storages that are gone out of the books."""
+        for key, (kind, size, reference) in list(self.kind.items()):
+            if reference.expired():
+                del self.kind[key]
+                self.live[kind] -= size
 
     def surge(self, size: int) -> None:
         """Notes that `size` bytes of activations come and go at once."""
@@ -143,29 +149,26 @@ class Ledger(TorchDispatchMode):
         self.note()
         self.live["activations"] -= size
 
-    def free(self, key: int) -> None:
-        """Takes a storage that is gone out of the books."""
-        kind, size = self.kind.pop(key)
-        self.live[kind] -= size
-
     def graded(self, parameter: Tensor) -> None:
         """Calls the gradient of a parameter what it is."""
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
-        kind, size = self.kind.get(key, ("gradients", 0))
-        self.live[kind] -= size
-        self.live["gradients"] += size
-        self.kind[key] = ("gradients", size)
-        self.note()
+        if key in self.kind:
+            kind, size, reference = self.kind[key]
+            self.live[kind] -= size
+            self.live["gradients"] += size
+            self.kind[key] = ("gradients", size, reference)
 
     def note(self) -> None:
-        """Adds this moment to the curve; one that is as full in every kind replaces the one before."""
-        now = (self.live["activations"], self.live["copies"], self.live["gradients"])
-        if self.curve and all(before <= after for before, after in zip(self.curve[-1], now, strict=True)):
-            self.curve.pop()
-        self.curve.append(now)
-        self.highest = max(self.highest, sum(now))
+        """Compares this moment with the fullest so far; what is gone only matters where it may be fuller."""
+        if any(now > self.peak[name] for name, now in self.totals().items()):
+            self.sweep()
+            self.peak = {name: max(now, self.peak[name]) for name, now in self.totals().items()}
 
-    def peak(self, copies: int, gradients: int) -> float:
-        """Most bytes of activations at a time, with copies and gradients (1) or without (0)."""
-        return max((a + c * copies + g * gradients for a, c, g in self.curve), default=0)
+    def totals(self) -> dict[str, int]:
+        """Bytes of activations, of these and copies, and of all kinds."""
+        found, total = {}, 0
+        for kind in KINDS:
+            total += self.live[kind]
+            found[kind] = total
+        return found

@@ -120,19 +120,18 @@ def count_step(
         stack.enter_context(texts(models))
         stack.enter_context(patch.object(distillation, "sampling_sigmas", sigmas))
         stack.enter_context(patch.object(conditioning, "moved_pictures", moved(share)))
-        stack.enter_context(accelerated(module.model, compiled=False, checkpointing=checkpointing))
         if known is not None and "autoencoder" not in phase.trains:
             encode = remembered(module.model.autoencoder.encode_raw, ledger, known)
             stack.enter_context(patch.object(module.model.autoencoder, "encode_raw", encode))
         stack.enter_context(gpu_kernels(models, ledger))
+        stack.enter_context(accelerated(module.model, compiled=False, checkpointing=checkpointing))
         stack.enter_context(ledger)
         with gradients, torch.autocast("cpu", torch.bfloat16, enabled=half):
             value = (loss or default_loss)(module, batch)
         ledger.between()
         if backward:
             torch.autograd.backward(value)  # as a method it would leave the mode of `gpu_kernels`
-    peak = {"activations": ledger.peak(0, 0), "copies": ledger.peak(1, 0), "gradients": ledger.peak(1, 1)}
-    return Count(dict(ledger.flops), ledger.kept, peak, sum(calls) / len(blocks))
+    return Count(dict(ledger.flops), ledger.kept, ledger.peak, sum(calls) / len(blocks))
 
 
 def default_loss(module: PhaseModule, batch: Batch) -> Tensor:
@@ -180,12 +179,14 @@ def remembered(encode: Callable[[Tensor], Tensor], ledger: Ledger, known: dict[A
     def run(video: Tensor) -> Tensor:
         key = (video.shape, torch.is_autocast_enabled("cpu"))
         if key not in known:
-            flops, before = sum(ledger.flops.values()), sum(ledger.live.values())
-            past, ledger.highest = ledger.highest, before
+            flops, peak = sum(ledger.flops.values()), ledger.peak
+            ledger.sweep()
+            before, ledger.peak = ledger.live["activations"], dict.fromkeys(peak, 0)
             with torch.no_grad():
                 out = encode(video)
-            known[key] = (out.shape, out.dtype, sum(ledger.flops.values()) - flops, ledger.highest - before)
-            ledger.highest = max(past, ledger.highest)
+            surge = ledger.peak["activations"] - before
+            known[key] = (out.shape, out.dtype, sum(ledger.flops.values()) - flops, surge)
+            ledger.peak = {name: max(most, ledger.peak[name]) for name, most in peak.items()}
             return out
         shape, dtype, flops, surge = known[key]
         ledger.add(flops, "autoencoder")
