@@ -21,14 +21,14 @@ It takes the settings of train.py and its own:
   batch=N                  clips on each GPU instead of each phase's batch_size; accumulate=N batches make a step
   phase=NAME               that phase alone, or phase=[NAME,NAME]
   tokens=N                 stretches all phases alike until their clips hold N tokens
-  mfu=X                    share of the peak that is reached (default: 0.3; see benchmarks/RESULTS.md for measured ones)
+  mfu=X                    share of the peak at which all FLOPs run (default: 0.2, as layers of kairos_base did on an
+                           H100; kairos_small reached 0.10 to 0.14 there)
   efficiency=X network=X   share of nominal links that is reached (0.7); GB/s between nodes for each GPU
   spare=X                  share of memory left free (0.1)
   bits=X epochs=X shard_gb=X   bits of a stored pixel (1.5), times each recording is seen (1), size of a shard (1)
-  out=FILE.json page=FILE  the plan as JSON; as a page, .html or .md
+  out=FILE                 the plan as JSON or as Markdown, by the ending of the name: .json or .md
 """
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-FILES = ("out", "page")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,17 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from worldmodel.plan.gpus import find_gpu
         from worldmodel.plan.plan import DEFAULTS, make_plan
-        from worldmodel.plan.report import markdown, page
+        from worldmodel.plan.report import markdown
 
         pairs = [word.partition("=") for word in words]
-        mine = {name: value for name, _, value in pairs if name in (*DEFAULTS, *FILES)}
+        mine = {name: value for name, _, value in pairs if name in (*DEFAULTS, "out")}
         settings = {name: yaml.safe_load(value) for name, value in mine.items() if name in DEFAULTS}
         if "tokens" in settings:
             settings["tokens"] = float(settings["tokens"])  # YAML takes 1e12 for a word
         find_gpu(settings.get("gpu", DEFAULTS["gpu"]))
-        if "page" in mine and Path(mine["page"]).suffix not in (".html", ".md"):
-            raise ConfigError(f"page: {mine['page']} ends neither with .html nor with .md")
-        rest = [word for word in words if word.partition("=")[0] not in (*DEFAULTS, *FILES)]
+        out = Path(mine["out"]) if "out" in mine else None
+        if out is not None and out.suffix not in (".json", ".md"):
+            raise ConfigError(f"out: {out} ends neither with .json nor with .md")
+        rest = [word for word in words if word.partition("=")[0] not in (*DEFAULTS, "out")]
         root = [] if any(word.startswith("data.root=") for word in rest) else ["data.root=none"]
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config: Any = OmegaConf.to_container(compose("train", [*rest, *root]), resolve=True)
@@ -74,12 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (WorldModelError, HydraException, OmegaConfBaseException, ValueError) as error:
         print(f"python -m worldmodel.plan: {error}", file=sys.stderr)
         return 2
-    print(markdown(plan))
-    if "out" in mine:
-        Path(mine["out"]).write_text(json.dumps({"arguments": words, **plan}, indent=1))
-    if "page" in mine:
-        html = mine["page"].endswith(".html")
-        Path(mine["page"]).write_text(page(plan, " ".join(rest)) if html else markdown(plan) + "\n", encoding="utf-8")
+    text = markdown(plan)
+    print(text)
+    if out is not None:
+        kept = json.dumps({"arguments": words, **plan}, indent=1) if out.suffix == ".json" else text + "\n"
+        out.write_text(kept, encoding="utf-8")
     return 0 if all(row.get("fits", True) for row in plan["phases"]) else 1
 
 

@@ -1,12 +1,12 @@
-"""Counts of whole phases: every kind of batch that a phase draws, at full depth."""
+"""Counts of whole phases: every kind of batch that a phase draws, at full depth, with its teacher."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from worldmodel.contracts import ClipSpec
-from worldmodel.phases import MIXED, Phase
+from worldmodel.phases import MIXED, Ingredient, Phase
 from worldmodel.plan.step import Count, count_step, meta_module
 
 
@@ -17,13 +17,14 @@ class Kind(NamedTuple):
     share: float  # of the steps
     rows: int  # clips on each GPU
     count: Count
+    teacher: float  # FLOPs of the teacher
+    passes: float  # of the teacher through all blocks
 
 
 class Counter:
     """Counts steps of a resolved training configuration; `half`: bfloat16 autocast.
 
-    A deep network is counted with one and with two repeats of its pattern of layers, and a teacher with one and two
-    sampling steps: all grows linearly from there. What is counted once is remembered.
+    A deep network is counted with one and with two repeats of its pattern of layers: all grows linearly from there.
     """
 
     def __init__(self, config: Mapping[str, Any], spec: ClipSpec, *, half: bool) -> None:
@@ -31,61 +32,52 @@ class Counter:
         self.known: dict[str, Count] = {}
         self.pictures: dict[Any, Any] = {}
 
-    def kinds(self, phase: Phase, *, batch: int | None = None, checkpointing: str = "none") -> list[Kind]:
+    def kinds(self, phase: Phase, *, batch: int | None = None) -> list[Kind]:
         """All kinds of batches of a phase; `batch` replaces its batch size."""
         rows = batch or phase.batch_size
         if phase.objective not in MIXED:
-            return [Kind(phase.objective, 1.0, rows, self.count(phase, rows, checkpointing))]
+            return [Kind(phase.objective, 1.0, rows, self.count(phase, rows), 0.0, 0.0)]
         total = sum(item.weight for item in phase.mixture)
-        found = []
-        for item in phase.mixture:
-            own, alone = min(item.rows or rows, rows), dataclasses.replace(phase, mixture=(item,))
-            found.append(Kind(item.mode, item.weight / total, own, self.count(alone, own, checkpointing)))
-        return found
+        return [self.kind(phase, item, min(item.rows or rows, rows), item.weight / total) for item in phase.mixture]
 
-    def count(self, phase: Phase, rows: int, checkpointing: str) -> Count:
+    def kind(self, phase: Phase, item: Ingredient, rows: int, share: float) -> Kind:
+        """Batches of one ingredient; a student's step is that of the same ingredient without a teacher.
+
+        The teacher reads the history once, and without the instruction once more if that guides; it then denoises
+        `teacher_steps` times, once more in each for every condition that guides.
+        """
+        alone = dataclasses.replace(phase, objective="world", distillation=None, mixture=(item,))
+        count, settings = self.count(alone, rows), phase.distillation
+        if settings is None:
+            return Kind(item.mode, share, rows, count, 0.0, 0.0)
+        told = {"text", "embodiment", *phase.given} if item.mode != "policy" else set()
+        told |= {"actions"} if item.mode == "forward_dynamics" else set()
+        guides = [name for name, scale in settings.guidance.items() if scale != 1 and name in told]
+        reads, passes = 1 + ("text" in guides), settings.teacher_steps * (1 + len(guides))
+        return Kind(item.mode, share, rows, count, reads * count.remember + passes * count.velocity, reads + passes)
+
+    def count(self, phase: Phase, rows: int) -> Count:
         """One forward and backward pass of a phase with at most one ingredient over `rows` clips."""
         # What changes nothing about the shapes of a step.
         mixture = tuple(dataclasses.replace(item, weight=1.0, rows=None) for item in phase.mixture)
         same = {"name": "", "steps": 1, "batch_size": 1, "learning_rate": 0.0, "warmup": 1, "weight_decay": 0.0}
-        like = dataclasses.replace(phase, mixture=mixture, weights={}, data={}, ema=0.0, **same)
-        key = f"{like} {rows} {checkpointing}"
+        key = f"{dataclasses.replace(phase, mixture=mixture, weights={}, data={}, ema=0.0, **same)} {rows}"
         if key not in self.known:
-            self.known[key] = self.taught(phase, rows, checkpointing)
+            denoiser = self.config["model"]["denoiser"]
+            repeats = denoiser["repeats"]
+            # Every second block is checkpointed, so a pattern of odd length has no period of its own.
+            if repeats <= 2 or len(denoiser["pattern"]) % 2:
+                self.known[key] = self.repeated(phase, rows, repeats)
+            else:
+                one, two = (self.repeated(phase, rows, n) for n in (1, 2))
+                self.known[key] = one.continued(two, repeats - 1)
         return self.known[key]
 
-    def taught(self, phase: Phase, rows: int, checkpointing: str) -> Count:
-        """Of a phase that may have a teacher."""
-        settings = phase.distillation
-        if settings is None:
-            return self.deep(phase, rows, checkpointing)
-
-        def count(steps: int) -> Count:
-            short = dataclasses.replace(settings, teacher_steps=steps, student_steps=(1,), teacher=None)
-            return self.deep(dataclasses.replace(phase, distillation=short), rows, checkpointing)
-
-        return linear(count, settings.teacher_steps)
-
-    def deep(self, phase: Phase, rows: int, checkpointing: str) -> Count:
-        """Of a network of all its layers."""
-        denoiser = self.config["model"]["denoiser"]
-        pattern = len(denoiser["pattern"])
-
-        def count(repeats: int) -> Count:
-            config: Any = copy.deepcopy(dict(self.config))
-            config["model"]["denoiser"]["repeats"] = repeats
-            config["model"]["expert"]["layers"] = config["model"]["expert"]["layers"] * repeats // denoiser["repeats"]
-            module = meta_module(config, phase, self.spec)
-            how = {"half": self.half, "checkpointing": checkpointing, "known": self.pictures}
-            return count_step(module, rows=rows, **how)
-
-        # Every second block is checkpointed, so an odd pattern has no period of its own length.
-        return count(denoiser["repeats"]) if pattern % 2 else linear(count, denoiser["repeats"])
-
-
-def linear(count: Callable[[int], Count], number: int) -> Count:
-    """`count(number)`, from 1 and 2 where `number` is more than 2."""
-    if number <= 2:
-        return count(number)
-    one, two = count(1), count(2)
-    return one.combine(two, lambda a, b: a + (number - 1) * (b - a))
+    def repeated(self, phase: Phase, rows: int, repeats: int) -> Count:
+        """The same of a network with so many repeats of its pattern of layers."""
+        config: Any = copy.deepcopy(dict(self.config))
+        denoiser, expert = config["model"]["denoiser"], config["model"]["expert"]
+        expert["layers"] = expert["layers"] * repeats // denoiser["repeats"]
+        denoiser["repeats"] = repeats
+        module = meta_module(config, phase, self.spec)
+        return count_step(module, rows=rows, half=self.half, known=self.pictures)

@@ -1,10 +1,12 @@
 """From counts to memory, time and data: arithmetic on what was counted, and the assumptions of `Cluster`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
+from worldmodel.acceleration import CHECKPOINTING
 from worldmodel.contracts import ClipSpec
 from worldmodel.errors import ConfigError
 from worldmodel.phases import PARTS
@@ -32,7 +34,7 @@ class Cluster:
     gpus: int
     gpu: GPU
     shard: int
-    mfu: float = 0.3
+    mfu: float = 0.2
     efficiency: float = 0.7
     spare: float = 0.1
     network: float | None = None
@@ -94,67 +96,77 @@ def numel(part: nn.Module) -> int:
     return sum(p.numel() for p in part.parameters())
 
 
-def memory(found: Sizes, kinds: list[Kind], cluster: Cluster) -> dict[str, float]:
+def memory(found: Sizes, kinds: list[Kind], cluster: Cluster, checkpointing: str) -> dict[str, float]:
     """Bytes on each GPU by kind, for the kind of batch that needs most; `total` is the fullest moment.
 
     Under sharding, products read blocks that are gathered in bfloat16 instead of own copies of the parameters: two at a
-    time, one in use and one on its way, with whose gradients go out in float32. Without, data parallel ranks hold
-    gradients in buckets beside their own. AdamW (`foreach`) makes one temporary list as long as the parameters.
+    time, one in use and one on its way, with whose gradients go out in float32. Data parallel ranks hold gradients in
+    buckets beside their own. On one GPU gradients grow while activations go. AdamW (`foreach`) makes one temporary list
+    as long as the parameters.
     """
-    s, kind = cluster.shard, max(kinds, key=lambda k: k.count.peak["gradients"])
-    trained = 4 * found.trained / s
-    states = {
+    how, s = CHECKPOINTING.index(checkpointing), cluster.shard
+    count = max((kind.count for kind in kinds), key=lambda c: c.peak[how])
+    trained, peak = 4 * found.trained / s, count.peak[how]
+    found_bytes = {
         "parameters": 4 * found.spread / s + found.whole,
-        "gradients": trained,
         "optimiser": 2 * trained,
         "moving average": trained,
+        "gradients": trained,
+        "gradient buckets": trained if s == 1 < cluster.world else 0.0,
+        "gathered blocks": (2 * 2 + 6) * found.block if s > 1 else 0.0,
+        "bfloat16 copies": count.copies[how] if s == 1 else 0.0,
+        "activations": count.kept[how],
+        "temporary": peak - count.kept[how],
     }
-    peak, kept = kind.count.peak, kind.count.kept
-    if s > 1:
-        moving = {"gathered blocks": (2 * 2 + 6) * found.block, "bfloat16 copies": 0.0}
-        busy = peak["activations"] + moving["gathered blocks"]
-    else:
-        moving = {"gathered blocks": 0.0, "bfloat16 copies": kept["copies"]}
-        # Gradients grow while activations go.
-        busy = peak["gradients"] - trained if cluster.world == 1 else peak["copies"]
-        states["gradient buckets"] = trained if cluster.world > 1 else 0.0
-    moving["activations"] = kept["activations"]
-    moving["temporary"] = max(peak["activations"] - kept["activations"], 0.0)
-    return {**states, **moving, "total": sum(states.values()) + max(busy, trained)}
+    steady = sum(list(found_bytes.values())[:5])
+    busy = peak + found_bytes["gathered blocks"] + found_bytes["bfloat16 copies"]
+    alone = cluster.world == 1
+    total = steady - trained + max(busy, 2 * trained) if alone else steady + max(busy, trained)
+    return {**found_bytes, "total": total}
 
 
-def traffic(found: Sizes, calls: float, cluster: Cluster, accumulate: int) -> dict[str, float]:
-    """Seconds of communication of a step: gathering blocks in bfloat16 before each pass, reducing float32 gradients."""
+def traffic(found: Sizes, passes: float, cluster: Cluster, accumulate: int) -> dict[str, float]:
+    """Seconds of communication of a step: gathering blocks in bfloat16 in each of `passes`, reducing gradients."""
     s, r = cluster.shard, cluster.world // cluster.shard
     ring = (s - 1) / s
-    gather = 2 * accumulate * max(calls, 1) * 2 * found.spread * ring / cluster.rate(s)
+    gather = passes * 2 * found.spread * ring / cluster.rate(s)
     scatter = accumulate * 4 * found.trained * ring / cluster.rate(s)
     # Replicas of a shard lie in other nodes unless all GPUs are in one.
     reduce = 2 * 4 * found.trained / s * (r - 1) / r / cluster.rate(cluster.world)
     return {"gather": gather, "reduce-scatter": scatter, "all-reduce": reduce}
 
 
-def step_time(found: Sizes, kinds: list[Kind], cluster: Cluster, accumulate: int) -> dict[str, float]:
+def step_time(
+    found: Sizes, kinds: list[Kind], cluster: Cluster, accumulate: int, checkpointing: str
+) -> dict[str, float]:
     """FLOPs and seconds of a mean step on each GPU.
 
     Communication is taken to hide behind computing as far as it is shorter.
     """
-    done = accumulate * sum(k.share * sum(k.count.flops.values()) for k in kinds)
-    again = accumulate * sum(k.share * f for k in kinds for (_, way), f in k.count.flops.items() if way == "again")
-    calls = sum(k.share * k.count.calls for k in kinds)
-    compute = done / (1e12 * cluster.gpu.tflops * cluster.mfu)
+    how = CHECKPOINTING.index(checkpointing)
+
+    def mean(value: Callable[[Kind], float]) -> float:
+        return accumulate * sum(kind.share * value(kind) for kind in kinds)
+
+    flops = {
+        "forward": mean(lambda k: k.count.forward),
+        "backward": mean(lambda k: k.count.backward),
+        "teacher": mean(lambda k: k.teacher),
+        "again": mean(lambda k: k.count.again[how]),
+    }
+    compute = sum(flops.values()) / (1e12 * cluster.gpu.tflops * cluster.mfu)
     update = UPDATE * found.trained / cluster.shard / (1e9 * cluster.gpu.bandwidth)
-    parts = traffic(found, calls, cluster, accumulate)
+    # The history and what follows are two passes, forward and backward.
+    parts = traffic(found, mean(lambda k: 2 * 2 + k.passes), cluster, accumulate)
     talk = sum(parts.values())
     return {
-        "flops": done - again,
-        "again": again,
+        **flops,
         "compute": compute,
         "update": update,
         **parts,
         "communication": talk,
         "seconds": max(compute, talk) + update,
-        "samples": accumulate * cluster.world * sum(k.share * k.rows for k in kinds),
+        "samples": cluster.world * mean(lambda k: k.rows),
     }
 
 

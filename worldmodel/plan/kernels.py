@@ -1,99 +1,29 @@
-"""Kernels of a GPU as far as a count is concerned: what they multiply and what they keep for the backward pass."""
+"""Fused kernels of a GPU as far as a count is concerned: what they multiply, and what they keep to go backward."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from worldmodel.model import WorldModel
-from worldmodel.plan.ledger import Ledger
+from worldmodel.plan.meter import Meter
 from worldmodel.synthesis import temporal
 from worldmodel.synthesis.delta import GatedDelta
 from worldmodel.synthesis.temporal import Keys, dense_window_mask
 
-PRECISE = {
-    *("layer_norm", "group_norm", "softmax", "log_softmax", "softplus", "exp", "expm1", "log", "log1p", "rsqrt"),
-    *("reciprocal", "pow", "cumsum", "norm", "sinh", "acos", "asin", "sum", "prod"),
-}
-"""Functions that autocast runs in float32 on a GPU and not on a CPU (torch's lists of operations)."""
 CHUNK = 64
-"""Tokens of a chunk in the fused kernels of the gated delta rule; they keep one row of that length per token."""
+"""Tokens of a chunk in the fused kernels of the gated delta rule, which keep one row of that length per token."""
 
 
-class Kernel(torch.autograd.Function):
-    """A fused kernel of `flops` FLOPs that keeps what it reads, its answer and some numbers more.
+def needed(form: Callable[..., Tensor], meter: Meter) -> Callable[..., Tensor]:
+    """A form of windowed attention that counts 4 d per pair of tokens that see each other, whatever it pads."""
 
-    The backward pass takes twice the FLOPs of the forward pass: two products for each of its own. That flash attention
-    multiplies its scores again is not counted, as nothing is that is computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, ledger: Ledger, flops: float, shape: Sequence[int], more: Sequence[tuple[Any, ...]], *read: Tensor
-    ) -> Tensor:
-        """Answer of `shape` in the type of the last tensor read; `more` has (dtype, shape) of what else is kept."""
-        ledger.add(flops)
-        out = read[-1].new_empty(shape)
-        rest = [torch.empty(size, dtype=dtype, device=out.device) for dtype, size in more]
-        ctx.save_for_backward(*read, out, *rest)
-        ctx.ledger, ctx.flops, ctx.part, ctx.count = ledger, flops, ledger.part, len(read)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Gradients of what was read."""
-        ctx.ledger.add(2 * ctx.flops, ctx.part)
-        read = ctx.saved_tensors[: ctx.count]
-        wanted = zip(read, ctx.needs_input_grad[4:], strict=True)
-        return (None, None, None, None, *(torch.empty_like(x) if needed else None for x, needed in wanted))
-
-
-class AsOnGPU(TorchFunctionMode):
-    """On fake tensors of a CPU under autocast, does what a GPU would: types of `PRECISE`, and flash attention."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
-        self.needed: float | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs a function of torch."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "scaled_dot_product_attention":
-            return self.attention(*args, **kwargs)
-        if name in PRECISE and torch.is_autocast_enabled("cpu"):
-            args = tuple(x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args)
-        return func(*args, **kwargs)
-
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Flash attention (Dao 2023, arXiv 2307.08691): scores are never stored, one number per query is."""
-        q, k, v = same_type(query, key, value)
-        flops = 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (k.shape[-1] + v.shape[-1])
-        flops = flops if self.needed is None else self.needed
-        kept = [(torch.float32, q.shape[:-1])]
-        shape = (*q.shape[:-1], v.shape[-1])
-        return Kernel.apply(self.ledger, flops, shape, kept, q, k, v)  # pyright: ignore[reportReturnType]
-
-    def window(
-        self,
-        form: str,
+    def run(
         q: Tensor,
         keys: Keys,
         *,
@@ -102,68 +32,86 @@ class AsOnGPU(TorchFunctionMode):
         extra: tuple[Tensor, Tensor] | None = None,
         blocks: Sequence[int] | None = None,
     ) -> Tensor:
-        """Windowed attention: 4 d per pair of tokens that see each other, whatever a form multiplies besides."""
-        b, tq, n, e, d = q.shape
-        tk, m = keys.k.shape[1], keys.k.shape[2]
-        # The mask is numbers, not a tensor of the step.
-        with _disable_current_modes():
-            seen = int(dense_window_mask(tq, tk, tk - tq, window, dilation, blocks).sum()) * n * m
-        self.needed = 4.0 * b * e * d * (seen + (0 if extra is None else tq * n * extra[0].shape[1]))
+        tq, (tk, m) = q.shape[1], keys.k.shape[1:3]
+        with _disable_current_modes():  # the mask is no tensor of the step
+            seen = int(dense_window_mask(tq, tk, tk - tq, window, dilation, blocks).sum()) * m
+        more = 0 if extra is None else tq * extra[0].shape[1]
+        # Folded, every query has as many keys as there are offsets; else all.
+        offsets = [o for o in temporal.frame_offsets(window, dilation) if -tk < o < tq]
+        columns = len(offsets) if form is temporal.windowed_attention else tk
+        meter.share = (seen + more) / (tq * columns * m + more)
         try:
-            if form != "flex":
-                exact = temporal.windowed_attention if form == "folded" else temporal.windowed_attention_dense
-                return exact(q, keys, window=window, dilation=dilation, extra=extra, blocks=blocks)
-            k, v = keys.k.flatten(1, 2), keys.v.flatten(1, 2)
-            if extra is not None:
-                k, v = torch.cat([k, extra[0]], 1), torch.cat([v, extra[1]], 1)
-            q, k, v = (x.transpose(1, 2) for x in (q.flatten(1, 2), k, v))
-            return self.attention(q, k, v).transpose(1, 2).unflatten(1, (tq, n))
+            return form(q, keys, window=window, dilation=dilation, extra=extra, blocks=blocks)
         finally:
-            self.needed = None
-
-    def rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Gated delta rule in the fused form: 6 dk dv per token and head; kept as flash-linear-attention does."""
-        b, m, e, dv = v.shape
-        flops = 6.0 * b * m * e * q.shape[3] * dv
-        kept = [(v.dtype, (b, m, e, CHUNK))]
-        read = (state.float(), g.float(), *(x.to(v.dtype) for x in (beta, q, k)), v)
-        out = Kernel.apply(self.ledger, flops, v.shape, kept, *read)
-        last = Kernel.apply(self.ledger, 0, state.shape, [], k.to(v.dtype), read[0])
-        return out, last  # pyright: ignore[reportReturnType]
-
-
-def same_type(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast makes of the arguments of an attention."""
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-    kind = v.dtype
-    return q.to(kind), k.to(kind), v
-
-
-def inside(mode: AsOnGPU, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under `mode`, whenever it runs."""
-
-    def run(*args: Any) -> Any:
-        with mode:
-            return function(*args)
+            meter.share = 1.0
 
     return run
 
 
-@contextmanager
-def gpu_kernels(models: Sequence[WorldModel], ledger: Ledger) -> Iterator[None]:
-    """Until it is left, attention and the gated delta rule of `models` are counted instead of computed."""
-    mode = AsOnGPU(ledger)
+class Rule(torch.autograd.Function):
+    """The fused gated delta rule: 6 dk dv FLOPs per token and head, twice that backward; keeps what it reads, its
+    answer and a row of numbers per token."""
 
-    def form(name: str) -> Any:
-        return lambda q, keys, **settings: mode.window(name, q, keys, **settings)
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Any:
+        """Answer and last state."""
+        out = torch.empty_like(v)
+        ctx.save_for_backward(q, k, v, g, beta, state, out, v.new_empty(*v.shape[:3], CHUNK))
+        return out, torch.empty_like(state)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Gradients of all that was read."""
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:6])
+
+
+class Norm(torch.autograd.Function):
+    """The fused root-mean-square norm, in float32 under autocast; keeps what it reads and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Answer."""
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Gradients of input and weight."""
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:2])
+
+
+def flex(q: Tensor, keys: Keys, *, extra: tuple[Tensor, Tensor] | None = None, **_: Any) -> Tensor:
+    """Block-sparse attention, which has no gradient on a CPU: as attention that copies no keys and stores no scores."""
+    tq, n = q.shape[1:3]
+    k, v = keys.k.flatten(1, 2), keys.v.flatten(1, 2)
+    if extra is not None:
+        k, v = torch.cat([k, extra[0]], 1), torch.cat([v, extra[1]], 1)
+    q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q.flatten(1, 2), k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, (tq, n))
+
+
+@contextmanager
+def gpu_kernels(model: WorldModel, meter: Meter) -> Iterator[None]:
+    """Until it is left, norms, flex attention and the delta rule are fused, and windows count as needed.
+
+    Other operations are those of a CPU, attention's flash kernel among them. Autocast is that of a CPU too: but for
+    these norms, what it would keep in float32 on a GPU is small.
+    """
+
+    def norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+        return Norm.apply(x.float(), weight)  # pyright: ignore[reportReturnType]
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        b, m, e, dv = v.shape
+        flops = 6 * b * m * e * q.shape[3] * dv
+        meter.add(flops, 2 * flops)
+        return Rule.apply(q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.to(v.dtype), state.float())  # pyright: ignore
 
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(temporal.FORMS, {name: form(name) for name in temporal.FORMS}))
-        for block in (block for model in models for block in model.denoiser.blocks):
+        forms = {name: needed(form, meter) for name, form in (temporal.FORMS | {"flex": flex}).items()}
+        stack.enter_context(patch.dict(temporal.FORMS, forms))
+        stack.enter_context(patch.object(F, "rms_norm", norm))
+        for block in model.denoiser.blocks:
             if isinstance(block.mix, GatedDelta):
-                stack.enter_context(patch.object(block.mix, "rule", mode.rule))
-            # What checkpointing computes again runs inside the backward pass, which leaves the mode.
-            stack.enter_context(patch.object(block, "forward", inside(mode, block.forward)))
-        stack.enter_context(mode)
+                stack.enter_context(patch.object(block.mix, "rule", rule))
         yield

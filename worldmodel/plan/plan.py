@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "shard": None,
     "batch": None,
     "accumulate": 1,
-    "mfu": 0.3,
+    "mfu": 0.2,
     "efficiency": 0.7,
     "network": None,
     "spare": 0.1,
@@ -48,9 +48,8 @@ def make_plan(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     cluster = Cluster(gpu=gpu, shard=shard, **{name: chosen[name] for name in names})
     spec, phases = make_spec(config["data"]["spec"]), make_phases(config["phases"])
     known = [phase.name for phase in phases]
-    asked = (
-        known if chosen["phase"] is None else [chosen["phase"]] if isinstance(chosen["phase"], str) else chosen["phase"]
-    )
+    asked = chosen["phase"] or known
+    asked = [asked] if isinstance(asked, str) else asked
     if missing := [name for name in asked if name not in known]:
         raise ConfigError(f"phase: no {missing[0]!r}; one of {', '.join(known)}")
     picked = [phase for phase in phases if phase.name in asked]
@@ -86,59 +85,32 @@ def plan_phase(
 ) -> dict[str, Any]:
     """Of one phase: sizes, FLOPs, memory, time."""
     checkpointing, batch = config["trainer"]["checkpointing"], chosen["batch"]
-    short = phase.distillation and dataclasses.replace(phase.distillation, teacher=None)
-    module = meta_module(config, dataclasses.replace(phase, distillation=short), spec)
+    settings = phase.distillation and dataclasses.replace(phase.distillation, teacher=None)
+    module = meta_module(config, dataclasses.replace(phase, distillation=settings), spec)
     found = sizes(module)
     row: dict[str, Any] = {"name": phase.name, "objective": phase.objective, "trains": list(phase.trains)}
     row |= {"steps": phase.steps, "batch": batch or phase.batch_size, "parameters": found.parts}
     row |= {"trained": found.trained, "tokens_per_sample": tokens(spec, module)}
     if phase.objective == "edit":
         return row | {"uncounted": "what an edit costs depends on the data"}
-    kinds = counter.kinds(phase, batch=batch, checkpointing=checkpointing)
-    row["step"] = step_time(found, kinds, cluster, chosen["accumulate"])
-    row["flops"] = by_part(kinds, chosen["accumulate"])
-    row["memory"] = memory(found, kinds, cluster)
+    kinds = counter.kinds(phase, batch=batch)
+    row["step"] = step_time(found, kinds, cluster, chosen["accumulate"], checkpointing)
+    row["memory"] = memory(found, kinds, cluster, checkpointing)
     limit = GIB * cluster.gpu.memory * (1 - cluster.spare)
     row["fits"] = row["memory"]["total"] <= limit
     if not row["fits"]:
-        row["would_fit"] = would_fit(counter, phase, found, cluster, limit, row["batch"], checkpointing)
+        row["would_fit"] = would_fit(found, kinds, cluster, limit)
     return row
 
 
-def by_part(kinds: list[Kind], accumulate: int) -> dict[str, dict[str, float]]:
-    """Part -> FLOPs of a mean step forward, backward and again, on each GPU."""
-    found: dict[str, dict[str, float]] = {}
-    for kind in kinds:
-        for (part, way), flops in kind.count.flops.items():
-            held = found.setdefault(part, {"forward": 0.0, "backward": 0.0, "again": 0.0})
-            held[way] += accumulate * kind.share * flops
-    return found
-
-
-def would_fit(
-    counter: Counter, phase: Phase, found: Sizes, cluster: Cluster, limit: float, batch: int, checkpointing: str
-) -> list[dict[str, Any]]:
-    """The mildest changes that fit: the least sharding at each checkpointing, at this batch or the largest that fits.
-
-    Memory of other batch sizes follows from this and a batch of one on a straight line.
-    """
-    shards = sorted({1, cluster.gpus, cluster.world, cluster.shard})
-    answers: list[dict[str, Any]] = []
-    for how in CHECKPOINTING[CHECKPOINTING.index(checkpointing) :]:
-        full, one = (counter.kinds(phase, batch=rows, checkpointing=how) for rows in (batch, 1))
-        best: tuple[int, int, float] | None = None
-        for shard in shards:
-            layout = dataclasses.replace(cluster, shard=shard)
-            most, least = (memory(found, kinds, layout)["total"] for kinds in (full, one))
-            slope = (most - least) / max(batch - 1, 1)
-            rows = batch if most <= limit else 0 if least > limit else 1 + int((limit - least) / slope)
-            if rows and (best is None or rows > best[0]):
-                best = (rows, shard, least + (rows - 1) * slope)
-        if best is not None:
-            answers.append({"checkpointing": how, "batch": best[0], "shard": best[1], "total": best[2]})
-            if best[0] == batch:
-                break
-    return answers
+def would_fit(found: Sizes, kinds: list[Kind], cluster: Cluster, limit: float) -> dict[str, Any] | None:
+    """The first checkpointing, and the least sharding with it, that fits at this batch size."""
+    for how in CHECKPOINTING:
+        for shard in sorted({1, cluster.gpus, cluster.world, cluster.shard}):
+            total = memory(found, kinds, dataclasses.replace(cluster, shard=shard), how)["total"]
+            if total <= limit:
+                return {"checkpointing": how, "shard": shard, "total": total}
+    return None
 
 
 def budget(rows: list[dict[str, Any]], number: float) -> None:
@@ -155,11 +127,13 @@ def notes(config: Mapping[str, Any], half: bool) -> list[str]:
     if "config" in text and text["path"] is None:
         found.append("encoders.text.path is null: its memory is that of a small stand-in, not of a language model")
     if "config" in text and "pixels" in text:
-        found.append("encoders.text sees pictures: what it computes is not counted")
+        found.append("encoders.text sees pictures: 2 FLOPs a parameter and token, on top of its weights no memory")
     if not half:
         found.append("trainer.precision is not bfloat16, but the peak is that of bfloat16 products")
     if config["trainer"]["compile"]:
         found.append("trainer.compile: figures are those of uncompiled blocks; compiled ones keep fewer activations")
     if config["model"]["denoiser"].get("delta", {}).get("form") in ("chunked", "recurrent"):
         found.append("the delta rule is taken as fused; other forms keep more")
+    if config["data"].get("cache_latents") or config["data"].get("features"):
+        found.append("caches (data.cache_latents, data.features) are not taken off what is computed")
     return found

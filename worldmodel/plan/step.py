@@ -1,48 +1,50 @@
 """One training step of a phase, run on tensors without memory: the model's own forward and backward pass, counted."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from worldmodel import conditioning, distillation
-from worldmodel.acceleration import accelerated
+from worldmodel import conditioning
+from worldmodel.acceleration import CHECKPOINTING, PERIODS
 from worldmodel.checkpoint import build_model
 from worldmodel.contracts import Batch, ClipSpec, SeeingTextEncoder
 from worldmodel.encoders import conditioner
 from worldmodel.encoders.pretrained import Pretrained
 from worldmodel.errors import ConfigError
-from worldmodel.losses import draw_flags
-from worldmodel.phases import MIXED, PARTS, Phase
+from worldmodel.model import WorldModel
+from worldmodel.phases import MIXED, Phase
 from worldmodel.plan.batch import WORDS, random_batch
 from worldmodel.plan.kernels import gpu_kernels
-from worldmodel.plan.ledger import Ledger
-from worldmodel.synthesis.sampler import sampling_sigmas
+from worldmodel.plan.meter import Call, Meter
 from worldmodel.training import PhaseModule
-
-DRAWS = 4096
-"""Rows that are drawn to learn how many of them are given a camera path or tracks."""
 
 
 class Count(NamedTuple):
-    """What one forward and backward pass over some rows takes."""
+    """What one forward and backward pass over some rows takes; all of it grows linearly with the layers."""
 
-    flops: dict[tuple[str, str], float]  # (part, "forward", "backward" or "again" by checkpointing) -> FLOPs
-    kept: dict[str, float]  # kind -> bytes between both passes
-    peak: dict[str, float]  # most bytes at a time: activations, with copies, with gradients too
-    calls: float  # forward passes of each video block
+    forward: float  # FLOPs
+    backward: float
+    remember: float  # of the forward ones, those of reading the history
+    velocity: float  # and those of one denoising pass
+    copies: tuple[float, ...]  # bytes of parameters in the type that products take, by each of `CHECKPOINTING`
+    kept: tuple[float, ...]  # bytes of activations between both passes
+    peak: tuple[float, ...]  # most bytes of activations at a time
+    again: tuple[float, ...]  # FLOPs of the forward pass that are done twice
 
-    def combine(self, other: "Count", function: Callable[[float, float], float]) -> "Count":
-        """Both number by number."""
-        pairs = zip(self[:3], other[:3], strict=True)
-        tables = [{k: function(a.get(k, 0), b.get(k, 0)) for k in {**a, **b}} for a, b in pairs]
-        return Count(*tables, function(self.calls, other.calls))
+    def continued(self, other: "Count", steps: float) -> "Count":
+        """This plus `steps` times the difference of the other to it."""
+
+        def line(a: Any, b: Any) -> Any:
+            return tuple(map(line, a, b)) if isinstance(a, tuple) else a + steps * (b - a)
+
+        return Count(*map(line, self, other))
 
 
 def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> PhaseModule:
@@ -87,110 +89,138 @@ def count_step(
     *,
     rows: int,
     half: bool = True,
-    checkpointing: str = "none",
+    gpu: bool = True,
     backward: bool = True,
     loss: Callable[[PhaseModule, Batch], Tensor] | None = None,
     known: dict[Any, Any] | None = None,
 ) -> Count:
-    """Counts a step of a module from `meta_module`, whose phase has at most one ingredient; `rows` clips.
+    """Counts a step of a module from `meta_module`, whose phase has one ingredient at most and no teacher; `rows` clips.
 
-    `half` is bfloat16 autocast as on a GPU. `loss` is the phase's own unless another is given. What the frozen
-    autoencoder and image encoder do in every step is counted; a frozen language model keeps what it answered.
-    `known` remembers what encoding pictures took, for other counts of the same autoencoder. Raises `ConfigError` for
-    what cannot be counted.
+    `half` is bfloat16 autocast. With `gpu` attention and the delta rule are the fused kernels of a GPU, else what runs
+    on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding pictures took, for
+    other counts of the same autoencoder. Raises `ConfigError` for what cannot be counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    phase, spec = module.phase, module.model.spec
+    phase, model = module.phase, module.model
     if phase.objective == "edit":
         raise ConfigError(f"phase {phase.name!r}: what an edit costs depends on the data, so it cannot be counted")
-    models = [module.model, *([] if module.teacher is None else [module.teacher])]
-    share, calls = given_share(module), [0]
-    blocks = module.model.denoiser.blocks
-    gradients = nullcontext() if backward else torch.no_grad()
+    clips = phase.clips(phase.mixture[0]) if phase.objective in MIXED else 1
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         materialise(module)
-        batch = random_batch(spec, rows * clips(phase), masks=phase.objective == "motion")
-        ledger = Ledger(module, parts(module))
-        ledger.hold([x for x in batch if x is not None])
-        for block in blocks:
-            handle = block.register_forward_pre_hook(lambda *_: calls.append(1))
-            stack.callback(handle.remove)
-        stack.enter_context(texts(models))
-        stack.enter_context(patch.object(distillation, "sampling_sigmas", sigmas))
-        stack.enter_context(patch.object(conditioning, "moved_pictures", moved(share)))
-        if known is not None and "autoencoder" not in phase.trains:
-            encode = remembered(module.model.autoencoder.encode_raw, ledger, known)
-            stack.enter_context(patch.object(module.model.autoencoder, "encode_raw", encode))
-        stack.enter_context(gpu_kernels(models, ledger))
-        stack.enter_context(accelerated(module.model, compiled=False, checkpointing=checkpointing))
-        stack.enter_context(ledger)
-        with gradients, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            value = (loss or default_loss)(module, batch)
-        ledger.between()
-        if backward:
-            torch.autograd.backward(value)  # as a method it would leave the mode of `gpu_kernels`
-    return Count(dict(ledger.flops), ledger.kept, ledger.peak, sum(calls) / len(blocks))
+        batch = random_batch(model.spec, rows * clips, masks=phase.objective == "motion")
+        there = [*module.buffers(), *(x for part in batch if isinstance(part, tuple) for x in part)]
+        meter = Meter([x for x in there if isinstance(x, Tensor)], module.parameters())
+        stack.enter_context(sentences(model, meter))
+        stack.enter_context(patch.object(conditioning, "moved_pictures", moved(given_share(phase))))
+        if "autoencoder" not in phase.trains:
+            encode = remembered(model.autoencoder.encode_raw, meter, {} if known is None else known)
+            stack.enter_context(patch.object(model.autoencoder, "encode_raw", encode))
+        if gpu:
+            stack.enter_context(gpu_kernels(model, meter))
+        watch(model, meter, stack)
+        with meter:
+            with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                value = (loss or own_loss)(module, batch)
+            counted = summed(meter)
+            memory = [kept_and_again(meter, how) for how in CHECKPOINTING]
+            forward_peak, meter.peak, meter.forward = meter.peak, meter.activations, False
+            if value.requires_grad:
+                value.backward()
+    extra = meter.peak - memory[0][0]  # what the backward pass needs beside what was kept for it
+    plain = max(forward_peak, meter.peak)
+    peaks = (plain, *(max(kept + most + extra, surge) for kept, most, surge, *_ in memory[1:]))
+    kept, again, copies = (tuple(row[i] for row in memory) for i in (0, 3, 4))
+    return Count(*counted, copies, kept, peaks, again)
 
 
-def default_loss(module: PhaseModule, batch: Batch) -> Tensor:
+def summed(meter: Meter) -> tuple[float, float, float, float]:
+    """FLOPs forward and backward, and forward of both stages."""
+    ways = [sum(f for (_, way), f in meter.flops.items() if way == each) for each in ("forward", "backward")]
+    return ways[0], ways[1], meter.flops["remember", "forward"], meter.flops["velocity", "forward"]
+
+
+def kept_and_again(meter: Meter, how: str) -> tuple[float, float, float, float, float]:
+    """What checkpointing changes: bytes kept, those of the largest block that is computed again, those at the fullest
+    moment of encoding pictures, the FLOPs done twice, and bytes of copies.
+
+    A block that is computed again leaves what it takes and returns and, while its turn lasts, all that it makes.
+    """
+    every = PERIODS[how]
+    calls = [c for c in meter.calls if every and c.trained and c.block % every == 0]
+    sizes = [meter.inside(c) for c in calls]
+    taken = {n: size for c in calls for n, size in c.taken.items() if n not in meter.alive}
+    kept = meter.activations - sum(sizes) + sum(taken.values())
+    most = max((size + sum(c.given.values()) for c, size in zip(calls, sizes, strict=True)), default=0)
+    surges = [
+        now - sum(size for c, size in zip(calls, sizes, strict=True) if c.made.stop <= made)
+        for made, now in meter.surges
+    ]
+    copies = meter.copies - sum(meter.inside(c, copies=True) for c in calls)
+    return kept, most, max(surges, default=0), sum(c.flops for c in calls), copies
+
+
+def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
+    """Tells the meter what runs: reading the history, a denoising pass, a block of the video transformer."""
+
+    def staged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **settings: Any) -> Any:
+            before, meter.stage = meter.stage, name
+            try:
+                return function(*args, **settings)
+            finally:
+                meter.stage = before
+
+        return run
+
+    def numbered(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            first, flops, taken = meter.made, summed(meter)[0], meter.numbered(args)
+            out = function(*args)
+            took, grad = summed(meter)[0] - flops, torch.is_grad_enabled()
+            meter.calls.append(Call(number, range(first, meter.made), taken, meter.numbered(out), took, grad))
+            return out
+
+        return run
+
+    for name in ("remember", "velocity"):
+        stack.enter_context(patch.object(model, name, staged(name, getattr(model, name))))
+    for number, block in enumerate(model.denoiser.blocks):
+        stack.enter_context(patch.object(block, "forward", numbered(number, block.forward)))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        # Gradients are counted by arithmetic: sharded, they leave as soon as they are there.
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def own_loss(module: PhaseModule, batch: Batch) -> Tensor:
     """The loss that the phase trains by."""
     return module.losses(batch, torch.Generator().manual_seed(1))["loss"]
 
 
-def sigmas(steps: int, shift: float) -> list[float]:
-    """Noise levels as numbers: they are no part of the count."""
-    with _disable_current_modes():
-        return sampling_sigmas(steps, shift)
+def given_share(phase: Phase) -> float:
+    """Share of a batch's pictures that are moved along a given camera path or tracks."""
+    rates = [phase.given.get(name, 0.0) for name in ("camera", "points")]
+    return 1 - math.prod(1 - rate for rate in rates)
 
 
-def clips(phase: Phase) -> int:
-    """Consecutive clips in a row of the phase's batches."""
-    return phase.clips(phase.mixture[0]) if phase.objective in MIXED else 1
-
-
-def parts(module: PhaseModule) -> dict[str, nn.Module]:
-    """The parts of the model, and the teacher as one."""
-    found = {name: getattr(module.model, name) for name in PARTS if getattr(module.model, name) is not None}
-    return found if module.teacher is None else {**found, "teacher": module.teacher}
-
-
-def given_share(module: PhaseModule) -> float:
-    """Share of a batch's pictures that are moved along a given camera path or tracks, drawn as training draws it."""
-    phase, model = module.phase, module.model
-    if phase.objective not in MIXED or model.denoiser.conditions is None or not phase.given:
-        return 0.0
-    generator = torch.Generator().manual_seed(0)
-    mode = phase.mixture[0].mode
-    if mode in ("understanding", "proposal"):
-        return 0.0
-    flags, _ = draw_flags(model, mode, DRAWS, generator, phase.given, phase.absent, torch.device("cpu"))
-    spec = model.spec
-    cameras = flags.get("camera", torch.zeros(DRAWS, len(spec.cameras), dtype=torch.bool))
-    points = flags.get("points", torch.zeros(DRAWS, spec.points, dtype=torch.bool))
-    cameras, points = (x if x.dim() == 2 else x[:, None] for x in (cameras, points))
-    return float((cameras | points.any(1, keepdim=True)).float().mean())
-
-
-def remembered(encode: Callable[[Tensor], Tensor], ledger: Ledger, known: dict[Any, Any]) -> Callable[[Tensor], Tensor]:
+def remembered(encode: Callable[[Tensor], Tensor], meter: Meter, known: dict[Any, Any]) -> Callable[[Tensor], Tensor]:
     """Encodes pictures of each shape once, and afterwards counts what it took."""
 
     def run(video: Tensor) -> Tensor:
         key = (video.shape, torch.is_autocast_enabled("cpu"))
         if key not in known:
-            flops, peak = sum(ledger.flops.values()), ledger.peak
-            ledger.sweep()
-            before, ledger.peak = ledger.live["activations"], dict.fromkeys(peak, 0)
+            before, flops, peak = meter.activations, summed(meter)[0], meter.peak
+            meter.peak = before
             with torch.no_grad():
                 out = encode(video)
-            surge = ledger.peak["activations"] - before
-            known[key] = (out.shape, out.dtype, sum(ledger.flops.values()) - flops, surge)
-            ledger.peak = {name: max(most, ledger.peak[name]) for name, most in peak.items()}
+            known[key] = (out.shape, out.dtype, summed(meter)[0] - flops, meter.peak - before)
+            meter.peak = max(meter.peak, peak)
+            meter.surges.append((meter.made, before + known[key][3]))
             return out
         shape, dtype, flops, surge = known[key]
-        ledger.add(flops, "autoencoder")
-        ledger.surge(surge)
+        meter.add(flops, 0)
+        meter.surge(surge)
         return video.new_empty(shape, dtype=dtype)
 
     return run
@@ -204,38 +234,31 @@ def moved(share: float) -> Callable[..., Tensor]:
         b, frames, v = poses.shape[:3]
         count = round(share * b * v) * frames
         if count:
-            picture = o.rgb[:1, -1, :1].flatten(0, 2).float() / 127.5 - 1.0
-            model.autoencoder.encode_frames(picture.expand(2 * count, -1, -1, -1).contiguous())
+            model.autoencoder.encode_frames(poses.new_empty(2 * count, *o.rgb.shape[3:]))
         return poses.new_zeros(b, frames, v, model.autoencoder.channels, *model.grid)
 
     return pictures
 
 
 @contextmanager
-def texts(models: list[Any]) -> Iterator[None]:
-    """Every row says the same; frozen language models have read it, and frozen ones that see are counted by size."""
+def sentences(model: WorldModel, meter: Meter) -> Iterator[None]:
+    """Every row says the same. Frozen language models have read it; frozen ones that see take 2 FLOPs a parameter and
+    token, nothing that is kept, and no more than their weights."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(conditioner, "sentence", lambda row: WORDS))
         stack.enter_context(patch.object(torch, "unique", lambda x, **_: (x[:1], x.new_zeros(len(x)))))
-        for model in models:
-            text = model.encoder.text
-            if not isinstance(text, Pretrained):
-                continue
-            if isinstance(text, SeeingTextEncoder):
-                if not text.frozen:
-                    raise ConfigError("encoders.text: a vision-language model that is tuned cannot be counted")
-                stack.enter_context(patch.object(text, "see", looked(text)))
-            elif text.frozen:
-                text.encode(WORDS, torch.device("cpu"))
+        text: Any = model.encoder.text
+        if isinstance(text, SeeingTextEncoder):
+            if not getattr(text, "frozen", False):
+                raise ConfigError("encoders.text: a vision-language model that is tuned cannot be counted")
+
+            def see(words: Tensor, has_text: Tensor, rgb: Tensor, has_rgb: Tensor) -> tuple[Tensor, Tensor]:
+                count = len(text.views) * text.grid[0] * text.grid[1] // text.merge**2 + len(WORDS)
+                meter.add(2 * count * len(rgb) * sum(p.numel() for p in text.net.parameters()), 0)
+                width = text.net.config.get_text_config().hidden_size
+                return rgb.new_zeros(len(rgb), count, width), torch.ones(len(rgb), count, dtype=torch.bool)
+
+            stack.enter_context(patch.object(text, "see", see))
+        elif isinstance(text, Pretrained) and text.frozen:
+            text.encode(WORDS, torch.device("cpu"))
         yield
-
-
-def looked(text: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Stands for `VisionLanguageConditioner.see`: states of the images' merged patches and of the words."""
-
-    def see(words: Tensor, has_text: Tensor, rgb: Tensor, has_rgb: Tensor) -> tuple[Tensor, Tensor]:
-        width = text.net.config.get_text_config().hidden_size
-        count = len(text.views) * text.grid[0] * text.grid[1] // text.merge**2 + len(WORDS)
-        return rgb.new_zeros(len(rgb), count, width), torch.ones(len(rgb), count, dtype=torch.bool)
-
-    return see
