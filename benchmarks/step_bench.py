@@ -106,9 +106,10 @@ class Bench:
             b, (v, c) = len(batch.key), (len(self.spec.cameras), module.model.autoencoder.channels)
             return given_latents(module, batch, torch.zeros(b, self.frames, v, c, *module.model.grid))
 
-        module = meta_module(self.config, self.phase, self.spec)
+        # Pictures moved along given paths are encoded pictures, and left out as all are.
+        module = meta_module(self.config, dataclasses.replace(self.phase, given={}), self.spec)
         count = count_step(module, rows=1, half=False, backward=not self.given.forward, loss=loss)
-        return sum(count.flops.values())
+        return count.forward + count.backward
 
     def measure(self, row: Row, profile: Path | None) -> dict[str, Any]:
         """Median seconds of a step, peak bytes, loss."""

@@ -51,7 +51,7 @@ def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> Phas
     """The module of a phase on the meta device: shapes and types of a run's parameters, none of their memory."""
     with torch.device("meta"):
         model = build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
-        return PhaseModule(model=model, phase=phase, seed=0)
+    return PhaseModule(model=model, phase=phase, seed=0)
 
 
 def weightless(config: Any) -> Any:
@@ -94,7 +94,7 @@ def count_step(
     loss: Callable[[PhaseModule, Batch], Tensor] | None = None,
     known: dict[Any, Any] | None = None,
 ) -> Count:
-    """Counts a step of a module from `meta_module`, whose phase has one ingredient at most and no teacher; `rows` clips.
+    """Counts a step of a module from `meta_module`, of a phase of one ingredient at most and no teacher; `rows` clips.
 
     `half` is bfloat16 autocast. With `gpu` attention and the delta rule are the fused kernels of a GPU, else what runs
     on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding pictures took, for
