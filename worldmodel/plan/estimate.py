@@ -9,7 +9,7 @@ from torch import nn
 from worldmodel.acceleration import CHECKPOINTING
 from worldmodel.contracts import ClipSpec
 from worldmodel.errors import ConfigError
-from worldmodel.phases import PARTS
+from worldmodel.phases import MIXED, PARTS
 from worldmodel.plan.count import Kind
 from worldmodel.plan.gpus import GPU
 from worldmodel.training import PhaseModule
@@ -171,7 +171,9 @@ def step_time(
 
 
 def tokens(spec: ClipSpec, module: PhaseModule) -> int:
-    """Tokens of a clip in both transformers."""
+    """Tokens of a clip in both transformers, none where neither runs."""
+    if module.phase.objective not in MIXED:
+        return 0
     denoiser = module.model.denoiser
     frame = sum(denoiser.counts[name] for name in denoiser.streams)
     return (spec.history + spec.future) * frame + spec.chunk

@@ -46,6 +46,7 @@ class Call(NamedTuple):
     made: range
     taken: dict[int, int]
     given: dict[int, int]
+    most: int  # bytes at a time while it ran
     flops: float
     trained: bool
 
@@ -68,7 +69,7 @@ class Meter(TorchDispatchMode):
         self.flops: Counter[tuple[str, str]] = Counter()  # (what runs, "forward" or "backward")
         self.stage, self.share, self.forward = "rest", 1.0, True
         self.calls: list[Call] = []
-        self.surges: list[tuple[int, int]] = []  # storages made until then, bytes alive at that moment
+        self.surges: list[tuple[int, int]] = []  # of encoding pictures: storages made until then, most bytes alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and books it."""
@@ -116,11 +117,6 @@ class Meter(TorchDispatchMode):
         else:
             self.activations += size
             self.peak = max(self.peak, self.activations)
-
-    def surge(self, size: int) -> None:
-        """Notes that `size` bytes come and go at once."""
-        self.surges.append((self.made, self.activations + size))
-        self.peak = max(self.peak, self.activations + size)
 
     def numbered(self, values: Any) -> dict[int, int]:
         """The storages in a tree of tensors that are in the books, with their sizes."""

@@ -35,8 +35,14 @@ class Count(NamedTuple):
     velocity: float  # and those of one denoising pass
     copies: tuple[float, ...]  # bytes of parameters in the type that products take, by each of `CHECKPOINTING`
     kept: tuple[float, ...]  # bytes of activations between both passes
-    peak: tuple[float, ...]  # most bytes of activations at a time
+    encoding: tuple[float, ...]  # most of them at a time while pictures are encoded
+    passing: tuple[float, ...]  # most of them at a time in the backward pass
     again: tuple[float, ...]  # FLOPs of the forward pass that are done twice
+
+    @property
+    def peak(self) -> tuple[float, ...]:
+        """Most bytes of activations at a time."""
+        return tuple(map(max, self.encoding, self.passing))
 
     def continued(self, other: "Count", steps: float) -> "Count":
         """This plus `steps` times the difference of the other to it."""
@@ -123,16 +129,24 @@ def count_step(
         with meter:
             with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=half):
                 value = (loss or own_loss)(module, batch)
-            counted = summed(meter)
-            memory = [kept_and_again(meter, how) for how in CHECKPOINTING]
-            forward_peak, meter.peak, meter.forward = meter.peak, meter.activations, False
+            counted, ways = summed(meter), [checkpointed(meter, how) for how in CHECKPOINTING]
+            meter.forward = False
             if value.requires_grad:
                 value.backward()
-    extra = meter.peak - memory[0][0]  # what the backward pass needs beside what was kept for it
-    plain = max(forward_peak, meter.peak)
-    peaks = (plain, *(max(kept + most + extra, surge) for kept, most, surge, *_ in memory[1:]))
-    kept, again, copies = (tuple(row[i] for row in memory) for i in (0, 3, 4))
-    return Count(*counted, copies, kept, peaks, again)
+    extra = meter.peak - ways[0].kept  # what is there at the turn or in the backward pass beside what is kept
+    found = [(c.copies, c.kept, c.encoding, max(c.running, c.held + extra), c.again) for c in ways]
+    return Count(*counted, *zip(*found, strict=True))
+
+
+class Checkpointed(NamedTuple):
+    """What a step takes with some blocks computed again, in bytes but for FLOPs `again`."""
+
+    copies: int
+    kept: int
+    encoding: int  # most while pictures are encoded
+    running: int  # most while a block is computed again
+    held: int  # most when a block's backward pass begins
+    again: float
 
 
 def summed(meter: Meter) -> tuple[float, float, float, float]:
@@ -141,24 +155,26 @@ def summed(meter: Meter) -> tuple[float, float, float, float]:
     return ways[0], ways[1], meter.flops["remember", "forward"], meter.flops["velocity", "forward"]
 
 
-def kept_and_again(meter: Meter, how: str) -> tuple[float, float, float, float, float]:
-    """What checkpointing changes: bytes kept, those of the largest block that is computed again, those at the fullest
-    moment of encoding pictures, the FLOPs done twice, and bytes of copies.
+def checkpointed(meter: Meter, how: str) -> Checkpointed:
+    """What checkpointing makes of a forward pass; call it before the backward pass.
 
-    A block that is computed again leaves what it takes and returns and, while its turn lasts, all that it makes.
+    A block that is computed again leaves what it takes and returns and, while its turn lasts, all that it makes. What
+    was kept inside blocks after it is gone by then.
     """
     every = PERIODS[how]
-    calls = [c for c in meter.calls if every and c.trained and c.block % every == 0]
-    sizes = [meter.inside(c) for c in calls]
-    taken = {n: size for c in calls for n, size in c.taken.items() if n not in meter.alive}
-    kept = meter.activations - sum(sizes) + sum(taken.values())
-    most = max((size + sum(c.given.values()) for c, size in zip(calls, sizes, strict=True)), default=0)
-    surges = [
-        now - sum(size for c, size in zip(calls, sizes, strict=True) if c.made.stop <= made)
-        for made, now in meter.surges
-    ]
-    copies = meter.copies - sum(meter.inside(c, copies=True) for c in calls)
-    return kept, most, max(surges, default=0), sum(c.flops for c in calls), copies
+    again = [c for c in meter.calls if every and c.trained and c.block % every == 0]
+    sizes = {c.made: meter.inside(c) for c in meter.calls}
+    taken = {n: size for c in again for n, size in c.taken.items() if n not in meter.alive}
+    kept = meter.activations - sum(sizes[c.made] for c in again) + sum(taken.values())
+    encoding = max((now - sum(sizes[c.made] for c in again if c.made.stop <= n) for n, now in meter.surges), default=0)
+    now, held, running = kept, kept, 0
+    for call in reversed(meter.calls):
+        if call in again:
+            running, held = max(running, now + call.most), max(held, now + sizes[call.made] + sum(call.given.values()))
+        else:
+            now -= sizes[call.made]
+    copies = meter.copies - sum(meter.inside(c, copies=True) for c in again)
+    return Checkpointed(copies, kept, encoding, running, held, sum(c.flops for c in again))
 
 
 def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
@@ -176,10 +192,12 @@ def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
 
     def numbered(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            first, flops, taken = meter.made, summed(meter)[0], meter.numbered(args)
+            first, flops, taken, now = meter.made, summed(meter)[0], meter.numbered(args), meter.activations
+            peak, meter.peak = meter.peak, now
             out = function(*args)
+            most, meter.peak = meter.peak - now, max(meter.peak, peak)
             took, grad = summed(meter)[0] - flops, torch.is_grad_enabled()
-            meter.calls.append(Call(number, range(first, meter.made), taken, meter.numbered(out), took, grad))
+            meter.calls.append(Call(number, range(first, meter.made), taken, meter.numbered(out), most, took, grad))
             return out
 
         return run
@@ -215,12 +233,12 @@ def remembered(encode: Callable[[Tensor], Tensor], meter: Meter, known: dict[Any
             with torch.no_grad():
                 out = encode(video)
             known[key] = (out.shape, out.dtype, summed(meter)[0] - flops, meter.peak - before)
-            meter.peak = max(meter.peak, peak)
+            meter.peak = peak
             meter.surges.append((meter.made, before + known[key][3]))
             return out
         shape, dtype, flops, surge = known[key]
         meter.add(flops, 0)
-        meter.surge(surge)
+        meter.surges.append((meter.made, meter.activations + surge))
         return video.new_empty(shape, dtype=dtype)
 
     return run
