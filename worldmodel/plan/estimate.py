@@ -156,8 +156,9 @@ def step_time(
     }
     compute = sum(flops.values()) / (1e12 * cluster.gpu.tflops * cluster.mfu)
     update = UPDATE * found.trained / cluster.shard / (1e9 * cluster.gpu.bandwidth)
-    # The history and what follows are two passes, forward and backward.
-    parts = traffic(found, mean(lambda k: 2 * 2 + k.passes), cluster, accumulate)
+    # The history and what follows are two passes, forward and backward; where neither runs, only what trains moves.
+    moved = found if any(k.count.velocity for k in kinds) else found._replace(spread=found.trained)
+    parts = traffic(moved, mean(lambda k: 2 * 2 + k.passes), cluster, accumulate)
     talk = sum(parts.values())
     return {
         **flops,
