@@ -83,8 +83,8 @@ def allocated(module: PhaseModule, rows: int, *, half: bool, checkpointing: str)
             pass
         loss.backward()
         del loss
-    assert run.profiler is not None
-    events = run.profiler.kineto_results.events()
+    profiler: Any = run.profiler
+    events = profiler.kineto_results.events()
     (between,) = (e.start_ns() for e in events if e.name() == "between")
     now = kept = peak = 0
     for start, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
@@ -178,7 +178,7 @@ def test_a_teacher_is_passes_of_its_student():
             {"p": {**values, **extra, "absent": 0.0, "distillation": {"student_steps": [1], **settings}}}
         )[0]
         (kind,) = counter.kinds(phase, batch=1)
-        return kind.teacher, kind.count
+        return kind.teacher, kind.step
 
     counter = Counter(config, spec, half=False)
     four, count = teacher(teacher_steps=4)

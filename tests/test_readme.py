@@ -46,6 +46,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/features.py --help",
         "benchmarks/distillation.py --help",
         "benchmarks/step.py --help",
+        "-m worldmodel.plan --help",
     ],
 )
 def test_help_is_there(command):

@@ -38,6 +38,6 @@ def random_batch(spec: ClipSpec, rows: int, *, frames: int | None = None, masks:
     found = None
     if masks:
         size = (v, spec.height, spec.width)
-        shown = [torch.zeros(b, n, *size, dtype=torch.uint8) for n in (h, spec.window)]
-        found = Masks(*shown, draw(h + f, 3, 3), yes(3), ("gripper", "object", "object2"))
+        past, later = (torch.zeros(b, n, *size, dtype=torch.uint8) for n in (h, spec.window))
+        found = Masks(past, later, draw(h + f, 3, 3), yes(3), ("gripper", "object", "object2"))
     return Batch(observation, future, torch.arange(b * h).unflatten(0, (b, h)), ["random"] * b, found)

@@ -16,7 +16,7 @@ class Kind(NamedTuple):
     mode: str
     share: float  # of the steps
     rows: int  # clips on each GPU
-    count: Count
+    step: Count
     teacher: float  # FLOPs of the teacher
     passes: float  # of the teacher through all blocks
 

@@ -105,7 +105,7 @@ def memory(found: Sizes, kinds: list[Kind], cluster: Cluster, checkpointing: str
     as long as the parameters.
     """
     how, s = CHECKPOINTING.index(checkpointing), cluster.shard
-    count = max((kind.count for kind in kinds), key=lambda c: c.peak[how])
+    count = max((kind.step for kind in kinds), key=lambda c: c.peak[how])
     trained, peak = 4 * found.trained / s, count.peak[how]
     found_bytes = {
         "parameters": 4 * found.spread / s + found.whole,
@@ -149,15 +149,15 @@ def step_time(
         return accumulate * sum(kind.share * value(kind) for kind in kinds)
 
     flops = {
-        "forward": mean(lambda k: k.count.forward),
-        "backward": mean(lambda k: k.count.backward),
+        "forward": mean(lambda k: k.step.forward),
+        "backward": mean(lambda k: k.step.backward),
         "teacher": mean(lambda k: k.teacher),
-        "again": mean(lambda k: k.count.again[how]),
+        "again": mean(lambda k: k.step.again[how]),
     }
     compute = sum(flops.values()) / (1e12 * cluster.gpu.tflops * cluster.mfu)
     update = UPDATE * found.trained / cluster.shard / (1e9 * cluster.gpu.bandwidth)
     # The history and what follows are two passes, forward and backward; where neither runs, only what trains moves.
-    moved = found if any(k.count.velocity for k in kinds) else found._replace(spread=found.trained)
+    moved = found if any(k.step.velocity for k in kinds) else found._replace(spread=found.trained)
     parts = traffic(moved, mean(lambda k: 2 * 2 + k.passes), cluster, accumulate)
     talk = sum(parts.values())
     return {

@@ -86,6 +86,7 @@ def materialise(module: nn.Module) -> None:
         return made[id(old)]
 
     for part in module.modules():
+        held: Any
         for held in (part._parameters, part._buffers):
             held.update({name: fake(old) for name, old in held.items() if old is not None})
 
@@ -266,8 +267,9 @@ def sentences(model: WorldModel, meter: Meter) -> Iterator[None]:
         stack.enter_context(patch.object(conditioner, "sentence", lambda row: WORDS))
         stack.enter_context(patch.object(torch, "unique", lambda x, **_: (x[:1], x.new_zeros(len(x)))))
         text: Any = model.encoder.text
-        if isinstance(text, SeeingTextEncoder):
-            if not getattr(text, "frozen", False):
+        seeing, pretrained = isinstance(text, SeeingTextEncoder), isinstance(text, Pretrained)
+        if seeing:
+            if not text.frozen:
                 raise ConfigError("encoders.text: a vision-language model that is tuned cannot be counted")
 
             def see(words: Tensor, has_text: Tensor, rgb: Tensor, has_rgb: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,6 +279,6 @@ def sentences(model: WorldModel, meter: Meter) -> Iterator[None]:
                 return rgb.new_zeros(len(rgb), count, width), torch.ones(len(rgb), count, dtype=torch.bool)
 
             stack.enter_context(patch.object(text, "see", see))
-        elif isinstance(text, Pretrained) and text.frozen:
+        elif pretrained and text.frozen:
             text.encode(WORDS, torch.device("cpu"))
         yield
