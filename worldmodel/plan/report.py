@@ -1,6 +1,6 @@
 """A plan as Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from worldmodel.plan.estimate import GIB
@@ -13,60 +13,40 @@ RATES = ("samples/s and node", "pictures/s and node")
 
 def tables(plan: dict[str, Any]) -> list[Table]:
     """Everything a plan says, as tables."""
-    counted = [row for row in plan["phases"] if "step" in row]
-    names = list(dict.fromkeys(name for row in plan["phases"] for name in row["parameters"]))
-    sizes = [
-        [row["name"], *(f"{row['parameters'].get(n, 0) / 1e6:,.1f}" for n in names), f"{row['trained'] / 1e6:,.1f}"]
-        for row in plan["phases"]
-    ]
-    ways = ("forward", "backward", "teacher", "again")
-    flops = [[row["name"], *(f"{row['step'][way] / 1e12:,.4g}" for way in ways)] for row in counted]
-    kinds = list(dict.fromkeys(kind for row in counted for kind in row["memory"] if kind != "total"))
-    memory = [
-        [
-            row["name"],
-            *(f"{row['memory'].get(k, 0) / GIB:,.2f}" for k in (*kinds, "total")),
-            "yes" if row["fits"] else "no",
-        ]
-        for row in counted
-    ]
-    times = []
-    for row in counted:
+    every = plan["phases"]
+    counted = [row for row in every if "step" in row]
+    names = list(dict.fromkeys(name for row in every for name in row["parameters"]))
+    kinds = list(dict.fromkeys(kind for row in counted for kind in row["memory"]))
+    ways, spent = ("forward", "backward", "teacher", "again"), (*SPENT, "seconds")
+
+    def memory(row: dict[str, Any]) -> list[str]:
+        return [*(f"{row['memory'][kind] / GIB:,.2f}" for kind in kinds), "yes" if row["fits"] else "no"]
+
+    def times(row: dict[str, Any]) -> list[str]:
         step = row["step"]
-        parts = [step[n] for n in ("compute", "gather", "reduce-scatter", "all-reduce", "update", "seconds")]
-        cells = [f"{1e3 * s:,.1f}" for s in parts]
         rate = step["samples"] / step["seconds"]
-        cells += [f"{step['samples']:,.0f}", f"{rate:,.4g}", f"{rate * row['tokens_per_sample']:,.0f}"]
-        times.append([row["name"], *cells])
-    needs = [
-        [
-            row["name"],
-            f"{row['steps']:,}",
-            f"{row['days']:,.2f}",
-            f"{row['steps'] * row['step']['samples'] * row['tokens_per_sample'] / 1e9:,.4g}",
-            f"{row['data']['hours']:,.4g}",
-            f"{row['data']['gigabytes']:,.4g}",
-            f"{row['data']['shards']:,.0f}",
-            f"{row['data']['samples_per_s_and_node']:,.4g}",
-            f"{row['data']['pictures_per_s_and_node']:,.4g}",
-        ]
-        for row in counted
-    ]
+        cells = [f"{1e3 * step[name]:,.1f}" for name in spent]
+        return [*cells, f"{step['samples']:,.0f}", f"{rate:,.4g}", f"{rate * row['tokens_per_sample']:,.0f}"]
+
+    def needs(row: dict[str, Any]) -> list[str]:
+        tokens, d = row["steps"] * row["step"]["samples"] * row["tokens_per_sample"], row["data"]
+        cells = [f"{row['steps']:,}", f"{row['days']:,.2f}", f"{tokens / 1e9:,.4g}"]
+        return [*cells, *(f"{d[name]:,.4g}" for name in ("hours", "gigabytes")), f"{d['shards']:,.0f}",
+                *(f"{d[name]:,.4g}" for name in ("samples_per_s_and_node", "pictures_per_s_and_node"))]  # fmt: skip
+
+    def table(head: str, columns: Sequence[str], rows: list[Any], cells: Callable[[Any], list[str]]) -> Table:
+        return head, ["phase", *columns], [[row["name"], *cells(row)] for row in rows]
+
     return [
-        ("Parameters, millions", ["phase", *names, "trained"], sizes),
-        ("FLOPs of a step on each GPU, 10^12", ["phase", *ways], flops),
-        ("Memory of each GPU, GiB", ["phase", *kinds, "total", "fits"], memory),
-        (
-            "Time of a step, ms",
-            ["phase", *SPENT, "step", "samples", "samples/s", "tokens/s"],
-            times,
-        ),
-        (
-            "Days and data",
-            [*("phase", "steps", "days", "10^9 tokens", "hours recorded", "GB", "shards"), *RATES],
-            needs,
-        ),
-    ]
+        table("Parameters, millions", [*names, "trained"], every,
+              lambda row: [f"{n / 1e6:,.1f}" for n in (*(row["parameters"].get(x, 0) for x in names), row["trained"])]),
+        table("FLOPs of a step on each GPU, 10^12", ways, counted,
+              lambda row: [f"{row['step'][way] / 1e12:,.4g}" for way in ways]),
+        table("Memory of each GPU, GiB", [*kinds, "fits"], counted, memory),
+        table("Time of a step, ms", [*SPENT, "step", "samples", "samples/s", "tokens/s"], counted, times),
+        table("Days and data", ("steps", "days", "10^9 tokens", "hours recorded", "GB", "shards", *RATES),
+              counted, needs),
+    ]  # fmt: skip
 
 
 def verdict(plan: dict[str, Any]) -> list[str]:
