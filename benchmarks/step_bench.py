@@ -46,7 +46,7 @@ class Bench:
         from worldmodel.phases import Ingredient, make_phases
         from worldmodel.training import PhaseModule
 
-        self.given, self.device = given, torch.device(given.device)
+        self.given, self.device, self.config = given, torch.device(given.device), config
         self.spec = make_spec(config["data"]["spec"])
         phases = [p for p in make_phases(config["phases"]) if p.objective == "world" and given.phase in (None, p.name)]
         if not phases:
@@ -79,35 +79,16 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def batch(self, size: int) -> tuple[Any, Any]:
-        """A random batch on the device with the latents of its history; those of its future are drawn in the step."""
+        """A random batch on the device with the latents of its history and future, which are drawn in the step."""
         import torch
 
-        from worldmodel.contracts import Batch, Future, Observation
+        from worldmodel.plan.batch import random_batch
 
-        spec, g = self.spec, torch.Generator().manual_seed(0)
-        b, h, f, v, k, s = size, spec.history, spec.future, len(spec.cameras), spec.points, len(spec.sensors)
-        draw = lambda *shape: torch.randn(b, *shape, generator=g)  # noqa: E731
-        yes = lambda *shape: torch.ones(b, *shape, dtype=torch.bool)  # noqa: E731
-        images = lambda n: torch.randint(  # noqa: E731
-            0, 256, (b, n, v, 3, spec.height, spec.width), generator=g, dtype=torch.uint8
-        )
-        lens = torch.tensor([[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1 / spec.height]]) * spec.height
-        words = torch.tensor(list(b"put the red block into the drawer and close it")[: spec.text])
-        text = torch.zeros(b, spec.text, dtype=torch.int64)
-        text[:, : len(words)] = words + 1
-        observation = Observation(
-            images(h), lens.expand(b, h, v, 3, 3), torch.eye(4).expand(b, h, v, 4, 4), draw(h, k, 3), yes(h, k),
-            draw(h, spec.stride, s, 6), draw(h, s, *spec.taxels), draw(h, spec.proprio), text,
-            torch.zeros(b, dtype=torch.int64), yes(v), yes(v), yes(k), yes(s), yes(s), yes()[:, None][:, 0], yes(),
-        )  # fmt: skip
-        future = Future(
-            images(1), torch.eye(4).expand(b, f, v, 4, 4), draw(f, k, 3), yes(f, k), draw(f, s, 6),
-            draw(spec.chunk, spec.action), yes(f), yes(spec.chunk), yes(spec.action),
-        )  # fmt: skip
+        batch = random_batch(self.spec, size, frames=1)
         move = lambda values: type(values)(*(x.to(self.device) for x in values))  # noqa: E731
-        frame = torch.arange(b * h).unflatten(0, (b, h))
-        latents = draw(h + f, v, self.model.autoencoder.channels, *self.model.grid).to(self.device)
-        return Batch(move(observation), move(future), frame, ["random"] * b), latents
+        shape = (size, self.frames, len(self.spec.cameras), self.model.autoencoder.channels, *self.model.grid)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return batch._replace(observation=move(batch.observation), future=move(batch.future)), latents
 
     def loss(self, batch: Any, latents: Any) -> Any:
         """Loss of the phase's step; the same noise every time."""

@@ -38,7 +38,7 @@ TIERS = [
     {"parallel", "prepare", "progress"},
     {"protocol", "training", "samples", "run_folder", "curves", "rollout", "drift", "edit"},
     {"phase_run"},
-    {"curriculum", "features"},
+    {"curriculum", "features", "plan"},
     {"export"},
 ]
 STAGES = {"encoders", "synthesis", "policy"}

@@ -50,6 +50,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/distillation.py --help",
         "benchmarks/step.py --help",
         "benchmarks/server.py --help",
+        "-m worldmodel.plan --help",
     ],
 )
 def test_help_is_there(command):

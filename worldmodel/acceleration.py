@@ -19,8 +19,9 @@ from worldmodel.joint import JointTransformer
 from worldmodel.policy.action_expert import ActionBlock
 from worldmodel.synthesis.delta import GatedDelta
 
-CHECKPOINTING = ("none", "selective", "full")
+PERIODS = {"none": 0, "selective": 2, "full": 1}
 """Video blocks whose activations are computed again in the backward pass: none, every second one, all of them."""
+CHECKPOINTING = tuple(PERIODS)
 VARIANTS = 64
 """Graphs that one block may be compiled to: its kinds, history and future, and the batch sizes of a mixture."""
 
@@ -35,7 +36,7 @@ def accelerated(model: JointTransformer, *, compiled: bool, checkpointing: str) 
     """
     if checkpointing not in CHECKPOINTING:
         raise ConfigError(f"trainer.checkpointing: unknown {checkpointing!r}; one of {', '.join(CHECKPOINTING)}")
-    every = {"none": 0, "selective": 2, "full": 1}[checkpointing]
+    every = PERIODS[checkpointing]
     replaced: list[tuple[nn.Module, str, Any]] = []
 
     def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -1,0 +1,1 @@
+"""What a run will take before it is started: parameters, FLOPs, memory, time and data. See `__main__.py`."""

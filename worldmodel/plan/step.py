@@ -1,0 +1,284 @@
+"""One training step of a phase, run on tensors without memory: the model's own forward and backward pass, counted."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel import conditioning
+from worldmodel.acceleration import CHECKPOINTING, PERIODS
+from worldmodel.checkpoint import build_model
+from worldmodel.contracts import Batch, ClipSpec, SeeingTextEncoder
+from worldmodel.encoders import conditioner
+from worldmodel.encoders.pretrained import Pretrained
+from worldmodel.errors import ConfigError
+from worldmodel.model import WorldModel
+from worldmodel.phases import MIXED, Phase
+from worldmodel.plan.batch import WORDS, random_batch
+from worldmodel.plan.kernels import gpu_kernels
+from worldmodel.plan.meter import Call, Meter
+from worldmodel.training import PhaseModule
+
+
+class Count(NamedTuple):
+    """What one forward and backward pass over some rows takes; all of it grows linearly with the layers."""
+
+    forward: float  # FLOPs
+    backward: float
+    remember: float  # of the forward ones, those of reading the history
+    velocity: float  # and those of one denoising pass
+    copies: tuple[float, ...]  # bytes of parameters in the type that products take, by each of `CHECKPOINTING`
+    kept: tuple[float, ...]  # bytes of activations between both passes
+    encoding: tuple[float, ...]  # most of them at a time while pictures are encoded
+    passing: tuple[float, ...]  # most of them at a time in the backward pass
+    again: tuple[float, ...]  # FLOPs of the forward pass that are done twice
+
+    @property
+    def peak(self) -> tuple[float, ...]:
+        """Most bytes of activations at a time."""
+        return tuple(map(max, self.encoding, self.passing))
+
+    def continued(self, other: "Count", steps: float) -> "Count":
+        """This plus `steps` times the difference of the other to it."""
+
+        def line(a: Any, b: Any) -> Any:
+            return tuple(map(line, a, b)) if isinstance(a, tuple) else a + steps * (b - a)
+
+        return Count(*map(line, self, other))
+
+
+def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> PhaseModule:
+    """The module of a phase on the meta device: shapes and types of a run's parameters, none of their memory."""
+    with torch.device("meta"):
+        model = build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
+    return PhaseModule(model=model, phase=phase, seed=0)
+
+
+def weightless(config: Any) -> Any:
+    """A model configuration in which every `path` of a network is replaced by the configuration that lies there."""
+    if not isinstance(config, Mapping):
+        return [weightless(x) for x in config] if isinstance(config, list) else config
+    found = {name: weightless(value) for name, value in config.items()}
+    if found.get("path") is not None and "config" in found:
+        file = Path(found["path"]) / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing; a path names a folder with a network as its library saves it")
+        read = json.loads(file.read_text())
+        found |= {"path": None, "config": {k: v for k, v in read.items() if not k.startswith("_")}}
+        found["config"].pop("architectures", None)
+    return found
+
+
+def materialise(module: nn.Module) -> None:
+    """Turns parameters and buffers on the meta device into fake ones of a CPU; call it in a `FakeTensorMode`."""
+    made: dict[int, Tensor] = {}
+
+    def fake(old: Tensor) -> Tensor:
+        if id(old) not in made:
+            new = torch.empty(old.shape, dtype=old.dtype)
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        return made[id(old)]
+
+    for part in module.modules():
+        held: Any
+        for held in (part._parameters, part._buffers):
+            held.update({name: fake(old) for name, old in held.items() if old is not None})
+
+
+def count_step(
+    module: PhaseModule,
+    *,
+    rows: int,
+    half: bool = True,
+    gpu: bool = True,
+    backward: bool = True,
+    loss: Callable[[PhaseModule, Batch], Tensor] | None = None,
+    known: dict[Any, Any] | None = None,
+) -> Count:
+    """Counts a step of a module from `meta_module`, of a phase of one ingredient at most and no teacher; `rows` clips.
+
+    `half` is bfloat16 autocast. With `gpu` attention and the delta rule are the fused kernels of a GPU, else what runs
+    on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding pictures took, for
+    other counts of the same autoencoder. Raises `ConfigError` for what cannot be counted.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    phase, model = module.phase, module.model
+    if phase.objective == "edit":
+        raise ConfigError(f"phase {phase.name!r}: what an edit costs depends on the data, so it cannot be counted")
+    clips = phase.clips(phase.mixture[0]) if phase.objective in MIXED else 1
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        materialise(module)
+        batch = random_batch(model.spec, rows * clips, masks=phase.objective == "motion")
+        there = [*module.buffers(), *(x for part in batch if isinstance(part, tuple) for x in part)]
+        meter = Meter([x for x in there if isinstance(x, Tensor)], module.parameters())
+        stack.enter_context(sentences(model, meter))
+        stack.enter_context(patch.object(conditioning, "moved_pictures", moved(given_share(phase))))
+        if "autoencoder" not in phase.trains:
+            encode = remembered(model.autoencoder.encode_raw, meter, {} if known is None else known)
+            stack.enter_context(patch.object(model.autoencoder, "encode_raw", encode))
+        if gpu:
+            stack.enter_context(gpu_kernels(model, meter))
+        watch(model, meter, stack)
+        with meter:
+            with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                value = (loss or own_loss)(module, batch)
+            counted, ways = summed(meter), [checkpointed(meter, how) for how in CHECKPOINTING]
+            meter.forward = False
+            if value.requires_grad:
+                value.backward()
+    extra = meter.peak - ways[0].kept  # what is there at the turn or in the backward pass beside what is kept
+    found = [(c.copies, c.kept, c.encoding, max(c.running, c.held + extra), c.again) for c in ways]
+    return Count(*counted, *zip(*found, strict=True))
+
+
+class Checkpointed(NamedTuple):
+    """What a step takes with some blocks computed again, in bytes but for FLOPs `again`."""
+
+    copies: int
+    kept: int
+    encoding: int  # most while pictures are encoded
+    running: int  # most while a block is computed again
+    held: int  # most when a block's backward pass begins
+    again: float
+
+
+def summed(meter: Meter) -> tuple[float, float, float, float]:
+    """FLOPs forward and backward, and forward of both stages."""
+    ways = [sum(f for (_, way), f in meter.flops.items() if way == each) for each in ("forward", "backward")]
+    return ways[0], ways[1], meter.flops["remember", "forward"], meter.flops["velocity", "forward"]
+
+
+def checkpointed(meter: Meter, how: str) -> Checkpointed:
+    """What checkpointing makes of a forward pass; call it before the backward pass.
+
+    A block that is computed again leaves what it takes and returns and, while its turn lasts, all that it makes. What
+    was kept inside blocks after it is gone by then.
+    """
+    every = PERIODS[how]
+    again = [c for c in meter.calls if every and c.trained and c.block % every == 0]
+    sizes = {c.made: meter.inside(c) for c in meter.calls}
+    taken = {n: size for c in again for n, size in c.taken.items() if n not in meter.alive}
+    kept = meter.activations - sum(sizes[c.made] for c in again) + sum(taken.values())
+    encoding = max((now - sum(sizes[c.made] for c in again if c.made.stop <= n) for n, now in meter.surges), default=0)
+    now, held, running = kept, kept, 0
+    for call in reversed(meter.calls):
+        if call in again:
+            running, held = max(running, now + call.most), max(held, now + sizes[call.made] + sum(call.given.values()))
+        else:
+            now -= sizes[call.made]
+    copies = meter.copies - sum(meter.inside(c, copies=True) for c in again)
+    return Checkpointed(copies, kept, encoding, running, held, sum(c.flops for c in again))
+
+
+def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
+    """Tells the meter what runs: reading the history, a denoising pass, a block of the video transformer."""
+
+    def staged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **settings: Any) -> Any:
+            before, meter.stage = meter.stage, name
+            try:
+                return function(*args, **settings)
+            finally:
+                meter.stage = before
+
+        return run
+
+    def numbered(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            first, flops, taken, now = meter.made, summed(meter)[0], meter.numbered(args), meter.activations
+            peak, meter.peak = meter.peak, now
+            out = function(*args)
+            most, meter.peak = meter.peak - now, max(meter.peak, peak)
+            took, grad = summed(meter)[0] - flops, torch.is_grad_enabled()
+            meter.calls.append(Call(number, range(first, meter.made), taken, meter.numbered(out), most, took, grad))
+            return out
+
+        return run
+
+    for name in ("remember", "velocity"):
+        stack.enter_context(patch.object(model, name, staged(name, getattr(model, name))))
+    for number, block in enumerate(model.denoiser.blocks):
+        stack.enter_context(patch.object(block, "forward", numbered(number, block.forward)))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        # Gradients are counted by arithmetic: sharded, they leave as soon as they are there.
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def own_loss(module: PhaseModule, batch: Batch) -> Tensor:
+    """The loss that the phase trains by."""
+    return module.losses(batch)["loss"]
+
+
+def given_share(phase: Phase) -> float:
+    """Share of a batch's pictures that are moved along a given camera path or tracks."""
+    rates = [phase.given.get(name, 0.0) for name in ("camera", "points")]
+    return 1 - math.prod(1 - rate for rate in rates)
+
+
+def remembered(encode: Callable[[Tensor], Tensor], meter: Meter, known: dict[Any, Any]) -> Callable[[Tensor], Tensor]:
+    """Encodes pictures of each shape once, and afterwards counts what it took."""
+
+    def run(video: Tensor) -> Tensor:
+        key = (video.shape, torch.is_autocast_enabled("cpu"))
+        if key not in known:
+            before, flops, peak = meter.activations, summed(meter)[0], meter.peak
+            meter.peak = before
+            with torch.no_grad():
+                out = encode(video)
+            known[key] = (out.shape, out.dtype, summed(meter)[0] - flops, meter.peak - before)
+            meter.peak = peak
+            meter.surges.append((meter.made, before + known[key][3]))
+            return out
+        shape, dtype, flops, surge = known[key]
+        meter.add(flops, 0)
+        meter.surges.append((meter.made, meter.activations + surge))
+        return video.new_empty(shape, dtype=dtype)
+
+    return run
+
+
+def moved(share: float) -> Callable[..., Tensor]:
+    """Stands for `conditioning.moved_pictures`, whose rows depend on what is drawn: as many as are drawn on average."""
+
+    @torch.no_grad()
+    def pictures(model: Any, o: Any, poses: Tensor, *_: Any) -> Tensor:
+        b, frames, v = poses.shape[:3]
+        count = round(share * b * v) * frames
+        if count:
+            model.autoencoder.encode_frames(poses.new_empty(2 * count, *o.rgb.shape[3:]))
+        return poses.new_zeros(b, frames, v, model.autoencoder.channels, *model.grid)
+
+    return pictures
+
+
+@contextmanager
+def sentences(model: WorldModel, meter: Meter) -> Iterator[None]:
+    """Every row says the same. Frozen language models have read it; frozen ones that see take 2 FLOPs a parameter and
+    token, nothing that is kept, and no more than their weights."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(conditioner, "sentence", lambda row: WORDS))
+        stack.enter_context(patch.object(torch, "unique", lambda x, **_: (x[:1], x.new_zeros(len(x)))))
+        text: Any = model.encoder.text
+        seeing, pretrained = isinstance(text, SeeingTextEncoder), isinstance(text, Pretrained)
+        if seeing:
+            if not text.frozen:
+                raise ConfigError("encoders.text: a vision-language model that is tuned cannot be counted")
+
+            def see(words: Tensor, has_text: Tensor, rgb: Tensor, has_rgb: Tensor) -> tuple[Tensor, Tensor]:
+                count = len(text.views) * text.grid[0] * text.grid[1] // text.merge**2 + len(WORDS)
+                meter.add(2 * count * len(rgb) * sum(p.numel() for p in text.net.parameters()), 0)
+                width = text.net.config.get_text_config().hidden_size
+                return rgb.new_zeros(len(rgb), count, width), torch.ones(len(rgb), count, dtype=torch.bool)
+
+            stack.enter_context(patch.object(text, "see", see))
+        elif pretrained and text.frozen:
+            text.encode(WORDS, torch.device("cpu"))
+        yield
