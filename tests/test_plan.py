@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldmodel.acceleration import CHECKPOINTING, accelerated
+from worldmodel.averaging import MovingAverage
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.config import register_resolvers
 from worldmodel.errors import ConfigError
@@ -26,7 +27,7 @@ from worldmodel.plan.count import Counter, Kind
 from worldmodel.plan.estimate import Cluster, memory, sizes, step_time, traffic
 from worldmodel.plan.gpus import GPUS, find_gpu
 from worldmodel.plan.step import Count, count_step, meta_module, own_loss
-from worldmodel.training import MovingAverage, PhaseModule
+from worldmodel.training import PhaseModule
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
