@@ -257,6 +257,7 @@ def flat_cache(model: Any, kept: StreamState) -> list[Tensor]:
         if isinstance(layer, DeltaState):
             tensors += layer
             continue
+        assert layer is not None, "a memory that was read has keys or a state in every layer"
         missing = max(block.reach, model.spec.history) - layer.k.shape[1]
         for x in layer:
             tensors.append(torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), x], 1) if missing else x)

@@ -53,7 +53,7 @@ def test_every_layer_that_both_have_is_taken_and_nothing_else(statistics: dict[s
     assert not torch.equal(drawn["blocks.3.feed_forward.0.weight"], drawn["blocks.2.feed_forward.0.weight"])
     begin_from(model.expert, model.denoiser)
     after = model.expert.state_dict()
-    assert all(torch.equal(after[name], drawn.get(name, action[name])) for name in action)
+    assert all(torch.equal(after[name], drawn[name] if name in drawn else action[name]) for name in action)
 
 
 def test_a_network_of_the_same_widths_is_copied(statistics: dict[str, Any]) -> None:
