@@ -79,6 +79,7 @@ def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], ar
 def train_rank(config: dict[str, Any], out: str) -> None:
     """Trains and notes every step; draws no samples at the end of a phase."""
     import worldmodel.curriculum
+    import worldmodel.phase_run
     from worldmodel.ranks import rank
     from worldmodel.training import PhaseModule
 
@@ -92,8 +93,8 @@ def train_rank(config: dict[str, Any], out: str) -> None:
         plain(self, values, *args, **kwargs)
 
     PhaseModule.log_dict = note  # pyright: ignore[reportAttributeAccessIssue]
-    worldmodel.curriculum.log_samples = lambda *_: None
-    worldmodel.curriculum.write_samples = lambda *_, **__: Path(out)
+    worldmodel.phase_run.log_samples = lambda *_: None
+    worldmodel.phase_run.write_samples = lambda *_, **__: Path(out)
     worldmodel.curriculum.train(config)
 
 

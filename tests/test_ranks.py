@@ -213,9 +213,9 @@ def test_killing_one_of_four_and_going_on_with_two_ends_the_same(undisturbed, ti
 
 def slow_writes(config: dict[str, Any], out: str, seconds: float) -> None:
     """Trains where storage is slow: half of every shard is there for a while before the rest."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    plain = dcp.HuggingFaceStorageWriter.write_data
+    plain = HuggingFaceStorageWriter.write_data
 
     def write(self: Any, plan: Any, planner: Any) -> Any:
         Path(self.path, "half").touch()
@@ -223,7 +223,7 @@ def slow_writes(config: dict[str, Any], out: str, seconds: float) -> None:
         time.sleep(seconds)
         return written
 
-    dcp.HuggingFaceStorageWriter.write_data = write
+    HuggingFaceStorageWriter.write_data = write
     from ranks import train_rank
 
     train_rank(config, out)
