@@ -231,7 +231,8 @@ def test_a_model_at_another_size_is_the_model_built_for_it(statistics, tiny_data
             assert one.grid == (4, 8)
             latents = one.history_latents(batch.observation)
             losses.append(world_loss(one, batch, latents, draws(), **settings))
-    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    # Noise levels that no row drew have no loss.
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0, equal_nan=True)
     assert (model.spec, model.grid, model.denoiser.counts) == before
     counts = token_counts(model)
     tokens = other.denoiser.counts
