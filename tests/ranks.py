@@ -24,8 +24,8 @@ def train_in(
 ) -> list[int | None]:
     """Trains `config` in `ranks` processes as torchrun would start them; returns their exit codes.
 
-    Each leaves what it logged at every step in `<out>/<rank>.jsonl`. `disturb` is given the processes while they run. What
-    steps cost, which takes longer than most of them here, is measured if `measure` says so.
+    Each leaves what it logged at every step in `<out>/<rank>.jsonl`. `disturb` is given the processes while they run.
+    What steps cost, which takes longer than most of them here, is measured if `measure` says so.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings = {**config, "trainer": {**config["trainer"], "devices": ranks}}
