@@ -19,15 +19,17 @@ def train_in(
     out: Path,
     *,
     disturb: Callable[[list[Any]], None] | None = None,
+    measure: bool = False,
     timeout: float = 300,
 ) -> list[int | None]:
     """Trains `config` in `ranks` processes as torchrun would start them; returns their exit codes.
 
     Each leaves what it logged at every step in `<out>/<rank>.jsonl`. `disturb` is given the processes while they run.
+    What steps cost, which takes longer than most of them here, is measured if `measure` says so.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings = {**config, "trainer": {**config["trainer"], "devices": ranks}}
-    return fork(ranks, train_rank, (settings, str(out)), disturb=disturb, timeout=timeout)
+    return fork(ranks, train_rank, (settings, str(out), measure), disturb=disturb, timeout=timeout)
 
 
 def fork(
@@ -76,9 +78,12 @@ def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], ar
         torch.distributed.destroy_process_group()
 
 
-def train_rank(config: dict[str, Any], out: str) -> None:
+def train_rank(config: dict[str, Any], out: str, measure: bool = False) -> None:
     """Trains and notes every step; draws no samples at the end of a phase."""
     import worldmodel.curriculum
+    import worldmodel.phase_run
+    import worldmodel.telemetry
+    from worldmodel.flops import Cost
     from worldmodel.ranks import rank
     from worldmodel.training import PhaseModule
 
@@ -86,14 +91,18 @@ def train_rank(config: dict[str, Any], out: str) -> None:
 
     def note(self: Any, values: Any, *args: Any, **kwargs: Any) -> None:
         if any(name.endswith("/loss") for name in values):
-            step = {"step": self.global_step, **{name: float(value) for name, value in values.items()}}
+            step = {"step": self.global_step - 1, **{name: float(value) for name, value in values.items()}}
             with open(f"{out}/{rank()}.jsonl", "a") as file:
                 file.write(json.dumps(step) + "\n")
         plain(self, values, *args, **kwargs)
 
     PhaseModule.log_dict = note  # pyright: ignore[reportAttributeAccessIssue]
-    worldmodel.curriculum.log_samples = lambda *_: None
-    worldmodel.curriculum.write_samples = lambda *_, **__: Path(out)
+    worldmodel.telemetry.due = lambda *_: True
+    if not measure:
+        worldmodel.telemetry.measure_cost = lambda *_: Cost(1.0, {})
+        worldmodel.telemetry.matmul_peak = lambda *_: 1.0
+    worldmodel.phase_run.log_samples = lambda *_: None
+    worldmodel.phase_run.write_samples = lambda *_, **__: Path(out)
     worldmodel.curriculum.train(config)
 
 

@@ -69,7 +69,7 @@ def test_mistakes_are_named(monkeypatch):
         processes(settings(devices=0))
     with pytest.raises(ConfigError, match=r"trainer\.strategy: unknown 'zero'; one of auto, ddp, fsdp"):
         processes(settings(strategy="zero"))
-    with pytest.raises(ConfigError, match=r"num_nodes is 2: start `torchrun --nnodes=2 --nproc-per-node=4"):
+    with pytest.raises(ConfigError, match=r"num_nodes is 2, but neither torchrun nor srun started this process"):
         start(settings(num_nodes=2, devices=4))
     with pytest.raises(ConfigError, match=r"1 processes were started, but .* is 2 × 1"):
         join(settings(devices=2))

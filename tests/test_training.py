@@ -16,6 +16,7 @@ import torch
 from conftest import compose
 from safetensors.torch import load_file
 from test_model import future_of, observation_of
+from torch.utils.data import DataLoader
 
 from worldmodel.contracts import Batch
 from worldmodel.curriculum import train
@@ -61,7 +62,7 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
     assert phases == ["0-tokeniser", "1-understanding", "2-compositor", "3-synthesis", "4-behaviour", "5-policy"]
     assert not list(trained.rglob("last.ckpt")), "a finished phase needs no resume point"
     log = read_log(trained)
-    assert list(log) == ["tokeniser", "understanding", "synthesis", "behaviour", "policy"]
+    assert list(log) == ["tokeniser", "understanding", "compositor", "synthesis", "behaviour", "policy"]
     for phase, series in log.items():
         common = {"loss", "gradient_norm", "learning_rate", "ema_decay", "samples_per_s", "mfu", "data_wait"}
         assert common | {"memory_gib"} <= series.keys(), phase
@@ -137,11 +138,13 @@ def test_a_batch_in_pieces_is_the_same_step(tiny_model, draws):
     for pieces in (1, 2, 3):
         model = copy.deepcopy(tiny_model).train()
         module = PhaseModule(model=model, phase=make_phases({"p": settings})[0], seed=0, pieces=pieces)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+        trainer = L.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(module, [batch])
+            trainer.fit(module, DataLoader([batch], batch_size=None))  # pyright: ignore[reportArgumentType]
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((trainer.callback_metrics["loss"], gradients))
     (loss, whole), *others = found
@@ -171,7 +174,7 @@ def test_ranks_may_change_with_the_batch_sizes(tmp_path):
     claim(tmp_path, settings(4, 2))
     claim(tmp_path, settings(2, 4))
     claim(tmp_path, settings(2, 2, nodes=2))
-    with pytest.raises(ConfigError, match=r"other settings \(phases\.a\.batch_size\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(phases\.a\.batch_size, phases\.a\.mixture\)"):
         claim(tmp_path, settings(2, 2))
 
 

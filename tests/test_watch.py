@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from worldmodel.progress import SaveProgress
 from worldmodel.telemetry import Averages
-from worldmodel.training import SaveProgress
 from worldmodel.watch import Watch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -65,7 +65,7 @@ def fit(module: Learner, folder: Path, *, steps: int = 6, every: int = 1, **sett
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, **{"devices": 1, **settings},
-        callbacks=[Watch(path=folder / "nonfinite.json"), SaveProgress(path=folder / "last.ckpt", every=every)],
+        callbacks=[Watch(path=folder / "nonfinite.json"), SaveProgress(folder=folder, every=every)],
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, batch_size=None))
     return trainer

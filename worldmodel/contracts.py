@@ -137,7 +137,7 @@ class Pair(NamedTuple):
         return self.source.key
 
 
-X = TypeVar("X", Batch, Pair)
+X = TypeVar("X", bound=Batch | Pair)
 
 
 def rows_of(batch: X, first: int, end: int) -> X:

@@ -72,7 +72,7 @@ def edit_loss(
     # Kinds are dealt to processes as they come, so all are counted before any is divided.
     number = dict(zip(counts, mean_over_ranks(torch.stack(list(counts.values()))), strict=True))
     losses = {name: sums[name] / number[name] for name in sums if number[name] and (videos or name == "colour")}
-    total = videos * sum(sums[kind] for kind in PAIR_KINDS)
+    total = zero + videos * sum(sums[kind] for kind in PAIR_KINDS)
     if "colour" in losses:
         total = total + colours * losses["colour"] * number["element"]
     return {"loss": total / len(pair.kind), **losses}

@@ -37,13 +37,14 @@ def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
 def by_level(name: str, error: Tensor, mask: Tensor, level: Tensor) -> dict[str, Tensor]:
     """Mean of an error over rows of each quarter of the noise level (B,), NaN where there is none; for the log alone.
 
-    Names are `noise/NAME/25` to `noise/NAME/100`, the upper end of the quarter in percent.
+    Names are `noise/NAME/25` to `noise/NAME/100`, the upper end of the quarter in percent; processes are as in
+    `masked_mean`.
     """
     weight = mask.reshape(*mask.shape, *([1] * (error.dim() - mask.dim()))).to(error.dtype).expand_as(error)
     total, count = (x.detach().flatten(1).sum(1) for x in (error * weight, weight))
     quarter = (level * QUARTERS).long().clamp(max=QUARTERS - 1)
     inside = (quarter == torch.arange(QUARTERS, device=level.device)[:, None]).to(total)
-    means = (inside * total).sum(1) / (inside * count).sum(1)
+    means = (inside * total).sum(1) / mean_over_ranks((inside * count).sum(1))
     return {f"noise/{name}/{100 * (i + 1) // QUARTERS}": mean for i, mean in enumerate(means)}
 
 

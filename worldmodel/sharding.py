@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -136,8 +138,8 @@ class Sharded(ModelParallelStrategy):
             checkpoint["callbacks"].pop(self.average.state_key, None)
             torch.save(checkpoint, part / PROGRESS)
         self.barrier()
-        writer = dcp.HuggingFaceStorageWriter(path=str(part), save_distributed=True)
-        written = dcp.async_save(self.tensors(), storage_writer=writer, process_group=self._group)
+        writer = HuggingFaceStorageWriter(path=str(part), save_distributed=True)
+        written = async_save(self.tensors(), storage_writer=writer, process_group=self._group)
         self._pending = self._thread.submit(finish, written, part, final, world_size())
 
     def wait(self) -> None:
@@ -153,7 +155,7 @@ class Sharded(ModelParallelStrategy):
         """
         path = Path(checkpoint_path)
         check(path)
-        reader, state = dcp.HuggingFaceStorageReader(path=str(path)), self.tensors()
+        reader, state = HuggingFaceStorageReader(path=str(path)), self.tensors()
         held = reader.read_metadata().state_dict_metadata
         module, optimiser = self.lightning_module, self.optimizers[0]
         assert module is not None
@@ -165,7 +167,7 @@ class Sharded(ModelParallelStrategy):
                 optimiser.state[parameters[name]][kind] = state[key] = like
         if other := sorted(set(held) ^ set(state)):
             raise DataError(f"{path} is of another model: {len(other)} tensors differ, {', '.join(other[:4])}")
-        dcp.load(state, storage_reader=reader)
+        load(state, storage_reader=reader)
         progress = torch.load(path / PROGRESS, weights_only=True, map_location="cpu")
         for group, saved in zip(optimiser.param_groups, progress["optimizer_states"][0]["param_groups"], strict=True):
             group.update(saved)

@@ -122,7 +122,7 @@ class PhaseModule(L.LightningModule):
         replica = self.trainer.strategy.model
         return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
-    def optimizer_zero_grad(self, *args: Any) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Nothing: Lightning clears gradients after `training_step`, when all pieces but one have left theirs."""
 
     def losses(self, batch: Batch | Pair, *, first: int = 0, of: int | None = None) -> dict[str, Tensor]:
