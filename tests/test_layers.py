@@ -30,13 +30,13 @@ TIERS = [
         "holdout",
         "figures",
     },
-    {"evaluation", "evaluation_given", "motion_evaluation", "edit_evaluation", "distillation", "finetune"},
-    {"report_samples", "report_closed_loop", "report_motion", "report_edits"},
-    {"report", "stamp", "comparison"},
+    {"evaluation", "evaluation_given", "missing", "motion_evaluation", "edit_evaluation", "distillation", "finetune"},
+    {"report_samples", "report_closed_loop", "report_motion", "report_edits", "report_missing"},
+    {"report", "stamp", "comparison", "published"},
     {"phases"},
     {"telemetry", "watch"},
     {"protocol", "training", "samples", "run_folder", "curves", "rollout", "drift", "edit"},
-    {"curriculum", "features"},
+    {"curriculum", "features", "rerun", "side_by_side"},
     {"export"},
 ]
 STAGES = {"encoders", "synthesis", "policy"}
