@@ -33,6 +33,7 @@ TIERS = [
     {"evaluation", "evaluation_given", "missing", "motion_evaluation", "edit_evaluation", "distillation", "finetune"},
     {"report_samples", "report_closed_loop", "report_motion", "report_edits", "report_missing"},
     {"report", "stamp", "comparison", "published"},
+    {"model_card"},
     {"phases"},
     {"telemetry", "watch"},
     {"protocol", "training", "samples", "run_folder", "curves", "rollout", "drift", "edit"},

@@ -21,6 +21,7 @@ from worldmodel.evaluation import SPLITS, evaluate_offline
 from worldmodel.figures import text_table
 from worldmodel.missing import Absent, Without, absences, compare_success, drop_rootless, evaluate_missing
 from worldmodel.model import WorldModel
+from worldmodel.model_card import write_card
 from worldmodel.report import write_report
 from worldmodel.stamp import protocol_stamp
 
@@ -93,10 +94,11 @@ def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
         "edits": edits,
     }
     paths = write_report(results, out)
+    card = write_card(paths[0])
     print("\n" + text_table(offline + ([] if edits is None else [edits])))
     for result in tried:
         print(f"{result['policy']}: {result['mean_success']:.1%} success{' (kept result)' if result['reused'] else ''}")
-    print(*paths, sep="\n")
+    print(*paths, card, sep="\n")
     return paths
 
 

@@ -15,13 +15,13 @@ from worldmodel.rerun import read_report
 ALIKE = {
     "protocol": ("stamp", "protocol", "name"),
     "content of the protocol": ("stamp", "protocol", "sha256"),
-    "departures from the protocol": ("stamp", "protocol", "departures"),
+    "the settings' departure from the protocol": ("stamp", "protocol", "departures"),
     "data": ("stamp", "data_index_sha256"),
-    "torch": ("stamp", "versions", "torch"),
-    "Meta-World": ("stamp", "versions", "metaworld"),
-    "MuJoCo": ("stamp", "versions", "mujoco"),
 }
 """What reports must agree in for their figures to compare, by where it stands in them."""
+VERSIONS = {name: ("stamp", "versions", name) for name in ("torch", "metaworld", "mujoco")}
+"""What may explain small differences."""
+EVERYTHING, CLOSED_LOOP = "everything", "closed_loop"
 
 
 def write_comparison(paths: Sequence[str | Path], out: str | Path | None) -> tuple[Path, Path]:
@@ -45,19 +45,27 @@ def compare_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Plain values: the `runs`, `warnings` where they are not alike, and tables of `offline` and `closed_loop`.
 
     Each row has a value with interval per column, null where a run has none, and `best`: the number of the column whose
-    interval is apart from that of every other on the better side, or null.
+    interval is apart from that of every other on the better side, or null. Where data, protocols or settings differ
+    nothing is best.
     """
     titles = [str(report.get("title")) for report in reports]
     names = [t if titles.count(t) == 1 else f"{t} ({titles[:i].count(t) + 1})" for i, t in enumerate(titles)]
     splits = dict.fromkeys(result["split"] for report in reports for result in report["offline"])
+    unlike = {scope: _unlike(places) for scope, places in _settings(list(splits), reports).items()}
+    warnings = [_warning(what, names, values) for found in unlike.values() for what, values in found.items()]
+    tables = {split: _figures(split, reports) for split in splits}
+    closed = _closed_loop(names, reports)
+    for scope, rows in {**tables, CLOSED_LOOP: closed["rows"]}.items():
+        if unlike[EVERYTHING] or unlike[scope]:
+            rows[:] = [row | {"best": None} for row in rows]
     return {
         "runs": [
             {"name": n, "path": r["path"], "parameters": r["stamp"].get("parameters")}
             for n, r in zip(names, reports, strict=True)
         ],
-        "warnings": _warnings(names, reports),
-        "offline": {split: _figures(split, reports) for split in splits},
-        "closed_loop": _closed_loop(names, reports),
+        "warnings": warnings,
+        "offline": tables,
+        "closed_loop": closed,
     }
 
 
@@ -110,22 +118,37 @@ def _rate(result: Mapping[str, Any], task: str | None) -> dict[str, Any] | None:
     return {"value": rate, "low": low, "high": high, "trials": count}
 
 
-def _warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = {what: [_at(report, place) for report in reports] for what, place in ALIKE.items()}
-    for split in dict.fromkeys(result["split"] for report in reports for result in report["offline"]):
-        settings = [next((r["settings"] for r in x["offline"] if r["split"] == split), None) for x in reports]
-        for key in dict.fromkeys(key for s in settings if s for key in s):
-            found[f"{key.replace('_', ' ')} on {SPLIT_NAMES[split].lower()}"] = [s and s[key] for s in settings]
-    for key in ("seed", "replan", "max_steps"):
-        found[f"{key.replace('_', ' ')} of the closed loop"] = [
-            sorted({result[key] for result in report["closed_loop"]}) or None for report in reports
+def _settings(splits: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """What must be alike, per part of the comparison: a value for each report, None where it has no such part."""
+    found = {
+        EVERYTHING: {what: [_at(report, place) or "unknown" for report in reports] for what, place in ALIKE.items()},
+        "versions": {what: [_at(report, place) for report in reports] for what, place in VERSIONS.items()},
+    }
+    for split in splits:
+        settings = [next((r["settings"] for r in x["offline"] if r["split"] == split), {}) for x in reports]
+        names = dict.fromkeys(name for setting in settings for name in setting)
+        where = SPLIT_NAMES[split].lower()
+        found[split] = {f"{name.replace('_', ' ')} on {where}": [s.get(name) for s in settings] for name in names}
+    found[CLOSED_LOOP] = {
+        f"{name.replace('_', ' ')} of the closed loop": [
+            sorted({result[name] for result in report["closed_loop"]}) or None for report in reports
         ]
-    return [
-        f"{what} differs: {'; '.join(f'{n} {_short(v)}' for n, v in zip(names, values, strict=True))}"
-        for what, values in found.items()
+        for name in ("seed", "replan", "max_steps")
+    }
+    return found
+
+
+def _unlike(settings: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {
+        what: values
+        for what, values in settings.items()
         if len({json.dumps(value, sort_keys=True) for value in values if value is not None}) > 1
-        or (what in ALIKE and None in values and any(value is not None for value in values))
-    ]
+    }
+
+
+def _warning(what: str, names: Sequence[str], values: Sequence[Any]) -> str:
+    said = [f"{name} {_short(value)}" for name, value in zip(names, values, strict=True) if value is not None]
+    return f"{what} differs: {'; '.join(said)}"
 
 
 def _at(report: Any, place: Sequence[str]) -> Any:
@@ -135,7 +158,7 @@ def _at(report: Any, place: Sequence[str]) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = "unknown" if value is None else value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}…" if len(text) == 64 else text
 
 
@@ -145,10 +168,8 @@ def render(compared: Mapping[str, Any]) -> str:
     sections = {}
     if warnings:
         items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-        sections["Not alike"] = (
-            "warnings",
-            f'<p class="no">Figures below do not compare as they are:</p><ul>{items}</ul>',
-        )
+        intro = "Figures that this concerns do not compare, so none of them is marked as best:"
+        sections["Not alike"] = ("warnings", f'<p class="no">{intro}</p><ul>{items}</ul>')
     closed = compared["closed_loop"]
     if closed["rows"]:
         heads = [f"{column['run']}: {column['policy']}" for column in closed["columns"]]
