@@ -104,7 +104,7 @@ def test_demonstrations_of_another_dataset_cannot_be_counted(reader: ShardReader
 
 
 def test_the_closed_loop_refuses_what_the_simulator_lacks(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny() | {"closed_loop": True}
+    config: dict[str, Any] = {**tiny(), "closed_loop": True}
     with pytest.raises(ConfigError, match=r"'hand-insert-v3'.* are not simulated here; reach-v3"):
         published.check(config | {"tasks": ["hand-insert-v3"]}, training(reader), reader)
     with pytest.raises(ConfigError, match="unknown sense 'smell'"):
