@@ -4,7 +4,8 @@
 
 A chunk arrives so many control steps after the observation that it answers; the robot goes on with the chunk before
 until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them. Both are the
-same network, start states and noise. `RUN` should have been trained with a rate `decided` in its phases. Prints a Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
+same network, start states and noise. `RUN` should have been trained with a rate `decided` in its phases. Prints a
+Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
 """
 
 import argparse

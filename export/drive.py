@@ -1,6 +1,7 @@
 """Closed loop of an exported policy in the simulator."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ class OnnxPolicyFactory:
 
     folder: Path
     mask: tuple[str, ...] = ()
+    blind: tuple[str, ...] = ()
+    """Cameras of which neither images nor poses reach the policy."""
     seed: int = 0
     threads: int = 1
     precision: str = "fp32"
@@ -20,7 +23,8 @@ class OnnxPolicyFactory:
 
     def __call__(self) -> OnnxPolicy:
         """The policy, on one thread by default since every worker has its own."""
-        return OnnxPolicy(
+        kind = partial(_BlindPolicy, blind=self.blind) if self.blind else OnnxPolicy
+        return kind(
             self.folder,
             mask=self.mask,
             seed=self.seed,
@@ -28,6 +32,36 @@ class OnnxPolicyFactory:
             precision=self.precision,
             unproven=self.unproven,
         )
+
+
+class _BlindPolicy(OnnxPolicy):
+    """A policy on a robot without some of the cameras."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        blind: tuple[str, ...],
+        mask: tuple[str, ...],
+        seed: int,
+        threads: int,
+        precision: str,
+        unproven: bool,
+    ) -> None:
+        super().__init__(
+            folder,
+            mask=mask,
+            seed=seed,
+            threads=threads,
+            precision=precision,
+            unproven=unproven,
+            allow_missing=blind,
+        )
+        self._blind = tuple(f"{kind}.{camera}" for kind in ("rgb", "intrinsics", "camera_to_base") for camera in blind)
+
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Takes what the robot senses without those cameras."""
+        super().observe({name: value for name, value in observation.items() if name not in self._blind})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,7 +206,15 @@ def test_ticks_are_round_and_inside() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(27.613, "27.6"), (0.00591, "0.00591"), (0, "0"), (-1.5, "−1.50"), (1234.6, "1235"), (math.nan, "–")],
+    [
+        (27.613, "27.6"),
+        (0.00591, "0.00591"),
+        (0, "0"),
+        (-1.5, "−1.50"),
+        (-2.9e-7, "−2.9e-07"),
+        (1234.6, "1235"),
+        (math.nan, "–"),
+    ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text

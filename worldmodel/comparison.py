@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldmodel.baselines import train_bc_mlp
-from worldmodel.closed_loop import PolicyFactory, SceneFactory, run_closed_loop
+from worldmodel.closed_loop import MAX_STEPS, PolicyFactory, SceneFactory, run_closed_loop
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.index import INDEX
 from worldmodel.data.shard_writer import write_json
@@ -49,6 +49,7 @@ class Protocol:
     seed: int = 0
     replan: int = 4
     delay: int = 0
+    max_steps: int = MAX_STEPS
     image_every: int = 4
     record: int = 1
     """Trials per task whose pictures are kept for the report."""
@@ -106,6 +107,7 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
         seed=protocol.seed,
         replan=protocol.replan,
         delay=protocol.delay,
+        max_steps=protocol.max_steps,
         realtime=contender.realtime,
         image_every=protocol.image_every if contender.images else 0,
         record=protocol.record,

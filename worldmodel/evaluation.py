@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.transforms import hide
 from worldmodel.evaluation_given import frame_mask, score_actions, score_given
-from worldmodel.figures import sample_clip, summarise, worst_and_median
+from worldmodel.figures import SampleClip, sample_clip, summarise, worst_and_median
 from worldmodel.geometry import intrinsics_to_fov
 from worldmodel.holdout import Clip, TrainingMeans, check_unseen, choose_clips, training_means
 from worldmodel.metrics import Rows, Sums
@@ -80,8 +80,61 @@ def evaluate_offline(
     a full future. `sampler_steps` overrides the flow steps of the streams; actions keep those of deployment. The same
     arguments give the same numbers on one machine.
     """
-    check_unseen(model.metadata, reader, split)
     started = time.perf_counter()
+    found = measure(
+        model,
+        reader,
+        split,
+        clips_per_episode=clips_per_episode,
+        batch_size=batch_size,
+        seed=seed,
+        sampler_steps=sampler_steps,
+        max_clips=max_clips,
+    )
+    settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
+    return {
+        "split": split,
+        "spec": model.spec,
+        **counted(found.clips),
+        "settings": {**settings, "seed": seed, "sampler_steps": sampler_steps},
+        "seconds": round(time.perf_counter() - started, 1),
+        **summarise(found.rows, found.clips, seed),
+        "samples": worst_and_median(found.samples),
+        "overlays": list({overlay.clip.task: overlay for overlay in found.overlays}.values()),
+    }
+
+
+class Measured(NamedTuple):
+    """Errors of a split clip by clip, not summarised yet, and its clips for pictures."""
+
+    clips: list[Clip]
+    rows: dict[str, Rows]
+    samples: list[SampleClip]
+    overlays: list[Overlay]
+
+
+def counted(clips: list[Clip]) -> dict:
+    """How many clips, of how many episodes, of which tasks."""
+    return {
+        "clips": len(clips),
+        "episodes": len({clip.episode for clip in clips}),
+        "tasks": sorted({clip.task for clip in clips}),
+    }
+
+
+def measure(
+    model: Evaluated,
+    reader: ShardReader,
+    split: str,
+    *,
+    clips_per_episode: int,
+    batch_size: int,
+    seed: int,
+    sampler_steps: int | None,
+    max_clips: int,
+) -> Measured:
+    """Every error of a split, clip by clip; arguments and errors as in `evaluate_offline`."""
+    check_unseen(model.metadata, reader, split)
     moving = getattr(model, "motion", None) is not None and has_masks(reader, split)
     dataset = ClipDataset(reader, model.spec, split=split, masks=moving)
     clips = choose_clips(dataset, clips_per_episode, max_clips, seed)
@@ -107,19 +160,7 @@ def evaluate_offline(
             if motion is not None:
                 overlays.extend(score_motion(cast(WorldModel, model), batch, chosen, motion, rows))
         samples.extend(sample_clip(batch, prediction, *led, clip, i) for i, clip in enumerate(chosen))
-    settings = {"clips_per_episode": clips_per_episode, "max_clips": max_clips, "batch_size": batch_size}
-    return {
-        "split": split,
-        "spec": model.spec,
-        "clips": len(clips),
-        "episodes": len({clip.episode for clip in clips}),
-        "tasks": sorted({clip.task for clip in clips}),
-        "settings": {**settings, "seed": seed, "sampler_steps": sampler_steps},
-        "seconds": round(time.perf_counter() - started, 1),
-        **summarise(rows, clips, seed),
-        "samples": worst_and_median(samples),
-        "overlays": list({overlay.clip.task: overlay for overlay in overlays}.values()),
-    }
+    return Measured(clips, rows, samples, overlays)
 
 
 def _predicted_streams(

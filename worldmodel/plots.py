@@ -33,8 +33,10 @@ def number(value: float) -> str:
         return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
         return "0"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.1e}" if digits > 6 else f"{value:.{max(0, min(digits, 6))}f}".replace("-", "−")
+    if value < 0:
+        return f"−{number(-value)}"
+    digits = 2 - math.floor(math.log10(value))
+    return f"{value:.1e}" if digits > 6 else f"{value:.{max(0, min(digits, 6))}f}"
 
 
 def legend(names: Sequence[str]) -> str:

@@ -1,13 +1,17 @@
 """A whole evaluation from its resolved configuration: offline figures, closed loop if asked for, and the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from worldmodel.checkpoint import load_model
+from worldmodel import published
+from worldmodel.checkpoint import WEIGHTS, load_model
 from worldmodel.closed_loop import MetaworldScenes
 from worldmodel.comparison import Contender, Protocol, compare, result_key, train_baseline
 from worldmodel.data.shards import ShardReader
@@ -15,16 +19,20 @@ from worldmodel.edit_evaluation import evaluate_edits
 from worldmodel.errors import ConfigError
 from worldmodel.evaluation import SPLITS, evaluate_offline
 from worldmodel.figures import text_table
+from worldmodel.missing import Absent, Without, absences, compare_success, drop_rootless, evaluate_missing
+from worldmodel.model import WorldModel
+from worldmodel.model_card import write_card
 from worldmodel.report import write_report
 from worldmodel.stamp import protocol_stamp
 
 
-def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Run what configs/eval/eval.yaml describes, print a short table, and return the paths of report and JSON.
+def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Run what configs/eval/eval.yaml describes, print a short table, and return the paths of JSON and report.
 
-    Raises ConfigError for settings that do not fit, before anything long runs, and DataError for data that is damaged
-    or was trained on.
+    `settings` may hold interpolations; as they are they go into the stamp. Raises ConfigError for settings that do not
+    fit, before anything long runs, and DataError for data that is damaged, was trained on, or is not the protocol's.
     """
+    config: Any = OmegaConf.to_container(OmegaConf.create(dict(settings)), resolve=True)
     if unknown := sorted(set(config["splits"]) - set(SPLITS)):
         raise ConfigError(f"splits: unknown {unknown}; valid: {list(SPLITS)}")
     if config["threads"]:
@@ -32,71 +40,94 @@ def evaluate(config: Mapping[str, Any]) -> tuple[Path, Path]:
     model, out = load_model(config["checkpoint"]), Path(config["out"])
     training = model.metadata["training"]
     reader = ShardReader(config["data"] or training["data_root"])
+    published.check(config, training, reader)
+    missing = absences(config["missing"], model.spec.cameras)
+    hidden = published.hidden_senses(config)
     protocol = Protocol(
         tasks=tuple(config["tasks"] or training["tasks"]),
         trials=config["trials"],
         seed=config["seed"],
         replan=config["replan"],
         delay=config["delay"],
+        max_steps=config["max_steps"],
         image_every=model.spec.stride,
     )
-    contenders = make_contenders(config["policies"]) if config["closed_loop"] else []
+    contenders = make_contenders(config["policies"], hidden) if config["closed_loop"] else []
+    lesser = lesser_contenders(contenders, missing, config["missing_trials"])
     baseline = out / "bc_mlp"
-    for contender in contenders:
+    for contender in [*contenders, *lesser.values()]:
         if contender.weights != baseline:
             result_key(contender, protocol)
+    how = {name: config[name] for name in ("clips_per_episode", "batch_size", "seed", "sampler_steps")}
+    seeing = Without(model, Absent(senses=hidden)) if hidden else model
     offline = [
-        evaluate_offline(
-            model,
-            reader,
-            split,
-            clips_per_episode=config["clips_per_episode"],
-            batch_size=config["batch_size"],
-            seed=config["seed"],
-            sampler_steps=config["sampler_steps"],
-            max_clips=config["max_clips"],
-        )
+        drop_rootless(evaluate_offline(seeing, reader, split, max_clips=config["max_clips"], **how), hidden)
         for split in config["splits"]
     ]
-    edits = None
-    if model.denoiser.source is not None and config["edit_clips"]:
-        edits = evaluate_edits(
-            model,
-            reader,
-            "heldout_episodes",
-            clips=config["edit_clips"],
-            batch_size=config["batch_size"],
-            seed=config["seed"],
-            steps=config["sampler_steps"],
-            plane=model.denoiser.source.plane,
-        )
-    closed = []
+    lost = [
+        evaluate_missing(seeing, reader, split, missing, max_clips=config["missing_clips"], **how)
+        for split in config["splits"][:1]
+        if missing and config["missing_clips"]
+    ]
+    edits = _edits(model, reader, config)
+    tried = []
     if contenders:
         if any(contender.weights == baseline for contender in contenders):
             train_baseline(reader, model.spec, baseline, steps=config["baseline_steps"], seed=config["seed"])
         scenes = MetaworldScenes(model.spec.height, model.spec.cameras)
-        closed = compare(contenders, protocol, out / "closed_loop", make_scene=scenes, workers=config["workers"])
-    parameters = sum(p.numel() for p in model.parameters())
-    stamp = {"parameters": f"{parameters:,}", **protocol_stamp(model.metadata, reader, config)}
-    title = Path(config["checkpoint"]).resolve().name
-    results = {"title": title, "stamp": stamp, "offline": offline, "closed_loop": closed, "edits": edits}
+        everyone = [*contenders, *lesser.values()]
+        tried = compare(everyone, protocol, out / "closed_loop", make_scene=scenes, workers=config["workers"])
+    stamp = {
+        "protocol": published.stamp(config),
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "weights_sha256": sha256((Path(config["checkpoint"]) / WEIGHTS).read_bytes()).hexdigest(),
+        "trained_on": {"tasks": training["tasks"], "episodes": len(training["episodes"])},
+        **protocol_stamp(model.metadata, reader, settings),
+    }
+    results = {
+        "title": Path(config["checkpoint"]).resolve().name,
+        "stamp": stamp,
+        "offline": offline,
+        "closed_loop": tried[: len(contenders)],
+        "missing": lost,
+        "missing_closed_loop": compare_success(tried, dict(zip(lesser, tried[len(contenders) :], strict=True)), config),
+        "edits": edits,
+    }
     paths = write_report(results, out)
+    card = write_card(paths[0])
     print("\n" + text_table(offline + ([] if edits is None else [edits])))
-    for result in closed:
+    for result in tried:
         print(f"{result['policy']}: {result['mean_success']:.1%} success{' (kept result)' if result['reused'] else ''}")
-    print(*paths, sep="\n")
+    print(*paths, card, sep="\n")
     return paths
 
 
-def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
+def _edits(model: WorldModel, reader: ShardReader, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    if model.denoiser.source is None or not config["edit_clips"]:
+        return None
+    return evaluate_edits(
+        model,
+        reader,
+        "heldout_episodes",
+        clips=config["edit_clips"],
+        batch_size=config["batch_size"],
+        seed=config["seed"],
+        steps=config["sampler_steps"],
+        plane=model.denoiser.source.plane,
+    )
+
+
+def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> list[Contender]:
     """Build the policies of a comparison from their YAML entries.
 
     Each has `policy`, `observes` and `factory`, and may have `images`, `realtime` and `trials` (see `Contender`). A
-    factory is a Hydra `_target_` with a `folder` that holds the weights.
+    factory is a Hydra `_target_` with a `folder` that holds the weights. One with a `mask` is also denied `hidden`.
     """
     contenders = []
     for entry in policies:
         factory = instantiate(entry["factory"], _convert_="all")
+        if hidden and hasattr(factory, "mask"):
+            factory = replace(factory, mask=tuple(dict.fromkeys([*factory.mask, *hidden])))
         contenders.append(
             Contender(
                 policy=entry["policy"],
@@ -109,3 +140,29 @@ def make_contenders(policies: list[dict[str, Any]]) -> list[Contender]:
             )
         )
     return contenders
+
+
+def lesser_contenders(
+    contenders: Sequence[Contender], missing: Mapping[str, Absent], trials: int
+) -> dict[str, Contender]:
+    """The first of the policies once more without each of `missing`, `trials` per task at most; none for no trials.
+
+    Raises ConfigError if its factory cannot hide senses.
+    """
+    if not contenders or not missing or not trials:
+        return {}
+    first = contenders[0]
+    factory: Any = first.factory
+    if not hasattr(factory, "mask") or not hasattr(factory, "blind"):
+        raise ConfigError(
+            f"missing_trials: {type(factory).__name__} of {first.policy!r}, the first policy, has no `mask` and `blind`"
+        )
+    return {
+        name: replace(
+            first,
+            policy=f"{first.policy}, without {name}",
+            factory=replace(factory, mask=(*factory.mask, *absent.senses), blind=absent.cameras),
+            trials=min(trials, first.trials or trials),
+        )
+        for name, absent in missing.items()
+    }

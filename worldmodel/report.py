@@ -14,6 +14,7 @@ from worldmodel.page import compose
 from worldmodel.plots import line_chart, number
 from worldmodel.report_closed_loop import closed_loop_section
 from worldmodel.report_edits import edit_section
+from worldmodel.report_missing import missing_section
 from worldmodel.report_motion import motion_section
 from worldmodel.report_samples import sample_sections
 
@@ -32,6 +33,7 @@ def write_report(results: dict, out_dir: str | Path) -> tuple[Path, Path]:
 
     `results` holds `title`, `stamp` (nested plain values), `offline` (what `evaluate_offline` returned, per split) and
     `closed_loop` (what `comparison.compare` returned; may be empty), and may hold `edits` (what `evaluate_edits`
+    returned), `missing` (what `evaluate_missing` returned, per split) and `missing_closed_loop` (what `compare_success`
     returned). The JSON is `results` itself, with pictures left out and null where a value is not finite.
     """
     folder = Path(out_dir)
@@ -72,6 +74,9 @@ def render(results: dict) -> str:
         sections["Closed loop"] = ("closed-loop", closed_loop_section(closed))
     if results.get("edits"):
         sections["Edits"] = ("edits", edit_section(results["edits"], _figure_table))
+    lost, without = results.get("missing") or [], results.get("missing_closed_loop") or []
+    if lost or without:
+        sections["Missing sensors"] = ("missing", missing_section(lost, without, SPLIT_NAMES, STREAM_NAMES))
     sections["Over the horizon"] = ("horizon", _horizons(offline))
     sections["By task"] = ("tasks", _tasks(offline))
     sections["Predicted and true"] = ("samples", sample_sections(offline, SPLIT_NAMES))

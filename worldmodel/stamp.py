@@ -31,6 +31,7 @@ def protocol_stamp(metadata: Mapping[str, Any], reader: ShardReader, config: Map
         "training_seed": training.get("seed", "unknown"),
         "training_steps": training.get("phases", {}),
         "versions": {"worldmodel": worldmodel.__version__, "python": platform.python_version(), **package_versions()},
+        "threads": torch.get_num_threads(),
         "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
         "config": dict(config),
     }
