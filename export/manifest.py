@@ -12,6 +12,7 @@ from typing import Any
 
 from export.envelope import LIMITS, Envelope
 from export.runtime import MANIFEST_SCHEMA, SENSES
+from export.runtime.latency import latency_contract
 from export.tensors import TensorSpec
 from export.wrappers import ActionModel, ActionPath, Path
 from worldmodel.errors import ExportError
@@ -77,6 +78,7 @@ def build_manifest(
             "history_steps": [-spec.stride * back for back in reversed(range(spec.history))],
             "before_start": "the first frame of the episode repeats",
         },
+        "latency": latency_contract(spec.fps, spec.stride, [path.name for path in paths]),
         "embodiments": [
             _embodiment(model, robots, index) | {"envelope": envelope.sources[name]}
             for index, name in enumerate(spec.embodiments)

@@ -57,11 +57,14 @@ def write_onnx(module: Path, path: FilePath, *, opset: int, dynamic: bool) -> No
             )
             assert program is not None
             simplify(program.model)
+            name_outputs(program.model, [row.name for row in module.outputs])
             program.save(str(path), external_data=False)
         graph = onnx.load(str(path))
         onnx.checker.check_model(graph, full_check=True)
     except Exception as error:  # the exporter, the converter and the checker each raise families of their own
         raise ExportError(f"{path.name}: ONNX export failed: {reason(error)}") from error
+    if (found := [entry.name for entry in graph.graph.output]) != (outputs := [row.name for row in module.outputs]):
+        raise ExportError(f"{path.name}: the graph has outputs {found}, expected {outputs}")
     found = [entry.name for entry in graph.graph.input]
     if found != names:
         unused = sorted(set(names) - set(found))
@@ -98,6 +101,24 @@ def simplify(model: "ir.Model") -> None:
     for node in model.graph.all_nodes():
         for key in [key for key in node.metadata_props if key != SCOPES]:
             del node.metadata_props[key]
+
+
+def name_outputs(model: "ir.Model", names: Sequence[str]) -> None:
+    """Gives each output its own value and name, in place.
+
+    Two outputs that are always equal, the masks of two caches for one, become the same value when what is there twice
+    is removed; the graph would then have one name twice and lack the other.
+    """
+    import onnx_ir as ir
+
+    outputs = model.graph.outputs
+    for place, (value, name) in enumerate(zip(list(outputs), names, strict=True)):
+        if any(value is earlier for earlier in outputs[:place]):
+            copied = ir.Value(name=name, type=value.type, shape=value.shape)
+            model.graph.append(ir.Node("", "Identity", [value], outputs=[copied]))
+            outputs[place] = copied
+        else:
+            value.name = name
 
 
 def reason(error: BaseException) -> str:
