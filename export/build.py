@@ -13,7 +13,7 @@ from torch import nn
 from export.drive import DrivenCheck
 from export.envelope import Envelope
 from export.evidence import fit_trust
-from export.manifest import RobotNames, build_manifest, git_state, write_manifest
+from export.manifest import RobotNames, build_manifest, git_state, path_entry, write_manifest
 from export.onnx import OnnxRunner, write_onnx
 from export.parity import TOLERANCE, Example, Runner, check_handover, check_parity, make_examples, write_golden
 from export.precision import PRECISIONS, bounds_of, judge, write_precision
@@ -21,7 +21,7 @@ from export.program import ProgramRunner, compiler, write_program
 from export.runtime.doctor import CPU, machine, open_session
 from export.runtime.golden import Golden, golden_file
 from export.runtime.latency import Loop, measure
-from export.torchscript import TorchScriptRunner, write_torchscript
+from export.torchscript import TorchScriptRunner, write_golden_tensors, write_torchscript
 from export.trust import Trust
 from export.wrappers import PATHS, ActionModel, ActionPath, Path, RolloutPath, StepPath, UnderstandingPath
 from worldmodel.contracts import Batch, Observation
@@ -111,7 +111,10 @@ def build_artefact(
                 own.append(write_reduced(path, folder, precision, examples, recorded, bounds[precision], options))
             graphs += own
             spread = max(1, len(examples) // max(1, options.golden))
-            write_golden(folder / golden_file(path.name), path, examples[::spread][: options.golden])
+            file = folder / golden_file(path.name)
+            write_golden(file, path, examples[::spread][: options.golden])
+            if "torchscript" in options.formats:
+                write_golden_tensors(file.with_suffix(".pt"), Golden(file, path_entry(path)))
         copy_runtime(folder)
         report = calibration.report | {"handover_error": handover(paths, moments, options.tolerance)}
         describe = partial(
@@ -172,11 +175,11 @@ def write_path(
     return [entry | {"parity": asdict(parity[entry["file"]])} for entry in entries]
 
 
-def graph_runner(folder: FilePath, graph: Mapping[str, Any]) -> Runner:
-    """Runs a graph that the manifest lists."""
+def graph_runner(folder: FilePath, graph: Mapping[str, Any], threads: int = 1) -> Runner:
+    """Runs a graph that the manifest lists; `threads` are those of onnxruntime, torch has a setting of its own."""
     file, form = folder / graph["file"], graph["format"]
     if form == "onnx":
-        return OnnxRunner(file)
+        return OnnxRunner(file, threads)
     return TorchScriptRunner(file) if form == "torchscript" else ProgramRunner(file, compiled=form == "aotinductor")
 
 
@@ -241,7 +244,7 @@ def measured(folder: FilePath, manifest: Mapping[str, Any], ticks: int) -> dict[
     for graph in manifest["graphs"]:
         if graph["format"] == "onnx" and graph["path"] in manifest["latency"]["paths"]:
             session = open_session(folder / graph["file"], 1, [CPU])
-            loop = Loop(session, Golden(folder, manifest, graph["path"]))
+            loop = Loop(session, Golden(folder / golden_file(graph["path"]), manifest["paths"][graph["path"]]))
             found["graphs"][graph["file"]] = measure(loop, ticks, max(1, ticks // 10))
     return found
 

@@ -66,7 +66,7 @@ def build_manifest(
     return {
         "schema_version": MANIFEST_SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "paths": {path.name: _path(path) for path in paths},
+        "paths": {path.name: path_entry(path) for path in paths},
         "graphs": [dict(graph) for graph in graphs if graph["written"]],
         "refused": [dict(graph) for graph in graphs if not graph["written"]],
         "spec": asdict(spec),
@@ -101,7 +101,7 @@ def build_manifest(
     }
 
 
-def _path(path: Path) -> dict[str, Any]:
+def path_entry(path: Path) -> dict[str, Any]:
     """Inputs and outputs of one path; `cache` pairs those that go from one call to the next."""
     cache = [row.name for row in path.caches] if isinstance(path, ActionPath) else []
     pairs = {name: f"next_{name}" for name in cache}

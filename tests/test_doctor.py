@@ -22,7 +22,7 @@ from export.build import BuildOptions, build_artefact
 from export.manifest import RobotNames
 from export.runtime import doctor, load_manifest
 from export.runtime.doctor import examine
-from export.runtime.golden import Golden
+from export.runtime.golden import Golden, golden_file
 from export.runtime.latency import latency_contract, measure
 
 torch.set_num_threads(1)
@@ -211,7 +211,7 @@ def test_a_cache_goes_through_the_golden_ticks(tiny_model: Any, statistics: dict
         rows = {f.check: f.status for f in findings if f.subject == file}
         assert rows["schema"] == rows["parity"] == rows["memory"] == "ok", findings
     manifest = load_manifest(out)
-    golden = Golden(out, manifest, "policy_step")
+    golden = Golden(out / golden_file("policy_step"), manifest["paths"]["policy_step"])
     assert (golden.examples, golden.ticks) == (2, 3)
     assert sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".npz")) < 2e6
     session = doctor.open_session(out / "policy_step.onnx", 1, [doctor.CPU])

@@ -42,7 +42,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "-m worldmodel.edit --help",
         "-m worldmodel.features --help",
         "-m worldmodel.curves --help",
-        "benchmarks/action_latency.py --help",
+        "benchmarks/latency.py --help",
         "benchmarks/experts.py --help",
         "benchmarks/rollout.py --help",
         "benchmarks/ablation.py --help",

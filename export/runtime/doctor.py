@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 
-from .golden import FLAGS, Golden, signature_faults
+from .golden import FLAGS, Golden, golden_file, signature_faults
 from .latency import Loop, measure, progress_bar
 from .manifest import RuntimeContractError, load_manifest
 
@@ -109,7 +109,7 @@ def examine_graph(
     """The checks of one graph, up to the first that makes the others pointless."""
     name, path = graph["file"], graph["path"]
     try:
-        golden = Golden(folder, manifest, path)
+        golden = Golden(folder / golden_file(path), manifest["paths"][path])
         session = open_session(folder / name, threads, [CPU])
         findings = [signature(name, session, manifest["paths"][path], graph)]
         if findings[0].status == "failure":

@@ -26,27 +26,24 @@ class Golden:
     """Inputs of one path and the answers of the model that it was exported from.
 
     Args:
-        folder: the artefact folder.
-        manifest: its manifest.
-        path: name of the path.
+        file: see `golden_file`.
+        entry: what the manifest says of the path.
 
     Raises:
-        RuntimeContractError: the file is missing, or lacks an input.
+        RuntimeContractError: the file is missing, or lacks an input or output.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], path: str) -> None:
-        file = folder / golden_file(path)
-        if file.name not in manifest["files"]:
-            raise RuntimeContractError(
-                f"{file.name}: the artefact has no golden observations of {path}; export it again"
-            )
+    def __init__(self, file: Path, entry: Mapping[str, Any]) -> None:
+        if not file.is_file():
+            raise RuntimeContractError(f"{file.name}: missing; export the artefact again")
         with np.load(file, allow_pickle=False) as arrays:
             self._arrays = dict(arrays)
-        entry = manifest["paths"][path]
-        self.next: dict[str, str] = (entry["cache"] or {}).get("next", {}) if path != "policy" else {}
         self.inputs: list[dict[str, Any]] = entry["inputs"]
-        outputs = [row["name"] for row in entry["outputs"] if not row["name"].startswith("next_")]
         reads = {row["name"] for row in self.inputs}
+        # `policy` fills a cache without reading one.
+        pairs: dict[str, str] = (entry["cache"] or {}).get("next", {})
+        self.next = {name: after for name, after in pairs.items() if name in reads}
+        outputs = [row["name"] for row in entry["outputs"] if not row["name"].startswith("next_")]
         # A path may read and answer something of the same name, camera poses for one.
         self.answers = {name: f"answer_{name}" if name in reads else name for name in outputs}
         lacking = [n for n in (reads - set(self.next)) | set(self.answers.values()) if n not in self._arrays]
