@@ -1,12 +1,13 @@
 """Latency of one answer on the CPU: the checkpoint as it is, every graph of its artefact, and LeRobot's ACT.
 
-  python benchmarks/latency.py CHECKPOINT ARTEFACT [--ticks 1000] [--threads 1 2] [--compile] [--lerobot-python PYTHON]
+  python benchmarks/latency.py CHECKPOINT ARTEFACT [--ticks 1000] [--threads 1 2] [--compile] [--only TEXT ...]
+      [--clock cpu] [--lerobot-python PYTHON]
 
 Forms take turns within each tick, so that whatever else the machine does hits all alike; read the ratios. `eager
 policy` is `WorldModel.act`, without envelope and confidence, which all other forms have inside. `--compile` adds
 torch.compile and, unless the artefact has it, AOTInductor, which take minutes to build. ACT has LeRobot's default
-configuration for the same cameras and state, one chunk per tick, random weights. Prints a Markdown table for each
-number of threads.
+configuration for the same cameras and state, one chunk per tick, random weights. On a machine that others
+use too, `--clock cpu` counts processor time in place of time. Prints a Markdown table for each number of threads.
 """
 
 import argparse
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Runners = dict[str, Callable[[], object]]
 REFERENCE = "eager policy"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main() -> None:
@@ -44,18 +46,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
     parser.add_argument("--compile", action="store_true", help="adds torch.compile and AOTInductor")
     parser.add_argument("--lerobot-python", help="an interpreter that has lerobot; adds its ACT")
+    parser.add_argument("--only", nargs="+", help="only forms whose name contains one of these, beside the reference")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, of one thread")
     given = parser.parse_args()
+    if given.clock == "cpu" and given.threads != [1]:
+        parser.error("--clock cpu: the processor time of several threads is their sum; expected --threads 1")
     for threads in given.threads:
         with tempfile.TemporaryDirectory() as scratch:
             runners, sizes = load(given.checkpoint, given.artefact, threads, Path(scratch) if given.compile else None)
-            rival = lerobot_act(given.lerobot_python, given.artefact, threads) if given.lerobot_python else None
+            rival = None
+            if given.lerobot_python:
+                rival = lerobot_act(given.lerobot_python, given.artefact, threads, given.clock)
+            if given.only:
+                runners = {n: r for n, r in runners.items() if n == REFERENCE or any(text in n for text in given.only)}
             if rival is not None:
                 runners["LeRobot ACT, its default"] = partial(ask, rival)
-            seconds = measure(runners, given.ticks)
+            seconds = measure(runners, given.ticks, clock=CLOCKS[given.clock])
             if rival is not None:
                 rival.communicate()
         plural = "one thread" if threads == 1 else f"{threads} threads"
-        print(f"{given.ticks} ticks, batch 1, {plural}; {machine()}\n\n{table(seconds, sizes)}\n", flush=True)
+        print(
+            f"{given.ticks} ticks, batch 1, {plural}, {given.clock} clock; {machine()}\n\n{table(seconds, sizes)}\n",
+            flush=True,
+        )
 
 
 def load(checkpoint: Path, artefact: Path, threads: int, scratch: Path | None) -> tuple[Runners, dict[str, int]]:
@@ -145,7 +158,7 @@ def without_gradients(call: Callable[..., object], feed: Sequence["Tensor"]) -> 
         return call(*feed)
 
 
-def lerobot_act(python: str, artefact: Path, threads: int) -> "subprocess.Popen[str]":
+def lerobot_act(python: str, artefact: Path, threads: int, clock: str) -> "subprocess.Popen[str]":
     """ACT in an interpreter of its own, ready to be asked."""
     from export.runtime import load_manifest
 
@@ -153,7 +166,7 @@ def lerobot_act(python: str, artefact: Path, threads: int) -> "subprocess.Popen[
     spec, robot = manifest["spec"], manifest["embodiments"][0]
     sizes = [spec["height"], len(spec["cameras"]), robot["proprio_dims"], len(robot["action_names"]), threads]
     script = Path(__file__).with_name("latency_lerobot.py")
-    command = [python, str(script), *map(str, sizes)]
+    command = [python, str(script), *map(str, sizes), clock]
     rival = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     ask(rival)
     return rival
@@ -170,14 +183,16 @@ def ask(rival: "subprocess.Popen[str]") -> float:
     raise SystemExit(f"{rival.args}: ended with {rival.wait()}")
 
 
-def measure(runners: Runners, ticks: int, warm_up: int = 20) -> dict[str, np.ndarray]:
+def measure(
+    runners: Runners, ticks: int, warm_up: int = 20, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, np.ndarray]:
     """Seconds per call (ticks,) of each runner, which take turns; a runner may return its own as a float."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for tick in tqdm(range(warm_up + ticks), unit="tick", disable=None):
         for name, run in runners.items():
-            started = time.perf_counter()
+            started = clock()
             said = run()
-            took = said if isinstance(said, float) else time.perf_counter() - started
+            took = said if isinstance(said, float) else clock() - started
             if tick >= warm_up:
                 seconds[name].append(took)
     return {name: np.array(values) for name, values in seconds.items()}

@@ -1,6 +1,6 @@
 """The LeRobot side of `latency.py`: runs in an interpreter that has lerobot and needs nothing of this repository.
 
-  latency_lerobot.py PIXELS CAMERAS STATE ACTION THREADS
+  latency_lerobot.py PIXELS CAMERAS STATE ACTION THREADS CLOCK
 
 Answers each line on standard input with `seconds S`: what one action chunk of ACT took. The policy has LeRobot's
 default configuration but for the shapes of its inputs, random weights, and runs as its `select_action` runs it.
@@ -8,6 +8,7 @@ default configuration but for the shapes of its inputs, random weights, and runs
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -21,7 +22,7 @@ def declare_operators() -> Any:
     return library  # operators live as long as it does
 
 
-def main(pixels: int, cameras: int, state: int, action: int, threads: int) -> None:
+def main(pixels: int, cameras: int, state: int, action: int, threads: int, clock: Callable[[], float]) -> None:
     """Answers until the input ends."""
     import torch
     from lerobot.configs.types import FeatureType, PolicyFeature  # pyright: ignore[reportMissingImports]
@@ -43,12 +44,13 @@ def main(pixels: int, cameras: int, state: int, action: int, threads: int) -> No
     policy = ACTPolicy(config).eval()
     batch = {name: torch.rand(1, 3, pixels, pixels) for name in names} | {"observation.state": torch.rand(1, state)}
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started = clock()
         with torch.inference_mode():
             policy.predict_action_chunk(dict(batch))
-        print(f"seconds {time.perf_counter() - started}", flush=True)
+        print(f"seconds {clock() - started}", flush=True)
 
 
 if __name__ == "__main__":
     operators = declare_operators()
-    main(*(int(word) for word in sys.argv[1:6]))
+    pixels, cameras, state, action, threads = (int(word) for word in sys.argv[1:6])
+    main(pixels, cameras, state, action, threads, {"wall": time.perf_counter, "cpu": time.process_time}[sys.argv[6]])

@@ -82,14 +82,20 @@ def simplify(model: "ir.Model") -> None:
 
     The exporter's own optimiser does this too, and then spends twenty times as long on rewriting patterns, which this
     graph has few of: the result is no faster in onnxruntime. One of its rewrites is needed: a convolution without bias
-    is exported with a bias of zeros that onnxruntime cannot read.
+    is exported with a bias of zeros that onnxruntime cannot read. And a root mean square norm is exported as a product
+    with the reciprocal of a root, where onnxruntime looks for a quotient to make one operator of the six.
     """
     import onnx_ir.passes.common as common
     from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter import pattern
     from onnxscript.rewriter.rules.common import remove_optional_bias_from_conv_rule
 
+    quotient = pattern.RewriteRule(
+        lambda op, x, y: op.Mul(x, op.Reciprocal(op.Sqrt(y))), lambda op, x, y: op.Div(x, op.Sqrt(y))
+    )
+
     optimizer.fold_constants(model)
-    rewriter.rewrite(model, [remove_optional_bias_from_conv_rule])
+    rewriter.rewrite(model, [remove_optional_bias_from_conv_rule, quotient])
     for tidy in (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -13,6 +13,7 @@
 //
 // Exit status: 0, 1 if an answer is not finite or farther from what was expected than the tolerance, 2 on wrong use.
 
+#include <ATen/Parallel.h>
 #include <torch/script.h>
 
 #include <algorithm>
@@ -113,7 +114,7 @@ double percentile(const std::vector<double>& sorted, double share) {
 
 int run(const std::string& graph, const std::string& golden_file, const std::map<std::string, double>& settings) {
   torch::InferenceMode inference;
-  torch::set_num_threads(static_cast<int>(settings.at("--threads")));
+  at::set_num_threads(static_cast<int>(settings.at("--threads")));
   const Golden golden = load_golden(golden_file);
   Policy policy(graph, golden.cache);
   const size_t examples = golden.inputs.size();
