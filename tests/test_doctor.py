@@ -205,7 +205,7 @@ def test_a_cache_goes_through_the_golden_ticks(tiny_model: Any, statistics: dict
     }
     spec, out = tiny_model.spec, tmp_path / "tiny"
     options = BuildOptions(formats=("onnx",), golden=2, latency_ticks=2)
-    build_artefact(tiny_model, out, [("made up", ticks(tiny_model, 3))], fake_clips(4, spec), robots, options)
+    build_artefact(tiny_model, out, [("made up", ticks(tiny_model, 3))], fake_clips(8, spec), robots, options)
     findings = examine(out, ticks=4, warm_up=1)
     for file in ("policy.onnx", "policy_step.onnx"):
         rows = {f.check: f.status for f in findings if f.subject == file}

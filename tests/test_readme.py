@@ -33,6 +33,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "-m worldmodel.data stats --help",
         "-m worldmodel.convert kairos --help",
         "-m export build --help",
+        "-m export doctor --help",
         "-m export drive --help",
         "-m export serve --help",
         "-m export replay --help",
