@@ -113,13 +113,13 @@ def name_outputs(model: "ir.Model", names: Sequence[str]) -> None:
     """Gives each output its own value and name, in place.
 
     Two outputs that are always equal, the masks of two caches for one, become the same value when what is there twice
-    is removed; the graph would then have one name twice and lack the other.
+    is removed; the graph would then have one name twice and lack the other. An input that is answered keeps its name.
     """
     import onnx_ir as ir
 
     outputs = model.graph.outputs
     for place, (value, name) in enumerate(zip(list(outputs), names, strict=True)):
-        if any(value is earlier for earlier in outputs[:place]):
+        if value.producer() is None or any(value is earlier for earlier in outputs[:place]):
             copied = ir.Value(name=name, type=value.type, shape=value.shape)
             model.graph.append(ir.Node("", "Identity", [value], outputs=[copied]))
             outputs[place] = copied
