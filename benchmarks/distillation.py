@@ -87,7 +87,7 @@ def run(given: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """Rows of the table, and the line above it."""
     import torch
 
-    from benchmarks.action_latency import machine
+    from benchmarks.latency import machine
     from worldmodel.checkpoint import load_model
     from worldmodel.data.shards import ShardReader
 
@@ -197,7 +197,7 @@ def latency(contenders: list[Contender], ticks: int) -> list[tuple[float, float]
     """Median seconds of a predicted clip and of a chunk of actions, of each contender, which take turns."""
     import torch
 
-    from benchmarks.action_latency import measure
+    from benchmarks.latency import measure
     from export.tensors import observation_specs, random_tensors
     from worldmodel.contracts import Observation
 

@@ -1,4 +1,4 @@
-"""Command line of export: `python -m export build`, `drive`, `serve` and `replay`."""
+"""Command line of export: `python -m export build`, `doctor`, `drive`, `serve` and `replay`."""
 
 import sys
 from collections.abc import Sequence
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 HELP = """\
-Export a trained policy for a robot, drive the simulated arm with what was exported, and serve it to robots.
+Export a trained policy for a robot, check it on the machine that shall run it, drive the simulated arm with it, and
+serve it to robots.
 
   python -m export build checkpoint=RUN_DIR out=DIR data=ROOT [key=value ...]
+  python -m export doctor DIR [ticks=N ...] [--json]
   python -m export drive DIR [key=value ...]
   python -m export serve DIR [--port 8000 ...]
   python -m export replay SHARDS [--port 8000 ...]
@@ -53,15 +55,24 @@ CONFIG = Path(__file__).parent.parent / "configs" / "export.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 after a failure, 2 after a wrong command line."""
+    """Runs one command; returns the exit status: 0, 1 after a failure, 2 after a wrong command line;
+    `doctor` has its own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words.pop(0) if words else "--help"
     if command in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    if command not in ("build", "drive", "serve", "replay"):
-        print(f"unknown command {command!r}; expected build, drive, serve or replay\n\n{HELP}", end="", file=sys.stderr)
+    if command not in ("build", "doctor", "drive", "serve", "replay"):
+        print(
+            f"unknown command {command!r}; expected build, doctor, drive, serve or replay\n\n{HELP}",
+            end="",
+            file=sys.stderr,
+        )
         return 2
+    if command == "doctor":
+        from export.runtime import doctor
+
+        return doctor.main(words)
     if command in ("serve", "replay"):
         from export import serve
 

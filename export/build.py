@@ -13,12 +13,15 @@ from torch import nn
 from export.drive import DrivenCheck
 from export.envelope import Envelope
 from export.evidence import fit_trust
-from export.manifest import RobotNames, build_manifest, git_state, write_manifest
+from export.manifest import RobotNames, build_manifest, git_state, path_entry, write_manifest
 from export.onnx import OnnxRunner, write_onnx
 from export.parity import TOLERANCE, Example, Runner, check_handover, check_parity, make_examples, write_golden
 from export.precision import PRECISIONS, bounds_of, judge, write_precision
 from export.program import ProgramRunner, compiler, write_program
-from export.torchscript import TorchScriptRunner, write_torchscript
+from export.runtime.doctor import CPU, machine, open_session
+from export.runtime.golden import Golden, golden_file
+from export.runtime.latency import Loop, measure
+from export.torchscript import TorchScriptRunner, write_golden_tensors, write_torchscript
 from export.trust import Trust
 from export.wrappers import PATHS, ActionModel, ActionPath, Path, RolloutPath, StepPath, UnderstandingPath
 from worldmodel.contracts import Batch, Observation
@@ -26,7 +29,6 @@ from worldmodel.errors import ConfigError, ExportError
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aotinductor": ".aoti.pt2"}
 """Format -> ending of its files."""
-GOLDEN_FILE = "golden.npz"
 BOUNDS = {"fp16": 0.01, "bf16": 0.02, "int8_dynamic": 0.05, "int8_static": 0.05}
 
 Moments = Sequence[tuple[str, Sequence[Observation]]]
@@ -47,6 +49,7 @@ class BuildOptions:
     quantile: float = 0.99
     tolerance: float = TOLERANCE
     golden: int = 4
+    latency_ticks: int = 100
     keep_failed: bool = False
     force: bool = False
 
@@ -108,8 +111,10 @@ def build_artefact(
                 own.append(write_reduced(path, folder, precision, examples, recorded, bounds[precision], options))
             graphs += own
             spread = max(1, len(examples) // max(1, options.golden))
-            golden = GOLDEN_FILE if path.name == "policy" else f"golden_{path.name}.npz"
-            write_golden(folder / golden, path, examples[::spread][: options.golden])
+            file = folder / golden_file(path.name)
+            write_golden(file, path, examples[::spread][: options.golden])
+            if "torchscript" in options.formats:
+                write_golden_tensors(file.with_suffix(".pt"), Golden(file, path_entry(path)))
         copy_runtime(folder)
         report = calibration.report | {"handover_error": handover(paths, moments, options.tolerance)}
         describe = partial(
@@ -123,9 +128,12 @@ def build_artefact(
             git=git_state(FilePath(__file__).parent),
             robots=robots,
         )
-        write_manifest(folder, describe(graphs=graphs))
-        if drive is not None and drive_reduced(graphs, folder, drive, options.keep_failed):
-            write_manifest(folder, describe(graphs=graphs))
+        if drive is not None:
+            write_manifest(folder, describe(graphs=graphs))  # what is driven loads it
+            drive_reduced(graphs, folder, drive, options.keep_failed)
+        manifest = describe(graphs=graphs)
+        manifest["latency"]["measured"] = measured(folder, manifest, options.latency_ticks)
+        write_manifest(folder, manifest)
         folder.chmod(0o755)
         move_into_place(folder, out)
     finally:
@@ -167,11 +175,11 @@ def write_path(
     return [entry | {"parity": asdict(parity[entry["file"]])} for entry in entries]
 
 
-def graph_runner(folder: FilePath, graph: Mapping[str, Any]) -> Runner:
-    """Runs a graph that the manifest lists."""
+def graph_runner(folder: FilePath, graph: Mapping[str, Any], threads: int = 1) -> Runner:
+    """Runs a graph that the manifest lists; `threads` are those of onnxruntime, torch has a setting of its own."""
     file, form = folder / graph["file"], graph["format"]
     if form == "onnx":
-        return OnnxRunner(file)
+        return OnnxRunner(file, threads)
     return TorchScriptRunner(file) if form == "torchscript" else ProgramRunner(file, compiled=form == "aotinductor")
 
 
@@ -213,11 +221,11 @@ def write_reduced(
     }
 
 
-def drive_reduced(graphs: list[dict[str, Any]], folder: FilePath, drive: DrivenCheck, keep_failed: bool) -> bool:
-    """Adds closed-loop success to the entries of `policy`'s precisions; says whether there was any to drive."""
+def drive_reduced(graphs: list[dict[str, Any]], folder: FilePath, drive: DrivenCheck, keep_failed: bool) -> None:
+    """Adds closed-loop success to the entries of `policy`'s precisions."""
     reduced = [g for g in graphs if g["path"] == "policy" and g["written"] and g["precision"] != "fp32"]
     if not reduced:
-        return False
+        return
     full = drive(folder, "fp32")
     for graph in reduced:
         found = drive(folder, graph["precision"])
@@ -228,7 +236,17 @@ def drive_reduced(graphs: list[dict[str, Any]], folder: FilePath, drive: DrivenC
             graph |= {"accepted": False, "written": keep_failed, "reason": " and ".join([*reasons, said])}
             if not keep_failed:
                 (folder / graph["file"]).unlink()
-    return True
+
+
+def measured(folder: FilePath, manifest: Mapping[str, Any], ticks: int) -> dict[str, Any]:
+    """Latency on this machine of the ONNX graphs that have a contract, on one thread; for information."""
+    found: dict[str, Any] = {"machine": machine(), "threads": 1, "graphs": {}}
+    for graph in manifest["graphs"]:
+        if graph["format"] == "onnx" and graph["path"] in manifest["latency"]["paths"]:
+            session = open_session(folder / graph["file"], 1, [CPU])
+            loop = Loop(session, Golden(folder / golden_file(graph["path"]), manifest["paths"][graph["path"]]))
+            found["graphs"][graph["file"]] = measure(loop, ticks, max(1, ticks // 10))
+    return found
 
 
 def handover(paths: Sequence[Path], moments: Moments, tolerance: float) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from export.envelope import LIMITS, Envelope
 from export.runtime import MANIFEST_SCHEMA, SENSES
+from export.runtime.latency import latency_contract
 from export.tensors import TensorSpec
 from export.wrappers import ActionModel, ActionPath, Path
 from worldmodel.errors import ExportError
@@ -65,7 +66,7 @@ def build_manifest(
     return {
         "schema_version": MANIFEST_SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "paths": {path.name: _path(path) for path in paths},
+        "paths": {path.name: path_entry(path) for path in paths},
         "graphs": [dict(graph) for graph in graphs if graph["written"]],
         "refused": [dict(graph) for graph in graphs if not graph["written"]],
         "spec": asdict(spec),
@@ -77,6 +78,7 @@ def build_manifest(
             "history_steps": [-spec.stride * back for back in reversed(range(spec.history))],
             "before_start": "the first frame of the episode repeats",
         },
+        "latency": latency_contract(spec.fps, spec.stride, [path.name for path in paths]),
         "embodiments": [
             _embodiment(model, robots, index) | {"envelope": envelope.sources[name]}
             for index, name in enumerate(spec.embodiments)
@@ -99,7 +101,7 @@ def build_manifest(
     }
 
 
-def _path(path: Path) -> dict[str, Any]:
+def path_entry(path: Path) -> dict[str, Any]:
     """Inputs and outputs of one path; `cache` pairs those that go from one call to the next."""
     cache = [row.name for row in path.caches] if isinstance(path, ActionPath) else []
     pairs = {name: f"next_{name}" for name in cache}

