@@ -13,6 +13,9 @@ import onnxruntime
 from .manifest import SENSES, RuntimeContractError, find_graph, load_manifest
 from .observation import checked, encode_instruction, known, observation_shapes
 
+COMMANDS = ("noise", "previous", "has_previous", "decided", "is_decided")
+"""Inputs of a graph that are no observation."""
+
 
 class Report(NamedTuple):
     """What the graph says of its last answer."""
@@ -138,7 +141,7 @@ class OnnxPolicy:
         self._executed += 1
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """The graph's inputs for now, without noise and earlier commands; batch 1.
+        """The graph's inputs for now, without `COMMANDS`; batch 1.
 
         Raises:
             RuntimeContractError: nothing observed yet, or a camera or sense is missing that must not be.
@@ -152,7 +155,7 @@ class OnnxPolicy:
         feed = {
             entry["name"]: np.zeros([1, *entry["shape"][1:]], entry["dtype"])
             for entry in self._inputs
-            if entry["name"] not in ("noise", "previous", "has_previous")
+            if entry["name"] not in COMMANDS
         }
         # Hidden views still pass through pose arithmetic on their way to the mask: identities keep it finite.
         feed["intrinsics"][...] = np.eye(3, dtype=np.float32)
@@ -206,12 +209,29 @@ class OnnxPolicy:
         Raises:
             RuntimeContractError: see `inputs`; the noise has another shape; or the model answered non-finite values.
         """
+        return self.act_after(np.zeros((0, len(self.action_names)), np.float32), noise, previous)
+
+    def act_after(
+        self, decided: np.ndarray, noise: np.ndarray | None = None, previous: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The next chunk (A, D), of which the first rows are the `decided` (d, D) that are executed whatever it says.
+
+        A model that was trained with a rate `decided` continues them without a jump. The limits hold for these rows
+        too: where one changes them, `report` says so. `noise` and `previous` as in `act`.
+
+        Raises:
+            RuntimeContractError: as `act`; or `decided` has another shape, or more rows than a chunk.
+        """
         feed = self.inputs()
         shape = (self.horizon, self._padded_action)
         if noise is None:
             noise = self._random.standard_normal(shape, dtype=np.float32)
         feed["noise"] = checked("noise", noise, shape, "float32")[None]
         feed["previous"], feed["has_previous"] = self._before(previous)
+        size, count = len(self.action_names), min(len(decided), self.horizon)
+        feed["decided"], feed["is_decided"] = np.zeros((1, *shape), np.float32), np.zeros((1, self.horizon), bool)
+        feed["decided"][0, :count, :size] = checked("decided", decided, (count, size), "float32")
+        feed["is_decided"][0, :count] = True
         names = ["actions", "limited", "confidence", "novelty", "out_of_distribution"]
         actions, limited, confidence, novelty, odd = (np.asarray(x)[0] for x in self._session.run(names, feed))
         chunk = actions[:, : len(self.action_names)]
