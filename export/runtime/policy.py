@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,10 +72,10 @@ class OnnxPolicy:
             embodiment = next(iter(robots))
         if embodiment is None or embodiment not in robots:
             raise RuntimeContractError(f"embodiment: got {embodiment!r}, expected one of {sorted(robots)}")
-        self._robot = robots[embodiment]
+        self.robot = robots[embodiment]
         self.embodiment: str = embodiment
-        self.action_names: list[str] = list(self._robot["action_names"])
-        self._shapes = observation_shapes(spec, self._robot["proprio_dims"])
+        self.action_names: list[str] = list(self.robot["action_names"])
+        self._shapes = observation_shapes(spec, self.robot["proprio_dims"])
         self._instruction = instruction
         self._allowed = known(allow_missing, [*self.cameras, *SENSES], "allow_missing")
         chosen = known(mask, [*SENSES, "touch"], "mask")
@@ -140,6 +140,21 @@ class OnnxPolicy:
         self._ring.append(step)
         self._executed += 1
 
+    def load(self, history: Sequence[dict[str, np.ndarray]], instruction: str | None = None) -> None:
+        """Replaces what was observed by these control steps, oldest first, each checked as `observe` does.
+
+        What was answered before is forgotten: who loads a history says what was commanded, see `act`.
+        """
+        self._ring = deque(history, maxlen=self.history * self.stride)
+        self._text = self._instruction if instruction is None else instruction
+        self._chunk, self._executed = None, 0
+
+    def may_lack(self, key: str) -> bool:
+        """Whether an observation may come without this name; the graph then masks its sense."""
+        sense, _, camera = key.partition(".")
+        sense = {"intrinsics": "camera", "camera_to_base": "camera", "visible": "points"}.get(sense, sense)
+        return sense in self._optional or camera in self._allowed or key.startswith("has_")
+
     def inputs(self) -> dict[str, np.ndarray]:
         """The graph's inputs for now, without `COMMANDS`; batch 1.
 
@@ -160,7 +175,7 @@ class OnnxPolicy:
         # Hidden views still pass through pose arithmetic on their way to the mask: identities keep it finite.
         feed["intrinsics"][...] = np.eye(3, dtype=np.float32)
         feed["camera_to_base"][...] = np.eye(4, dtype=np.float32)
-        feed["embodiment"][...] = self._robot["index"]
+        feed["embodiment"][...] = self.robot["index"]
         for view, camera in enumerate(self.cameras):
             images = self._gather(f"rgb.{camera}", frames, "rgb", camera)
             if images is not None:
