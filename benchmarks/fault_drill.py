@@ -12,7 +12,10 @@ the manifest, and how far the hand was outside its box.
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,11 +37,10 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     """Measures and prints."""
     from export.drill import FAULTS, Drilled, drill_trial
-    from export.runtime import Controller, OnnxPolicy
+    from export.runtime import OnnxPolicy
     from worldmodel.closed_loop import MetaworldScenes, Rollout
     from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
     from worldmodel.errors import WorldModelError
-    from worldmodel.trials import wilson_interval
 
     given = arguments().parse_args()
     try:
@@ -47,49 +49,68 @@ def main() -> None:
         stride = needy.stride
         rollout = Rollout(seed=given.seed, max_steps=given.max_steps, image_every=stride, delay=given.delay)
         scenes = MetaworldScenes(needy.manifest["spec"]["height"], tuple(needy.cameras))
-        rows = [(fault, patient) for fault in FAULTS]
-        rows += [(fault, needy) for fault in ("camera dropped", "camera frozen")]
-        results: list[list[Drilled]] = [[] for _ in rows]
+        policies = {fault: patient for fault in FAULTS}
+        policies |= {f"{fault}, needed": needy for fault in ("camera dropped", "camera frozen")}
+        results: dict[str, list[Drilled]] = {name: [] for name in policies}
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        report: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(given).items()}, "tasks": []}
         for task in given.tasks or TRAIN_TASKS:
             scene = scenes(task)
-            for (fault, policy), found in zip(rows, results, strict=True):
-                make = lambda policy=policy: Controller(policy.fork(), replan=stride, realtime=not given.plain)  # noqa: E731
+            for name, policy in policies.items():
+                make = partial(_controller, policy, realtime=not given.plain)
                 for trial in range(given.trials):
-                    found.append(drill_trial(make, scene, task, trial, fault, rollout=rollout))
-                print(f"{task}, {fault}: {sum(r.success for r in found)} of {len(found)} so far", file=sys.stderr)
+                    fault = name.removesuffix(", needed")
+                    results[name].append(drill_trial(make, scene, task, trial, fault, rollout=rollout))
+            report["tasks"].append(task)
+            report["rows"] = {name: summary(found) for name, found in results.items()}
+            given.out.write_text(json.dumps(report, indent=1))
+            print(f"{task} is done", file=sys.stderr, flush=True)
     except (WorldModelError, ValueError) as error:
         sys.exit(f"fault_drill.py: {error}")
-    print(
-        "| fault | success | 95 % interval | trials | run / hold / stop, % of steps | values dropped "
-        "| commands | not finite | outside | hand outside, mm |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
-    report = []
-    for (fault, policy), found in zip(rows, results, strict=True):
-        successes, steps = sum(r.success for r in found), sum(r.steps for r in found)
-        low, high = wilson_interval(successes, len(found))
-        row = {
-            "fault": fault + (", needed" if policy is needy else ""),
-            "successes": successes,
-            "trials": len(found),
-            "interval": [low, high],
-            "steps": steps,
-            "states": {state: sum(r.states[state] for r in found) for state in found[0].states},
-            "dropped": sum(r.dropped for r in found),
-            "not_finite": sum(r.watch.not_finite for r in found),
-            "outside": sum(r.watch.outside for r in found),
-            "farthest_m": max(r.watch.farthest for r in found),
-        }
-        report.append(row)
-        states = " / ".join(f"{100 * count / steps:.0f}" for count in row["states"].values())
-        print(
-            f"| {row['fault']} | {successes / len(found):.0%} | {low:.0%}-{high:.0%} | {len(found)} | {states} "
-            f"| {row['dropped']} | {steps} | {row['not_finite']} | {row['outside']} | {1000 * row['farthest_m']:.1f} |"
+    print(table(report["rows"]))
+
+
+def _controller(policy: Any, realtime: bool) -> Any:
+    """A controller with an episode of its own, asked once for each picture."""
+    from export.runtime import Controller
+
+    return Controller(policy.fork(), replan=policy.stride, realtime=realtime)
+
+
+def summary(found: Sequence[Any]) -> dict[str, Any]:
+    """What became of the trials under one fault."""
+    from worldmodel.trials import wilson_interval
+
+    successes = sum(r.success for r in found)
+    return {
+        "successes": successes,
+        "trials": len(found),
+        "interval": wilson_interval(successes, len(found)),
+        "steps": sum(r.steps for r in found),
+        "states": {state: sum(r.states[state] for r in found) for state in found[0].states},
+        "dropped": sum(r.dropped for r in found),
+        "not_finite": sum(r.watch.not_finite for r in found),
+        "outside": sum(r.watch.outside for r in found),
+        "farthest_m": max(r.watch.farthest for r in found),
+    }
+
+
+def table(rows: Mapping[str, dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| fault | success | 95 % interval | trials | run / hold / stop, % of steps | values dropped | commands "
+        "| not finite | outside | hand outside, mm |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        states = " / ".join(f"{100 * count / row['steps']:.0f}" for count in row["states"].values())
+        lines.append(
+            f"| {name} | {row['successes'] / row['trials']:.0%} | {low:.0%}-{high:.0%} | {row['trials']} | {states} "
+            f"| {row['dropped']} | {row['steps']} | {row['not_finite']} | {row['outside']} "
+            f"| {1000 * row['farthest_m']:.1f} |"
         )
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(
-        json.dumps({"arguments": {k: str(v) for k, v in vars(given).items()}, "rows": report}, indent=1)
-    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

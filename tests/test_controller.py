@@ -15,6 +15,7 @@ from test_export_envelope import SPEC as ARM_SPEC
 from test_export_envelope import run as run_envelope
 
 from export.build import BuildOptions, build_artefact
+from export.drill import Watch
 from export.envelope import limits_of
 from export.manifest import RobotNames
 from export.runtime import Controller, Guard, OnnxPolicy, RuntimeContractError
@@ -169,6 +170,28 @@ def test_answers_that_are_late_or_not_finite_are_not_commanded(artefact: Path) -
     controller.take(question, np.ones((SPEC.chunk, 4), np.float32), 0.2)
     controller.command(0.2)
     assert controller.state == "hold" and controller.reason.endswith("too late")
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.floats(0.1, 100.0))
+def test_wild_chunks_leave_the_arm_inside_its_limits(artefact: Path, seed: int, size: float) -> None:
+    """Whatever a network answers, and although the last messages are old."""
+    random = np.random.default_rng(seed)
+    controller = Controller(OnnxPolicy(artefact), replan=4)
+    watch = Watch(controller.policy.robot, FPS)
+    controller.reset(0.0)
+    place = np.array([0.45, 0.41, 0.06])
+    for step in range(40):
+        now, seen = step / FPS, observed(step)
+        seen["proprio"][:3] = place
+        if random.random() < 0.6:
+            controller.receive(now, seen, now)
+        if question := controller.ask(now):
+            controller.take(question, random.normal(0, size, (SPEC.chunk, 4)), now)
+        command = controller.command(now)
+        watch(command, seen)
+        place = place + 0.8 / FPS * command[:3].astype(float)
+    assert watch.not_finite == watch.outside == 0 and watch.farthest < 1e-6
 
 
 def test_a_command_makes_no_array() -> None:

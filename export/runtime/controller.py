@@ -141,6 +141,7 @@ class Controller:
                     encode_instruction(value, self.policy.manifest["spec"]["text"])
                     self._instruction = value
                     continue
+                array = None
                 try:
                     array = checked(key, value, *shapes[key])
                     # A stamp of the future would stand for now for too long.
@@ -148,7 +149,7 @@ class Controller:
                     used = fits and self._readings[key].put(stamp, array)
                 except RuntimeContractError as error:
                     used, self.reason = False, str(error)
-                if not used:
+                if not used or array is None:
                     self.dropped[key] = self.dropped.get(key, 0) + 1
                 elif key == "wrench" and stamp >= self._heavy_at:
                     self._heavy_at = stamp
