@@ -154,6 +154,8 @@ def _drive(settings: dict[str, Any]) -> None:
         trials=settings["trials"],
         seed=settings["seed"],
         replan=settings["replan"],
+        delay=settings["delay"],
+        realtime=settings["realtime"],
         image_every=spec["stride"],
         workers=settings["workers"],
         make_scene=MetaworldScenes(spec["height"], tuple(spec["cameras"])),

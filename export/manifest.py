@@ -17,6 +17,9 @@ from export.tensors import TensorSpec
 from export.wrappers import ActionModel, ActionPath, Path
 from worldmodel.errors import ExportError
 
+FROZEN_AFTER = 5
+"""Pictures of the same bytes after which a controller takes a camera for frozen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RobotNames:
@@ -77,6 +80,9 @@ def build_manifest(
             "stride": spec.stride,
             "history_steps": [-spec.stride * back for back in reversed(range(spec.history))],
             "before_start": "the first frame of the episode repeats",
+            # A picture is needed once a stride, every other sense at each step; one may come late.
+            "stale_after": {"images": (spec.stride + 1) / spec.fps, "sensors": 2 / spec.fps},
+            "frozen_after": FROZEN_AFTER,
         },
         "latency": latency_contract(spec.fps, spec.stride, [path.name for path in paths]),
         "embodiments": [

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from export.evidence import VARIANTS, hidden
-from export.wrappers import SENSES, ActionPath, Path, StepPath, flat_cache
+from export.wrappers import SENSES, ActionPath, Path, StepPath, flat_cache, split
 from worldmodel.contracts import Observation
 from worldmodel.errors import ExportError
+from worldmodel.policy.realtime import Decided
 
 TOLERANCE = 1e-4
 """Largest allowed difference of any number; but for actions over the size of its output where that is above 1."""
@@ -46,7 +47,8 @@ class ParityResult:
 def make_examples(path: Path, moments: Iterable[tuple[str, Sequence[Observation]]]) -> list[Example]:
     """Each moment in every variant of `VARIANTS`, with what else the path reads, the same in every run.
 
-    Only a path with a cache takes more than the last tick. Before every second tick there are two commands.
+    Only a path with a cache takes more than the last tick. Before every second tick there are two commands; of three
+    ticks, two have decided actions, a quarter and half of a chunk.
     """
     generator, examples = torch.Generator().manual_seed(0), []
     rest = [row for row in path.inputs[SENSES:] if not row.name.startswith("cache_")]
@@ -57,11 +59,12 @@ def make_examples(path: Path, moments: Iterable[tuple[str, Sequence[Observation]
             for number, observation in enumerate(ticks if stepwise else ticks[-1:]):
                 now = shortened(hidden(observation, cleared), path)
                 more = [torch.randn((1, *row.shape), generator=generator) for row in rest]
-                known = (number + len(examples)) % 2 == 1
+                place = number + len(examples)
+                known, count = place % 2 == 1, place % 3 * path.spec.chunk // 4
+                flags = {"has_previous": torch.full((1, 2), known)}
+                flags["is_decided"] = (torch.arange(path.spec.chunk) < count)[None]
                 more = [
-                    torch.full(x.shape, known)
-                    if row.name == "has_previous"
-                    else x * (0.3 if row.name != "noise" else 1)
+                    flags[row.name] if row.name in flags else x * (0.3 if row.name != "noise" else 1)
                     for row, x in zip(rest, more, strict=True)
                 ]
                 made.append((*(tensor.contiguous() for tensor in now), *more))
@@ -83,10 +86,10 @@ def eager_answers(path: Path, example: Example) -> list[list[np.ndarray]]:
             if not isinstance(path, StepPath):
                 answers.append([x.numpy() for x in path(*inputs)])
                 continue
-            now, (noise, previous, has_previous) = Observation(*inputs[:SENSES]), inputs[SENSES:]
-            decision = path.model.decide(now, noise, memory, 1)
+            now, noise, decided, before = split(inputs)
+            decision = path.model.decide(now, noise, decided, past=memory, fresh=1)
             memory = decision.memory
-            answers.append([x.numpy() for x in path.answer(decision, now, previous, has_previous)])
+            answers.append([x.numpy() for x in path.answer(decision, now, decided, *before)])
     return answers
 
 
@@ -183,16 +186,17 @@ def check_handover(path: ActionPath, step: StepPath, moments: Iterable[tuple[str
     """
     generator, worst, spec = torch.Generator().manual_seed(1), 0.0, path.spec
     before = (torch.zeros(1, 2, spec.action), torch.zeros(1, 2, dtype=torch.bool))
+    free = Decided(torch.zeros(1, spec.chunk, spec.action), torch.zeros(1, spec.chunk, dtype=torch.bool))
     with torch.no_grad():
         for _, ticks in moments:
             noise = torch.randn((len(ticks), 1, spec.chunk, spec.action), generator=generator)
-            first = path.model.decide(ticks[0], noise[0])
+            first = path.model.decide(ticks[0], noise[0], free)
             memory, cache = first.memory, flat_cache(path.model, first.memory.kept)
             for now, start in zip(ticks[1:], noise[1:], strict=True):
-                decision = path.model.decide(now, start, memory, 1)
+                decision = path.model.decide(now, start, free, past=memory, fresh=1)
                 memory = decision.memory
-                answer = step(*shortened(now, step), start, *before, *cache)
-                expected = path.answer(decision, now, *before)[0]
+                answer = step(*shortened(now, step), start, *before, *free, *cache)
+                expected = path.answer(decision, now, free, *before)[0]
                 worst, cache = max(worst, float((answer[0] - expected).abs().max())), list(answer[-len(step.caches) :])
     return worst
 

@@ -207,6 +207,7 @@ def against_demonstrators(path: ActionPath, runner: Runner, batches: Sequence[Ba
     """Mean action error of the eager path and of a graph on recorded clips, one by one, all senses present."""
     generator, spec = torch.Generator().manual_seed(2), path.spec
     before = (torch.zeros(1, 2, spec.action), torch.zeros(1, 2, dtype=torch.bool))
+    free = (torch.zeros(1, spec.chunk, spec.action), torch.zeros(1, spec.chunk, dtype=torch.bool))
     errors: list[tuple[float, float]] = []
     eager: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda inputs: path(*inputs)  # noqa: E731
     for batch in batches:
@@ -216,7 +217,7 @@ def against_demonstrators(path: ActionPath, runner: Runner, batches: Sequence[Ba
                 future=type(batch.future)(*(x[i : i + 1] for x in batch.future)),
             )
             noise = torch.randn((1, spec.chunk, spec.action), generator=generator)
-            inputs = (*row.observation, noise, *before)
+            inputs = (*row.observation, noise, *before, *free)
             with torch.no_grad():
                 answers = (eager(inputs)[0], torch.as_tensor(np.asarray(runner(inputs)[0])))
             first, second = (float(action_error(path.model, answer, row)) for answer in answers)

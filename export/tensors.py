@@ -60,6 +60,10 @@ def command_specs(spec: ClipSpec) -> list[TensorSpec]:
             "previous", (2, spec.action), F32, "robot's own", "", "the two commands executed before, oldest first"
         ),
         TensorSpec("has_previous", (2,), FLAG, "", "", "which of them there were in this episode"),
+        TensorSpec(
+            "decided", (spec.chunk, spec.action), F32, "robot's own", "", "actions that are executed whatever comes"
+        ),
+        TensorSpec("is_decided", (spec.chunk,), FLAG, "", "", "which rows of the chunk these are, the first ones"),
     ]
 
 
@@ -76,7 +80,7 @@ def answer_specs(spec: ClipSpec, limits: int) -> list[TensorSpec]:
 
 
 def random_tensors(rows: Sequence[TensorSpec], spec: ClipSpec, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Valid made-up inputs of every kind, for tracing and for timing; all senses present."""
+    """Valid made-up inputs of every kind, for tracing and for timing; all senses present, nothing decided."""
     generator = torch.Generator().manual_seed(seed)
     tensors: list[Tensor] = []
     for row in rows:
@@ -89,6 +93,8 @@ def random_tensors(rows: Sequence[TensorSpec], spec: ClipSpec, batch: int, seed:
             pose = torch.eye(4).expand(shape).clone()
             pose[..., :3, 3] = torch.rand((*shape[:-2], 3), generator=generator)
             tensors.append(pose)
+        elif row.name == "is_decided":
+            tensors.append(torch.zeros(shape, dtype=torch.bool))
         elif row.dtype is torch.bool:
             tensors.append(torch.ones(shape, dtype=torch.bool))
         elif row.dtype is torch.uint8:

@@ -4,6 +4,7 @@ Shapes: see the legend in `worldmodel.contracts`. Every path has `inputs` and `o
 order of its signature.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from worldmodel.contracts import ClipSpec, Future, Observation
 from worldmodel.errors import ExportError
 from worldmodel.guess import Decision, Past
 from worldmodel.nn import apply_rope, rope_table
+from worldmodel.policy.realtime import Decided
 from worldmodel.streaming import future_of_actions
 from worldmodel.synthesis.delta import DeltaState
 from worldmodel.synthesis.state import StreamState
@@ -31,6 +33,8 @@ from worldmodel.synthesis.temporal import Keys
 PATHS = ("policy", "policy_step", "understanding", "rollout")
 SENSES = len(Observation._fields)
 """Number of inputs that are the observation; they come first in every path."""
+COMMANDS = 5
+"""Number of inputs after them of a path that answers with actions, see `tensors.command_specs`."""
 
 
 class ActionModel(Protocol):
@@ -50,8 +54,9 @@ class ActionModel(Protocol):
         """sha256 of the statistics."""
         ...
 
-    def decide(self, observation: Observation, noise: Tensor) -> Decision:
-        """Actions in the robot's units from an observation and standard normal noise, with what tells their worth."""
+    def decide(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Decision:
+        """Actions in the robot's units from an observation and standard normal noise, with what tells their worth; they
+        continue those that are decided."""
         ...
 
     def eval(self) -> Any:
@@ -74,6 +79,12 @@ class Path(nn.Module):
     def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
         """Valid made-up inputs, for tracing and for timing."""
         return random_tensors(self.inputs, self.spec, batch, seed)
+
+
+def split(inputs: Sequence[Tensor]) -> tuple[Observation, Tensor, Decided, tuple[Tensor, Tensor]]:
+    """Inputs of a path that answers with actions: observation, noise, what is decided, and the commands before."""
+    noise, previous, has_previous, decided, where = inputs[SENSES : SENSES + COMMANDS]
+    return Observation(*inputs[:SENSES]), noise, Decided(decided, where), (previous, has_previous)
 
 
 class ActionPath(Path):
@@ -99,24 +110,31 @@ class ActionPath(Path):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The tensors of `inputs` -> those of `outputs`."""
-        now, (noise, previous, has_previous) = Observation(*inputs[:SENSES]), inputs[SENSES : SENSES + 3]
-        decision = self.model.decide(now, noise)
-        answer = self.answer(decision, now, previous, has_previous)
+        now, noise, decided, before = split(inputs)
+        decision = self.model.decide(now, noise, decided)
+        answer = self.answer(decision, now, decided, *before)
         return (*answer, *flat_cache(self.model, decision.memory.kept)) if self.caches else answer
 
     def answer(
-        self, decision: Decision, now: Observation, previous: Tensor, has_previous: Tensor
+        self, decision: Decision, now: Observation, decided: Decided, previous: Tensor, has_previous: Tensor
     ) -> tuple[Tensor, ...]:
         """What the robot is told."""
         actions, limited = self.envelope(decision.actions, previous, has_previous, now)
-        confidence, novelty = self.trust(*self.tells(decision, now))
+        confidence, novelty = self.trust(*self.tells(decision, now, decided))
         return actions, limited, confidence, novelty, novelty > 1
 
-    def tells(self, decision: Decision, now: Observation) -> tuple[Tensor, ...]:
-        """What `Trust` reads: root mean square of the doubt over the chunk and the robot's own dimensions (B,),
-        features and instruction (B, W), proprioception (B, P), and the share of each sense that is there (B, 7)."""
+    def tells(self, decision: Decision, now: Observation, decided: Decided | None = None) -> tuple[Tensor, ...]:
+        """What `Trust` reads: root mean square of the doubt over the robot's own dimensions and the chunk, without
+        what was decided (B,), features and instruction (B, W), proprioception (B, P), and the share of
+        each sense that is there (B, 7)."""
         own = self.get_buffer("dims")[now.embodiment]
-        doubt = ((decision.doubt.square().mean(1) * own).sum(1) / own.sum(1).clamp(min=1)).sqrt()
+        squares = decision.doubt.square()
+        if decided is None:
+            doubt = squares.mean(1)
+        else:
+            left = (~decided.where).unsqueeze(2).float()
+            doubt = (squares * left).sum(1) / left.sum(1).clamp(min=1)
+        doubt = ((doubt * own).sum(1) / own.sum(1).clamp(min=1)).sqrt()
         senses = (now.has_rgb, now.has_camera, now.has_points, now.has_wrench, now.has_taxels)
         shares = [has.float().mean(1) for has in senses] + [now.has_proprio.float(), now.has_text.float()]
         proprio = decision.proprio * now.has_proprio.unsqueeze(1)
@@ -145,8 +163,8 @@ class StepPath(ActionPath):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The tensors of `inputs` -> those of `outputs`."""
-        now, (noise, previous, has_previous) = Observation(*inputs[:SENSES]), inputs[SENSES : SENSES + 3]
-        layers, left = [], list(inputs[SENSES + 3 :])
+        now, noise, decided, before = split(inputs)
+        layers, left = [], list(inputs[SENSES + COMMANDS :])
         for block in self.model.denoiser.blocks:
             if block.kind == "gated":
                 layers.append(DeltaState(left.pop(0), left.pop(0)))
@@ -155,8 +173,8 @@ class StepPath(ActionPath):
                 table = (self.get_buffer("back_cos"), self.get_buffer("back_sin"))
                 layers.append(Keys(apply_rope(k, table), v, mask))
         past = Past(StreamState(layers, self.spec.history - 1), self.model.denoiser.streams)
-        decision = self.model.decide(now, noise, past, 1)
-        answer = self.answer(decision, now, previous, has_previous)
+        decision = self.model.decide(now, noise, decided, past=past, fresh=1)
+        answer = self.answer(decision, now, decided, *before)
         return (*answer, *flat_cache(self.model, decision.memory.kept))
 
     def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from export.trust import Trust, no_trust
 from export.wrappers import ActionPath
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation
 from worldmodel.guess import Decision
+from worldmodel.policy.realtime import Decided
 from worldmodel.streaming import future_of_actions
 
 SPEC = ClipSpec(height=8, width=8, points=3, proprio=5, action=6, text=32, taxels=(2, 2, 2))
@@ -40,17 +41,19 @@ class FakeModel(nn.Module):
         self.read = nn.Linear(width, actions)
         self.velocity = nn.Linear(actions, actions)
 
-    def act(self, observation: Observation, noise: Tensor) -> Tensor:
+    def act(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Tensor:
         """(B, A, D)."""
+        keep = decided or Decided(noise, torch.zeros(noise.shape[:2], dtype=torch.bool))
         context = torch.tanh(self.read(self._features(observation)))
-        actions = noise.flatten(1)
+        actions = keep.fill(noise)
         for _ in range(2):
-            actions = actions - 0.5 * torch.tanh(self.velocity(actions) + context)
-        return actions.unflatten(1, (self.spec.chunk, self.spec.action))
+            step = torch.tanh(self.velocity(actions.flatten(1)) + context).unflatten(1, actions.shape[1:])
+            actions = actions - 0.5 * keep.still(step)
+        return actions
 
-    def decide(self, observation: Observation, noise: Tensor) -> Decision:
+    def decide(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Decision:
         """The same actions with what tells their worth."""
-        actions = self.act(observation, noise)
+        actions = self.act(observation, noise, decided)
         features = torch.tanh(self.read(self._features(observation)))[:, :8]
         memory: Any = None
         words = observation.text[:, :8].float() / 256 * observation.has_text.unsqueeze(1)

@@ -22,6 +22,7 @@ from export.torchscript import TorchScriptRunner
 from worldmodel.contracts import Observation
 from worldmodel.errors import ConfigError, ExportError
 from worldmodel.guess import Decision
+from worldmodel.policy.realtime import Decided
 
 torch.set_num_threads(1)
 
@@ -47,6 +48,8 @@ def test_manifest_describes_every_input_and_file(artefact: Path) -> None:
         "noise",
         "previous",
         "has_previous",
+        "decided",
+        "is_decided",
     ]
     assert path["inputs"][0]["shape"] == ["batch", 3, 2, 3, 8, 8] and path["cache"] is None
     answers = {entry["name"]: entry["shape"][1:] for entry in path["outputs"]}
@@ -117,8 +120,8 @@ def test_dynamic_batch_runs_any_batch(tmp_path: Path) -> None:
 
 def test_unused_inputs_stay_in_the_graph(tmp_path: Path) -> None:
     class Deaf(FakeModel):
-        def decide(self, observation: Observation, noise: Tensor) -> Decision:
-            heard = super().decide(observation, noise)
+        def decide(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Decision:
+            heard = super().decide(observation, noise, decided)
             return heard._replace(actions=noise + 1, doubt=noise, features=noise[:, 0].repeat(1, 2)[:, :8])
 
     deaf = action_path(Deaf())

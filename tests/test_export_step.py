@@ -25,6 +25,7 @@ from export.wrappers import ActionPath, RolloutPath, StepPath
 from worldmodel.contracts import Observation
 from worldmodel.errors import ExportError
 from worldmodel.model import WorldModel
+from worldmodel.policy.realtime import first_actions
 from worldmodel.streaming import future_of_actions
 
 torch.set_num_threads(1)
@@ -66,14 +67,16 @@ def test_steps_are_the_models_own_memory(model: WorldModel, missing: bool) -> No
     _, step = paths(model)
     spec, g = model.spec, generator()
     before = (torch.zeros(1, 2, spec.action), torch.zeros(1, 2, dtype=torch.bool))
+    commands = torch.rand(1, spec.chunk, spec.action, generator=g)
+    decided = first_actions(commands, torch.tensor([2]))
     memory, cache, filled = None, step.empty(1), []
     with torch.no_grad():
         for now in ticks(model, 7, missing):
             noise = torch.randn(1, spec.chunk, spec.action, generator=g)
-            decision = model.decide(now, noise, memory, 1)
+            decision = model.decide(now, noise, decided, past=memory, fresh=1)
             memory = decision.memory
-            answer = step(*shortened(now, step), noise, *before, *cache)
-            expected = step.answer(decision, now, *before)
+            answer = step(*shortened(now, step), noise, *before, *decided, *cache)
+            expected = step.answer(decision, now, decided, *before)
             for a, b in zip(answer[: len(expected)], expected, strict=True):
                 torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
             cache = answer[len(expected) :]

@@ -108,13 +108,30 @@ def test_actions_equal_the_graph_and_have_the_robots_dimensions(artefact: Path) 
     feed = policy.inputs()
     assert feed["proprio"][0, -1, :3].tolist() == [9, 9, 9]
     before = (np.zeros((1, 2, SPEC.action), np.float32), np.zeros((1, 2), bool))
-    inputs = [torch.from_numpy(value) for value in [*feed.values(), noise[None], *before]]
+    free = (np.zeros((1, SPEC.chunk, SPEC.action), np.float32), np.zeros((1, SPEC.chunk), bool))
+    inputs = [torch.from_numpy(value) for value in [*feed.values(), noise[None], *before, *free]]
     path = action_path(FakeModel())
     path.envelope = Envelope(SPEC, path.model.statistics)
     expected = path(*inputs)[0].detach().numpy()[0, :, :4]
     actions = policy.act(noise=noise)
     assert actions.shape == (SPEC.chunk, 4) and policy.action_names == ["x", "y", "z", "grip"]
     np.testing.assert_allclose(actions, expected, atol=1e-5)
+
+
+def test_a_chunk_begins_with_what_is_decided_and_follows_from_it(artefact: Path) -> None:
+    policy = OnnxPolicy(artefact)
+    run_to(policy, 9)
+    noise = np.random.default_rng(0).standard_normal((SPEC.chunk, SPEC.action)).astype(np.float32)
+    free = policy.act(noise)
+    decided = np.linspace(-0.1, 0.1, 12, dtype=np.float32).reshape(3, 4)
+    held = policy.act_after(decided, noise)
+    # The arm is outside its box, so that limits hold its motion, but not its gripper.
+    np.testing.assert_allclose(held[:3, 3], decided[:, 3], atol=1e-6)
+    assert np.abs(held[3:] - free[3:]).max() > 1e-3, "the rest follows from it"
+    np.testing.assert_array_equal(policy.act_after(decided[:0], noise), free)
+    for wrong in (np.zeros((9, 4)), np.zeros((2, 3)), np.full((2, 4), np.nan)):
+        with pytest.raises(RuntimeContractError, match="decided: "):
+            policy.act_after(wrong)
 
 
 def test_fewer_points_and_fewer_sensors_are_masked(artefact: Path) -> None:
@@ -221,8 +238,8 @@ def test_bad_arguments_are_refused_by_name(artefact: Path) -> None:
         ("policy.onnx", b"truncated", r"policy\.onnx: altered since export: 9 bytes"),
         ("golden.npz", None, r"golden\.npz: missing"),
         ("manifest.json", b"{", "not valid JSON"),
-        ("manifest.json", b'{"schema_version": 99}', "schema_version is 99, this runtime reads 2"),
-        ("manifest.json", b'{"schema_version": 2}', r"manifest\.json: has no \['control'.*'paths'"),
+        ("manifest.json", b'{"schema_version": 99}', "schema_version is 99, this runtime reads 3"),
+        ("manifest.json", b'{"schema_version": 3}', r"manifest\.json: has no \['control'.*'paths'"),
         ("manifest.json", None, r"no manifest\.json"),
     ],
 )

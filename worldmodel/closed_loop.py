@@ -117,7 +117,7 @@ class Rollout:
             ContractError: the policy answers a chunk of the wrong shape or non-finite actions; or every start state
                 drawn was solved already.
         """
-        rng, redrawn = self._start(scene, task, trial)
+        rng, redrawn = self.start(scene, task, trial)
         frames: list[np.ndarray] = []
         recording = trial < self.record
         policy.reset()
@@ -147,7 +147,7 @@ class Rollout:
                 return Trial(task, trial, True, step + 1, redrawn, frames)
         return Trial(task, trial, False, self.max_steps, redrawn, frames)
 
-    def _start(self, scene: Scene, task: str, trial: int) -> tuple[np.random.Generator, int]:
+    def start(self, scene: Scene, task: str, trial: int) -> tuple[np.random.Generator, int]:
         """A generator whose start state is not solved yet, and how many were rejected before it."""
         for attempt in range(MAX_REDRAWS):
             scene.reset(trial_generator(self.seed, task, trial, attempt), images=False)

@@ -93,14 +93,23 @@ class WorldModel(JointTransformer):
 
     def act_from(self, memory: Memory, noise: Tensor, decided: Decided | None = None) -> Tensor:
         """The same from what was read already."""
-        if decided is not None:
-            own = self.normaliser.standardise("action", decided.actions, memory.embodiment)
-            decided = decided._replace(actions=own)
-        actions = self.denoise_actions(memory, noise, decided)
+        actions = self.denoise_actions(memory, noise, self.own_units(decided, memory.embodiment))
         return self.normaliser.restore("action", actions, memory.embodiment)
 
+    def own_units(self, decided: Decided | None, embodiment: Tensor) -> Decided | None:
+        """Decided actions in the robot's units -> normalised."""
+        if decided is None:
+            return None
+        return decided._replace(actions=self.normaliser.standardise("action", decided.actions, embodiment))
+
     def decide(
-        self, observation: Observation, noise: Tensor, past: Past | Memory | None = None, fresh: int | None = None
+        self,
+        observation: Observation,
+        noise: Tensor,
+        decided: Decided | None = None,
+        *,
+        past: Past | Memory | None = None,
+        fresh: int | None = None,
     ) -> Decision:
         """As `act`, with what tells how far to trust the answer; `past` and `fresh` as in `remember`.
 
@@ -109,9 +118,10 @@ class WorldModel(JointTransformer):
         senses = self.normaliser(observation, self.grid)
         latents = self.history_latents(observation if fresh is None else observation.newest(fresh))
         memory = self.remember(senses, latents, past=past, fresh=fresh)
-        actions, draft = self.draft_actions(memory, noise)
+        decided = self.own_units(decided, observation.embodiment)
+        actions, draft = self.draft_actions(memory, noise, decided)
         if self.action_steps == 1:
-            draft = self.denoise_actions(memory, -noise)
+            draft = self.denoise_actions(memory, -noise, decided)
         answer = self.normaliser.restore("action", actions, observation.embodiment)
         context = memory.action_context
         features = self.expert.mean(context)

@@ -11,6 +11,8 @@ A copy of this folder lies in every artefact, so that the artefact alone is enou
         execute(chunk[step % policy.stride]) # policy.report: which limits acted, confidence, out of distribution
 """
 
+from .controller import Controller, Question
+from .guard import Guard
 from .manifest import MANIFEST_SCHEMA, SENSES, RuntimeContractError, find_graph, load_manifest
 from .observation import encode_instruction
 from .policy import OnnxPolicy, Report
@@ -18,7 +20,10 @@ from .policy import OnnxPolicy, Report
 __all__ = [
     "MANIFEST_SCHEMA",
     "SENSES",
+    "Controller",
+    "Guard",
     "OnnxPolicy",
+    "Question",
     "Report",
     "RuntimeContractError",
     "encode_instruction",

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MANIFEST_SCHEMA = 2
+MANIFEST_SCHEMA = 3
 """Version of manifest.json that this file reads."""
 
 SENSES = ("rgb", "camera", "points", "wrench", "taxels", "proprio", "text")

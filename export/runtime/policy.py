@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ import onnxruntime
 
 from .manifest import SENSES, RuntimeContractError, find_graph, load_manifest
 from .observation import checked, encode_instruction, known, observation_shapes
+
+COMMANDS = ("noise", "previous", "has_previous", "decided", "is_decided")
+"""Inputs of a graph that are no observation."""
 
 
 class Report(NamedTuple):
@@ -69,10 +72,10 @@ class OnnxPolicy:
             embodiment = next(iter(robots))
         if embodiment is None or embodiment not in robots:
             raise RuntimeContractError(f"embodiment: got {embodiment!r}, expected one of {sorted(robots)}")
-        self._robot = robots[embodiment]
+        self.robot = robots[embodiment]
         self.embodiment: str = embodiment
-        self.action_names: list[str] = list(self._robot["action_names"])
-        self._shapes = observation_shapes(spec, self._robot["proprio_dims"])
+        self.action_names: list[str] = list(self.robot["action_names"])
+        self._shapes = observation_shapes(spec, self.robot["proprio_dims"])
         self._instruction = instruction
         self._allowed = known(allow_missing, [*self.cameras, *SENSES], "allow_missing")
         chosen = known(mask, [*SENSES, "touch"], "mask")
@@ -137,8 +140,23 @@ class OnnxPolicy:
         self._ring.append(step)
         self._executed += 1
 
+    def load(self, history: Sequence[dict[str, np.ndarray]], instruction: str | None = None) -> None:
+        """Replaces what was observed by these control steps, oldest first, each checked as `observe` does.
+
+        What was answered before is forgotten: who loads a history says what was commanded, see `act`.
+        """
+        self._ring = deque(history, maxlen=self.history * self.stride)
+        self._text = self._instruction if instruction is None else instruction
+        self._chunk, self._executed = None, 0
+
+    def may_lack(self, key: str) -> bool:
+        """Whether an observation may come without this name; the graph then masks its sense."""
+        sense, _, camera = key.partition(".")
+        sense = {"intrinsics": "camera", "camera_to_base": "camera", "visible": "points"}.get(sense, sense)
+        return sense in self._optional or camera in self._allowed or key.startswith("has_")
+
     def inputs(self) -> dict[str, np.ndarray]:
-        """The graph's inputs for now, without noise and earlier commands; batch 1.
+        """The graph's inputs for now, without `COMMANDS`; batch 1.
 
         Raises:
             RuntimeContractError: nothing observed yet, or a camera or sense is missing that must not be.
@@ -152,12 +170,12 @@ class OnnxPolicy:
         feed = {
             entry["name"]: np.zeros([1, *entry["shape"][1:]], entry["dtype"])
             for entry in self._inputs
-            if entry["name"] not in ("noise", "previous", "has_previous")
+            if entry["name"] not in COMMANDS
         }
         # Hidden views still pass through pose arithmetic on their way to the mask: identities keep it finite.
         feed["intrinsics"][...] = np.eye(3, dtype=np.float32)
         feed["camera_to_base"][...] = np.eye(4, dtype=np.float32)
-        feed["embodiment"][...] = self._robot["index"]
+        feed["embodiment"][...] = self.robot["index"]
         for view, camera in enumerate(self.cameras):
             images = self._gather(f"rgb.{camera}", frames, "rgb", camera)
             if images is not None:
@@ -206,12 +224,29 @@ class OnnxPolicy:
         Raises:
             RuntimeContractError: see `inputs`; the noise has another shape; or the model answered non-finite values.
         """
+        return self.act_after(np.zeros((0, len(self.action_names)), np.float32), noise, previous)
+
+    def act_after(
+        self, decided: np.ndarray, noise: np.ndarray | None = None, previous: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The next chunk (A, D), of which the first rows are the `decided` (d, D) that are executed whatever it says.
+
+        A model that was trained with a rate `decided` continues them without a jump. The limits hold for these rows
+        too: where one changes them, `report` says so. `noise` and `previous` as in `act`.
+
+        Raises:
+            RuntimeContractError: as `act`; or `decided` has another shape, or more rows than a chunk.
+        """
         feed = self.inputs()
         shape = (self.horizon, self._padded_action)
         if noise is None:
             noise = self._random.standard_normal(shape, dtype=np.float32)
         feed["noise"] = checked("noise", noise, shape, "float32")[None]
         feed["previous"], feed["has_previous"] = self._before(previous)
+        size, count = len(self.action_names), min(len(decided), self.horizon)
+        feed["decided"], feed["is_decided"] = np.zeros((1, *shape), np.float32), np.zeros((1, self.horizon), bool)
+        feed["decided"][0, :count, :size] = checked("decided", decided, (count, size), "float32")
+        feed["is_decided"][0, :count] = True
         names = ["actions", "limited", "confidence", "novelty", "out_of_distribution"]
         actions, limited, confidence, novelty, odd = (np.asarray(x)[0] for x in self._session.run(names, feed))
         chunk = actions[:, : len(self.action_names)]

@@ -1,0 +1,306 @@
+"""The loop around a policy on a robot: which action of which chunk is commanded when, and what happens on faults.
+
+    controller = Controller(OnnxPolicy("artefact", instruction="Press the red button."))
+    controller.reset(clock())
+    # as messages come, from any thread
+    controller.receive(stamp, {"rgb.front": picture}, clock())
+    # in a thread that may take its time
+    if question := controller.ask(clock()):
+        controller.take(question, controller.think(question), clock())
+    # at every control step
+    robot.send(controller.command(clock()))
+
+Times are seconds of one clock, given by the caller: the same messages at the same times give the same commands.
+"""
+
+import difflib
+import math
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .guard import Guard
+from .manifest import RuntimeContractError
+from .observation import checked, encode_instruction
+from .policy import OnnxPolicy
+from .readings import Readings
+
+RUN, HOLD, STOP = "run", "hold", "stop"
+PATIENCE = 8
+"""Answers whose longest time of thinking is expected of the next."""
+
+
+class Question(NamedTuple):
+    """What the policy is asked."""
+
+    begun: int  # control step of the newest picture: row 0 of the chunk
+    asked: int  # control step of the question
+    history: list[dict[str, np.ndarray]]  # views into what is kept, good for the length of a chunk
+    instruction: str | None
+    decided: np.ndarray  # (d, D) what is commanded from `begun` on in any case
+    previous: np.ndarray | None  # (2, D) what was commanded before
+
+
+class Controller:
+    """Commands a robot from time-stamped observations; every command is finite and inside the limits of the manifest.
+
+    `command` answers at once and makes no array; `ask` and `think` are for a thread of their own. A chunk answers to
+    the time of the newest picture, and the row for now is executed whenever the chunk arrives. A message that is
+    not finite, out of range or older than what is kept is dropped; a camera that repeats itself or is silent is
+    absent: its sense is masked where the policy allows it, else the policy is not asked. Without a new chunk the rows
+    of the last are executed to the end or to the deadline, then the robot is brought to rest and holds (`hold`); after
+    `stop_after` seconds of this it stays there until `reset` (`stop`).
+
+    Args:
+        policy: used by this controller alone.
+        replan: control steps between two questions; half a chunk by default.
+        realtime: tells the policy what is commanded while it thinks; for models trained with a rate `decided`.
+        deadline: seconds from the picture that a chunk answers to, after which no row of it is commanded; at most, and
+            by default, the length of a chunk.
+        stop_after: seconds of holding.
+        stale_after: seconds up to which a value stands for now, by `images` and `sensors`; default from the manifest.
+        frozen_after: pictures of the same bytes after which a camera is absent; default from the manifest.
+        rest: see `Guard`.
+
+    Raises:
+        RuntimeContractError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        policy: OnnxPolicy,
+        *,
+        replan: int | None = None,
+        realtime: bool = False,
+        deadline: float | None = None,
+        stop_after: float = 1.0,
+        stale_after: dict[str, float] | None = None,
+        frozen_after: int | None = None,
+        rest: dict[str, float] | None = None,
+    ) -> None:
+        control = policy.manifest["control"]
+        self.policy, self.fps, self.realtime, self.stop_after = policy, policy.fps, realtime, stop_after
+        self.replan = policy.horizon // 2 if replan is None else replan
+        self.deadline = policy.horizon / self.fps if deadline is None else deadline
+        if not (1 <= self.replan <= policy.horizon and 0 < self.deadline <= policy.horizon / self.fps):
+            raise RuntimeContractError(
+                f"controller: replan {self.replan}, deadline {self.deadline:g} s; expected 1 to {policy.horizon} steps "
+                f"and at most {policy.horizon / self.fps:g} s, the length of a chunk"
+            )
+        self.stale_after = {**control["stale_after"], **(stale_after or {})}
+        if set(self.stale_after) != {"images", "sensors"} or not min(self.stale_after.values()) > 0:
+            raise RuntimeContractError(
+                f"stale_after: got {stale_after}, expected seconds above 0 of images and sensors"
+            )
+        frozen = control["frozen_after"] if frozen_after is None else frozen_after
+        steps = 2 * policy.history * policy.stride + policy.horizon
+        self._readings = {
+            name: Readings(name, steps, self.fps, frozen if name.startswith("rgb.") else None) for name in policy.shapes
+        }
+        self.guard = Guard(policy.robot, self.fps, rest)
+        size = len(policy.action_names)
+        self._wanted, self._out = np.zeros(size), np.zeros(size, np.float32)
+        self._log, self._moved = np.zeros((64, size), np.float32), np.zeros((64, size))
+        self._since = np.zeros(size)
+        self._lock = threading.Lock()
+        self.reset(0.0)
+
+    def reset(self, now: float) -> None:
+        """Starts an episode at this time: forgets messages, chunks and faults, and ends a stop."""
+        with self._lock:
+            for reading in self._readings.values():
+                reading.reset()
+            self.policy.reset()
+            self.guard.reset()
+            self.state, self.reason = HOLD, "nothing observed yet"
+            self.dropped: dict[str, int] = {}
+            """Messages that were not used, by name."""
+            self._start, self._step, self._first = now, -1, -1
+            self._began, self._asked, self._open, self._held = -1, -1, False, 0
+            self._chunk: np.ndarray | None = None
+            self._instruction: str | None = None
+            self._thought = [0] * PATIENCE
+            self._answers, self._heavy, self._heavy_at, self._measured_at = 0, 0.0, -math.inf, -math.inf
+
+    def receive(self, stamp: float, observation: dict[str, Any], now: float) -> None:
+        """Takes what was measured at `stamp`, names as in `OnnxPolicy.observe`, each of them by itself.
+
+        Raises:
+            RuntimeContractError: an unknown name, or an instruction that does not fit.
+        """
+        shapes = self.policy.shapes
+        for key in observation:
+            if key not in shapes and key != "instruction":
+                near = difflib.get_close_matches(key, shapes, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise RuntimeContractError(f"{key}: unknown; {hint}expected names {sorted(shapes)}")
+        with self._lock:
+            for key, value in observation.items():
+                if key == "instruction":
+                    encode_instruction(value, self.policy.manifest["spec"]["text"])
+                    self._instruction = value
+                    continue
+                array = None
+                try:
+                    array = checked(key, value, *shapes[key])
+                    # A stamp of the future would stand for now for too long.
+                    fits = math.isfinite(stamp) and self._start - 1 <= stamp <= now + 1 / self.fps
+                    used = fits and self._readings[key].put(stamp, array)
+                except RuntimeContractError as error:
+                    used, self.reason = False, str(error)
+                if not used or array is None:
+                    self.dropped[key] = self.dropped.get(key, 0) + 1
+                elif key == "wrench" and stamp >= self._heavy_at:
+                    self._heavy_at = stamp
+                    self._heavy = float(np.sqrt(np.square(array[:, :3], dtype=float).sum(1)).max())
+                elif key == "proprio" and stamp >= self._measured_at:
+                    self._measure(stamp, array)
+
+    def ask(self, now: float) -> Question | None:
+        """What to ask the policy now; None while it is asked, too early, stopped, or the observation is not good."""
+        with self._lock:
+            if self._open or self.state == STOP:
+                return None
+            time = self._time(now)
+            begun = self._number(time) if time is not None else -1
+            if time is None or (self._asked >= 0 and begun < self._asked + self.replan):
+                return None
+            history = self._history(time, begun)
+            if history is None:
+                return None
+            if self._first < 0:
+                self._first = begun
+            step = self._number(now)
+            expected = step + max(self._thought) if self.realtime else begun
+            count = min(max(0, expected - begun), self.policy.horizon // 2)
+            decided = np.zeros((count, len(self._out)), np.float32)
+            for row in range(count):
+                self._planned(begun + row, decided[row])
+            done = [self._log[s % len(self._log)] for s in (begun - 2, begun - 1) if 0 <= s <= self._step]
+            previous = np.stack(done) if len(done) == 2 else None
+            self._asked, self._open = begun, True
+            return Question(begun, step, history, self._instruction, decided, previous)
+
+    def think(self, question: Question) -> np.ndarray | None:
+        """The chunk (A, D); None if the model refuses the observation or its answer is not finite. Takes long."""
+        self.policy.load(question.history, question.instruction)
+        try:
+            if self.realtime:
+                return self.policy.act_after(question.decided, previous=question.previous)
+            return self.policy.act(previous=question.previous)
+        except RuntimeContractError as error:
+            self.reason = str(error)
+            return None
+
+    def take(self, question: Question, chunk: np.ndarray | None, now: float) -> None:
+        """Takes the answer, which is commanded from the row for now on; one that is not finite or too late is not."""
+        with self._lock:
+            self._open = False
+            took = self._number(now) - question.asked
+            self._thought[self._answers % PATIENCE] = max(0, took)
+            self._answers += 1
+            if chunk is None or chunk.shape != (self.policy.horizon, len(self._out)) or not np.isfinite(chunk).all():
+                return
+            if now - self._start - question.begun / self.fps >= self.deadline:
+                self.reason = f"the chunk came {took} control steps after its question, too late"
+            elif question.begun >= self._began:
+                self._chunk, self._began = np.array(chunk, np.float32), question.begun
+
+    def command(self, now: float) -> np.ndarray:
+        """What to command at this control step, (D,) in the robot's units; the array is written anew at the next.
+
+        `state` and `reason` then say how it came about. Within one control step the answer stays.
+
+        Raises:
+            RuntimeContractError: see `Guard`.
+        """
+        with self._lock:
+            step = self._number(now)
+            if step <= self._step:
+                return self._out
+            row = step - self._began if self._chunk is not None and self.state != STOP else -1
+            fresh = 0 <= row < self.policy.horizon and row < self.deadline * self.fps - 1e-6
+            if fresh:
+                assert self._chunk is not None
+                np.copyto(self._wanted, self._chunk[row])
+                self.state, self.reason, self._held = RUN, "", 0
+            else:
+                self.guard.rest(self._wanted)
+                # Steps that nobody asked for count too.
+                self._held += step - max(self._step, 0)
+                self.state = STOP if self.state == STOP or self._held > self.stop_after * self.fps else HOLD
+            touched = self._heavy > self.guard.contact and now - self._heavy_at <= self.stale_after["sensors"]
+            self.guard(self._wanted, self._out, still=touched or not fresh)
+            self._log[step % len(self._log)] = self._out
+            self._moved[step % len(self._log)] = self.guard.velocity
+            self._step = step
+            return self._out
+
+    def _number(self, time: float) -> int:
+        """The control step of a time."""
+        return round((time - self._start) * self.fps)
+
+    def _limit(self, key: str) -> float:
+        """Seconds up to which a value stands for now; the matrix of a lens does not change."""
+        if key.startswith("intrinsics."):
+            return math.inf
+        return self.stale_after["images" if key.startswith(("rgb.", "camera_to_base.")) else "sensors"]
+
+    def _time(self, now: float) -> float | None:
+        """The time that the next chunk answers to: of the newest picture, or where there is none, of any sensor."""
+        for images in (True, False):
+            stamps = [
+                reading.newest
+                for key, reading in self._readings.items()
+                if key.startswith("rgb.") == images and not reading.frozen and now - reading.newest <= self._limit(key)
+            ]
+            if stamps and max(stamps) > -math.inf:
+                return max(stamps)
+        self.reason = "no picture and no sensor is fresh"
+        return None
+
+    def _history(self, time: float, begun: int) -> list[dict[str, np.ndarray]] | None:
+        """Control steps up to a time, oldest first; None, and the reason, if something is missing now that must not be.
+
+        After a gap in what the policy needs, the history begins anew, as an episode does.
+        """
+        count = self.policy.history * self.policy.stride
+        count = min(count, begun - self._first + 1) if self._first >= 0 else 1
+        history: list[dict[str, np.ndarray]] = []
+        for back in range(count):
+            step: dict[str, np.ndarray] = {}
+            for key, reading in self._readings.items():
+                value = reading.at(time - back / self.fps, self._limit(key))
+                if value is not None:
+                    step[key] = value
+                elif not self.policy.may_lack(key):
+                    if history:
+                        return history[::-1]
+                    why = "frozen" if reading.frozen else f"nothing newer than {self._limit(key):g} s"
+                    self.reason = f"{key}: {why}, and the policy needs it"
+                    return None
+            if ("points" in step) != ("visible" in step):
+                step.pop("points", None)
+                step.pop("visible", None)
+            history.append(step)
+        return history[::-1]
+
+    def _planned(self, step: int, out: np.ndarray) -> None:
+        """What was or will be commanded at a step as things are."""
+        row = step - self._began
+        if 0 <= step <= self._step:
+            out[:] = self._log[step % len(self._log)]
+        elif self._chunk is not None and 0 <= row < self.policy.horizon:
+            out[:] = self._chunk[row]
+        else:
+            self.guard.rest(self._wanted)
+            out[:] = np.nan_to_num(self._wanted)
+
+    def _measure(self, stamp: float, proprio: np.ndarray) -> None:
+        """Where the joints are: where they were at the stamp, and what they were told to move since."""
+        self._measured_at = stamp
+        self._since[:] = 0.0
+        for step in range(max(self._number(stamp), self._step - len(self._moved) + 1, 0), self._step + 1):
+            self._since += self._moved[step % len(self._moved)] / self.fps
+        self.guard.measure(proprio, self._since)
