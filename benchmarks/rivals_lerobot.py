@@ -163,7 +163,7 @@ def train(settings: dict[str, Any]) -> None:
             step += 1
             if preset is not None and schedule is None and (limit is not None or step == 20):
                 # A schedule needs to know its end; where a time is given, the first steps tell how many there will be.
-                total = limit or max(round(20 * budget / (clock() - begun)), 40)
+                total = limit if budget is None else max(round(20 * budget / (clock() - begun)), 40)
                 schedule = preset.build(optimiser, total)
             if schedule is not None:
                 schedule.step()

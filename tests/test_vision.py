@@ -19,6 +19,7 @@ from worldmodel.data.statistics import statistics_hash
 from worldmodel.encoders.vision import VisionEncoder
 from worldmodel.errors import ConfigError
 from worldmodel.nn import at_grid
+from worldmodel.policy.realtime import Decided
 
 
 def encoder(seed: int = 0, **settings) -> VisionEncoder:
@@ -208,11 +209,11 @@ class Seeing(FakeModel):
         super().__init__()
         self.image = encoder(size=(8, 8), cells=(2, 2), config=VISION[name], pixels=(16, 24))
 
-    def act(self, observation: Observation, noise: torch.Tensor) -> torch.Tensor:
+    def act(self, observation: Observation, noise: torch.Tensor, decided: Decided | None = None) -> torch.Tensor:
         """Every token counts."""
         tokens = self.image(observation.rgb[:, -1].float() / 127.5 - 1.0)
         weight = torch.linspace(-1.0, 1.0, tokens[0].numel()).reshape(tokens.shape[1:])
-        return super().act(observation, noise) + (tokens * weight).sum((1, 2, 3))[:, None, None]
+        return super().act(observation, noise, decided) + (tokens * weight).sum((1, 2, 3))[:, None, None]
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2", "dinov3"])
