@@ -49,6 +49,24 @@ def statistics() -> dict[str, Any]:
     return {"embodiments": {"sawyer": fields}}
 
 
+@pytest.fixture(scope="session")
+def robot_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artefact of a fake model on a robot with limits of position; treat it as read-only."""
+    from export_fakes import FakeModel, fake_clips, fake_moments
+
+    from export.build import BuildOptions, build_artefact
+    from export.manifest import RobotNames
+
+    out = tmp_path_factory.mktemp("artefacts") / "robot"
+    names = RobotNames(
+        action_names=("delta_x", "delta_y", "delta_z", "gripper_effort"),
+        proprio_names=("end_effector_x", "end_effector_y", "end_effector_z", "gripper", "other"),
+    )
+    options = BuildOptions(paths=("policy",), formats=("onnx",))
+    build_artefact(FakeModel(), out, fake_moments(1), fake_clips(), {"sawyer": names}, options)
+    return out
+
+
 @pytest.fixture
 def tiny_model(statistics: dict[str, Any]) -> Any:
     """`kairos_tiny` with random weights, its zero-initialised output layers included, in evaluation mode."""

@@ -7,34 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_fakes import SPEC, FakeModel, fake_clips, fake_moments
+from export_fakes import SPEC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export_envelope import ARM, standing
 from test_export_envelope import SPEC as ARM_SPEC
 from test_export_envelope import run as run_envelope
 
-from export.build import BuildOptions, build_artefact
 from export.drill import Watch
 from export.envelope import limits_of
-from export.manifest import RobotNames
 from export.runtime import Controller, Guard, OnnxPolicy, RuntimeContractError
 
 torch.set_num_threads(1)
 
 FPS = SPEC.fps
-NAMES = RobotNames(
-    action_names=("delta_x", "delta_y", "delta_z", "gripper_effort"),
-    proprio_names=("end_effector_x", "end_effector_y", "end_effector_z", "gripper", "other"),
-)
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artefacts") / "fake"
-    options = BuildOptions(paths=("policy",), formats=("onnx",))
-    build_artefact(FakeModel(), out, fake_moments(1), fake_clips(), {"sawyer": NAMES}, options)
-    return out
 
 
 def observed(step: int, images: bool = True) -> dict[str, Any]:
@@ -71,12 +57,12 @@ def drive(controller: Controller, first: int, end: int, *, lose: tuple[str, ...]
     return states
 
 
-def test_the_policy_sees_what_it_would_see_step_by_step(artefact: Path) -> None:
+def test_the_policy_sees_what_it_would_see_step_by_step(robot_artefact: Path) -> None:
     """Also where messages arrive late, doubled and out of order."""
-    plain = OnnxPolicy(artefact)
+    plain = OnnxPolicy(robot_artefact)
     for step in range(17):
         plain.observe(observed(step, step % 4 == 0))
-    controller = Controller(OnnxPolicy(artefact))
+    controller = Controller(OnnxPolicy(robot_artefact))
     controller.reset(0.0)
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(1, 17), 2))
     controller.receive(0.0, observed(0), 0.0)
@@ -92,8 +78,8 @@ def test_the_policy_sees_what_it_would_see_step_by_step(artefact: Path) -> None:
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
-def test_the_row_for_now_is_commanded_and_chunks_continue_it(artefact: Path, delay: int) -> None:
-    controller = Controller(OnnxPolicy(artefact), realtime=True)
+def test_the_row_for_now_is_commanded_and_chunks_continue_it(robot_artefact: Path, delay: int) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact), realtime=True)
     controller.reset(0.0)
     drive(controller, 0, 16, delay=delay)
     controller.receive(16 / FPS, observed(16), 16 / FPS)
@@ -108,8 +94,8 @@ def test_the_row_for_now_is_commanded_and_chunks_continue_it(artefact: Path, del
     np.testing.assert_allclose(controller.command((16 + delay) / FPS), chunk[delay], atol=1e-6)
 
 
-def test_silence_is_held_then_stopped_until_reset(artefact: Path) -> None:
-    controller = Controller(OnnxPolicy(artefact), stop_after=0.5)
+def test_silence_is_held_then_stopped_until_reset(robot_artefact: Path) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact), stop_after=0.5)
     controller.reset(0.0)
     assert set(drive(controller, 0, 10)) == {"run"}
     states = []
@@ -127,21 +113,21 @@ def test_silence_is_held_then_stopped_until_reset(artefact: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["rgb.front", "proprio"])
-def test_what_the_policy_needs_is_said_and_what_it_may_lack_is_masked(artefact: Path, missing: str) -> None:
-    controller = Controller(OnnxPolicy(artefact))
+def test_what_the_policy_needs_is_said_and_what_it_may_lack_is_masked(robot_artefact: Path, missing: str) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact))
     controller.reset(0.0)
     drive(controller, 0, 8)
     states = drive(controller, 8, 30, lose=(missing,))
     assert states[-1] == "hold" and controller.reason.startswith(f"{missing}: nothing newer than 0.")
     assert drive(controller, 30, 34)[-1] == "run", "it goes on when the sense is back"
-    patient = Controller(OnnxPolicy(artefact, allow_missing={missing.split(".")[-1]}))
+    patient = Controller(OnnxPolicy(robot_artefact, allow_missing={missing.split(".")[-1]}))
     patient.reset(0.0)
     drive(patient, 0, 8)
     assert set(drive(patient, 8, 30, lose=(missing,))) == {"run"}
 
 
-def test_frozen_cameras_and_values_that_are_no_numbers_are_dropped(artefact: Path) -> None:
-    controller = Controller(OnnxPolicy(artefact), frozen_after=3)
+def test_frozen_cameras_and_values_that_are_no_numbers_are_dropped(robot_artefact: Path) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact), frozen_after=3)
     controller.reset(0.0)
     drive(controller, 0, 8)
     for step in range(8, 28, 4):
@@ -159,8 +145,8 @@ def test_frozen_cameras_and_values_that_are_no_numbers_are_dropped(artefact: Pat
     assert controller.dropped["rgb.front"] == 1, "a stamp of the future"
 
 
-def test_answers_that_are_late_or_not_finite_are_not_commanded(artefact: Path) -> None:
-    controller = Controller(OnnxPolicy(artefact), deadline=0.2)
+def test_answers_that_are_late_or_not_finite_are_not_commanded(robot_artefact: Path) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact), deadline=0.2)
     controller.reset(0.0)
     controller.receive(0.0, observed(0), 0.0)
     question = controller.ask(0.0)
@@ -170,14 +156,29 @@ def test_answers_that_are_late_or_not_finite_are_not_commanded(artefact: Path) -
     controller.take(question, np.ones((SPEC.chunk, 4), np.float32), 0.2)
     controller.command(0.2)
     assert controller.state == "hold" and controller.reason.endswith("too late")
+    controller.reset(1.0)
+    controller.take(question, np.ones((SPEC.chunk, 4), np.float32), 0.0)
+    assert not controller.command(1.0).any(), "of an episode before"
+
+
+def test_a_blow_stops_the_arm_and_forces_within_the_limit_do_not(robot_artefact: Path) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact))
+    controller.guard.contact = 50.0
+    controller.reset(0.0)
+    drive(controller, 0, 10)
+    assert controller.guard.velocity.any()
+    for stamp, force in ((0.49, 90.0), (0.5, 1.0)):
+        controller.receive(stamp, {"wrench": np.full((3, 6), force, np.float32)}, 0.5)
+    assert not controller.command(0.5)[:3].any() and controller.state == "run"
+    assert controller.command(0.55)[:3].any()
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.floats(0.1, 100.0))
-def test_wild_chunks_leave_the_arm_inside_its_limits(artefact: Path, seed: int, size: float) -> None:
+def test_wild_chunks_leave_the_arm_inside_its_limits(robot_artefact: Path, seed: int, size: float) -> None:
     """Whatever a network answers, and although the last messages are old."""
     random = np.random.default_rng(seed)
-    controller = Controller(OnnxPolicy(artefact), replan=4)
+    controller = Controller(OnnxPolicy(robot_artefact), replan=4)
     watch = Watch(controller.policy.robot, FPS)
     controller.reset(0.0)
     place = np.array([0.45, 0.41, 0.06])

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_fakes import SPEC, FakeModel, fake_clips, fake_moments
-from test_controller import NAMES, observed
+from export_fakes import SPEC
+from test_controller import observed
 
-from export.build import BuildOptions, build_artefact
 from export.drill import FAULTS, ONSET, Line, Watch, drill_trial
 from export.runtime import Controller, OnnxPolicy
 from worldmodel.closed_loop import Rollout
@@ -18,14 +17,6 @@ from worldmodel.errors import ConfigError
 torch.set_num_threads(1)
 
 STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artefacts") / "fake"
-    options = BuildOptions(paths=("policy",), formats=("onnx",))
-    build_artefact(FakeModel(), out, fake_moments(1), fake_clips(), {"sawyer": NAMES}, options)
-    return out
 
 
 class Hand:
@@ -51,8 +42,8 @@ class Hand:
 
 @pytest.mark.parametrize("needed", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_fault_reaches_the_arm(artefact: Path, fault: str, needed: bool) -> None:
-    policy = OnnxPolicy(artefact, allow_missing=() if needed else ("front",))
+def test_no_fault_reaches_the_arm(robot_artefact: Path, fault: str, needed: bool) -> None:
+    policy = OnnxPolicy(robot_artefact, allow_missing=() if needed else ("front",))
     rollout, scene = Rollout(max_steps=STEPS, delay=2), Hand()
     make = lambda: Controller(policy, replan=4, realtime=True, stop_after=0.5)  # noqa: E731
     result = drill_trial(make, scene, "task", 0, fault, rollout=rollout)
@@ -65,16 +56,16 @@ def test_no_fault_reaches_the_arm(artefact: Path, fault: str, needed: bool) -> N
     assert (result.dropped > 0) == (fault == "force not a number")
 
 
-def test_without_faults_the_loop_is_the_usual_one(artefact: Path) -> None:
-    policy, scene, rollout = OnnxPolicy(artefact), Hand(), Rollout(max_steps=STEPS)
+def test_without_faults_the_loop_is_the_usual_one(robot_artefact: Path) -> None:
+    policy, scene, rollout = OnnxPolicy(robot_artefact), Hand(), Rollout(max_steps=STEPS)
     rollout(scene, policy, "task", 0)
     usual = np.stack(scene.told)
     drill_trial(lambda: Controller(policy, replan=4), scene, "task", 0, "none", rollout=rollout)
     np.testing.assert_allclose(np.stack(scene.told), usual, atol=1e-5)
 
 
-def test_the_watch_sees_what_the_limits_forbid(artefact: Path) -> None:
-    watch = Watch(OnnxPolicy(artefact).robot, SPEC.fps)
+def test_the_watch_sees_what_the_limits_forbid(robot_artefact: Path) -> None:
+    watch = Watch(OnnxPolicy(robot_artefact).robot, SPEC.fps)
     watch(np.array([1.0, -1.0, 0.0, 1.0]), observed(0))
     assert (watch.not_finite, watch.outside) == (0, 0)
     watch(np.array([0.0, 0.0, 0.0, 1.1]), observed(0))

@@ -34,6 +34,7 @@ PATIENCE = 8
 class Question(NamedTuple):
     """What the policy is asked."""
 
+    episode: int
     begun: int  # control step of the newest picture: row 0 of the chunk
     asked: int  # control step of the question
     history: list[dict[str, np.ndarray]]  # views into what is kept, good for the length of a chunk
@@ -103,7 +104,7 @@ class Controller:
         self._wanted, self._out = np.zeros(size), np.zeros(size, np.float32)
         self._log, self._moved = np.zeros((64, size), np.float32), np.zeros((64, size))
         self._since = np.zeros(size)
-        self._lock = threading.Lock()
+        self._lock, self._episode = threading.Lock(), 0
         self.reset(0.0)
 
     def reset(self, now: float) -> None:
@@ -116,12 +117,14 @@ class Controller:
             self.state, self.reason = HOLD, "nothing observed yet"
             self.dropped: dict[str, int] = {}
             """Messages that were not used, by name."""
+            self._episode += 1
             self._start, self._step, self._first = now, -1, -1
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
             self._chunk: np.ndarray | None = None
             self._instruction: str | None = None
             self._thought = [0] * PATIENCE
-            self._answers, self._heavy, self._heavy_at, self._measured_at = 0, 0.0, -math.inf, -math.inf
+            self._answers, self._heavy, self._peak = 0, 0.0, 0.0
+            self._heavy_at = self._measured_at = -math.inf
 
     def receive(self, stamp: float, observation: dict[str, Any], now: float) -> None:
         """Takes what was measured at `stamp`, names as in `OnnxPolicy.observe`, each of them by itself.
@@ -145,15 +148,18 @@ class Controller:
                 try:
                     array = checked(key, value, *shapes[key])
                     # A stamp of the future would stand for now for too long.
-                    fits = math.isfinite(stamp) and self._start - 1 <= stamp <= now + 1 / self.fps
+                    fits = self._start - 0.5 / self.fps <= stamp <= now + 1 / self.fps
                     used = fits and self._readings[key].put(stamp, array)
                 except RuntimeContractError as error:
                     used, self.reason = False, str(error)
                 if not used or array is None:
                     self.dropped[key] = self.dropped.get(key, 0) + 1
-                elif key == "wrench" and stamp >= self._heavy_at:
-                    self._heavy_at = stamp
-                    self._heavy = float(np.sqrt(np.square(array[:, :3], dtype=float).sum(1)).max())
+                elif key == "wrench":
+                    force = float(np.sqrt(np.square(array[:, :3], dtype=float).sum(1)).max())
+                    # A blow between two commands counts too.
+                    self._peak = max(self._peak, force)
+                    if stamp >= self._heavy_at:
+                        self._heavy, self._heavy_at = force, stamp
                 elif key == "proprio" and stamp >= self._measured_at:
                     self._measure(stamp, array)
 
@@ -180,7 +186,7 @@ class Controller:
             done = [self._log[s % len(self._log)] for s in (begun - 2, begun - 1) if 0 <= s <= self._step]
             previous = np.stack(done) if len(done) == 2 else None
             self._asked, self._open = begun, True
-            return Question(begun, step, history, self._instruction, decided, previous)
+            return Question(self._episode, begun, step, history, self._instruction, decided, previous)
 
     def think(self, question: Question) -> np.ndarray | None:
         """The chunk (A, D); None if the model refuses the observation or its answer is not finite. Takes long."""
@@ -194,8 +200,11 @@ class Controller:
             return None
 
     def take(self, question: Question, chunk: np.ndarray | None, now: float) -> None:
-        """Takes the answer, which is commanded from the row for now on; one that is not finite or too late is not."""
+        """Takes the answer, which is commanded from the row for now on; not one that is not finite, too late or of an
+        earlier episode."""
         with self._lock:
+            if question.episode != self._episode:
+                return
             self._open = False
             took = self._number(now) - question.asked
             self._thought[self._answers % PATIENCE] = max(0, took)
@@ -230,7 +239,8 @@ class Controller:
                 # Steps that nobody asked for count too.
                 self._held += step - max(self._step, 0)
                 self.state = STOP if self.state == STOP or self._held > self.stop_after * self.fps else HOLD
-            touched = self._heavy > self.guard.contact and now - self._heavy_at <= self.stale_after["sensors"]
+            known = self._heavy if now - self._heavy_at <= self.stale_after["sensors"] else 0.0
+            touched, self._peak = max(self._peak, known) > self.guard.contact, 0.0
             self.guard(self._wanted, self._out, still=touched or not fresh)
             self._log[step % len(self._log)] = self._out
             self._moved[step % len(self._log)] = self.guard.velocity
