@@ -78,7 +78,7 @@ class Golden:
         for example in range(self.examples):
             cache = self.empty_cache()
             for tick, feed in enumerate(self.feeds(example)):
-                answer = dict(zip(names, session.run(None, {**feed, **cache}), strict=True))
+                answer: dict[str, Any] = dict(zip(names, session.run(None, {**feed, **cache}), strict=True))
                 cache = {name: answer[after] for name, after in self.next.items()}
                 yield example, tick, answer
 
