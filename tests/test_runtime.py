@@ -14,7 +14,11 @@ import torch
 from export_fakes import ROBOTS, SPEC, FakeModel, action_path, fake_clips, fake_moments
 
 from export.build import BuildOptions, build_artefact
+<<<<<<< HEAD
 from export.envelope import Envelope
+=======
+from export.drive import OnnxPolicyFactory
+>>>>>>> protocols
 from export.runtime import OnnxPolicy, RuntimeContractError, encode_instruction, load_manifest
 from worldmodel.data.live import observation_from_history
 
@@ -160,6 +164,17 @@ def test_mask_hides_senses_that_are_observed(artefact: Path) -> None:
     hidden = {name for name, value in policy.inputs().items() if name.startswith("has_") and not value.any()}
     assert hidden == {"has_camera", "has_points", "has_wrench", "has_taxels"}
     assert np.abs(policy.act() - plain.act()).max() > 0
+
+
+def test_a_blind_camera_reaches_the_policy_neither_as_image_nor_as_pose(artefact: Path) -> None:
+    policy, sighted = OnnxPolicyFactory(artefact, blind=("wrist",))(), OnnxPolicyFactory(artefact)()
+    run_to(policy, 4)
+    run_to(sighted, 4)
+    feed, whole = policy.inputs(), sighted.inputs()
+    assert feed["has_rgb"].tolist() == feed["has_camera"].tolist() == [[True, False]]
+    assert not feed["rgb"][:, :, 1].any() and (feed["camera_to_base"][:, :, 1] == np.eye(4)).all()
+    np.testing.assert_array_equal(feed["rgb"][:, :, 0], whole["rgb"][:, :, 0])
+    np.testing.assert_array_equal(feed["points"], whole["points"])
 
 
 def test_missing_camera_is_an_error_unless_allowed(artefact: Path) -> None:
