@@ -14,11 +14,8 @@ import torch
 from export_fakes import ROBOTS, SPEC, FakeModel, action_path, fake_clips, fake_moments
 
 from export.build import BuildOptions, build_artefact
-<<<<<<< HEAD
-from export.envelope import Envelope
-=======
 from export.drive import OnnxPolicyFactory
->>>>>>> protocols
+from export.envelope import Envelope
 from export.runtime import OnnxPolicy, RuntimeContractError, encode_instruction, load_manifest
 from worldmodel.data.live import observation_from_history
 
