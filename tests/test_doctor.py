@@ -15,14 +15,11 @@ import numpy as np
 import pytest
 import torch
 from export_fakes import ROBOTS, FakeModel, fake_clips, fake_moments
-from test_export_step import ticks
 
 from export.__main__ import main
 from export.build import BuildOptions, build_artefact
-from export.manifest import RobotNames
 from export.runtime import doctor, load_manifest
 from export.runtime.doctor import examine
-from export.runtime.golden import Golden, golden_file
 from export.runtime.latency import latency_contract, measure
 
 torch.set_num_threads(1)
@@ -191,30 +188,3 @@ def test_the_artefact_alone_runs_and_is_checked(artefact: Path, alone: Path, tmp
         assert done.returncode == 0, done.stderr
         answers.append(done.stdout)
     assert json.loads(answers[1])["status"] == "ok"
-
-
-def test_a_cache_goes_through_the_golden_ticks(tiny_model: Any, statistics: dict[str, Any], tmp_path: Path) -> None:
-    """Both paths of a model with layers of every kind, whose caches' outputs must all be there by name."""
-    tiny_model.metadata = {"schema_version": 1, "statistics": statistics, "statistics_hash": "0" * 64}
-    robots = {
-        name: RobotNames(
-            action_names=tuple(f"a{i}" for i in range(len(entry["action"]["mean"]))),
-            proprio_names=tuple(f"p{i}" for i in range(len(entry["proprio"]["mean"]))),
-        )
-        for name, entry in statistics["embodiments"].items()
-    }
-    spec, out = tiny_model.spec, tmp_path / "tiny"
-    options = BuildOptions(formats=("onnx",), golden=2, latency_ticks=2)
-    build_artefact(tiny_model, out, [("made up", ticks(tiny_model, 3))], fake_clips(8, spec), robots, options)
-    findings = examine(out, ticks=4, warm_up=1)
-    for file in ("policy.onnx", "policy_step.onnx"):
-        rows = {f.check: f.status for f in findings if f.subject == file}
-        assert rows["schema"] == rows["parity"] == rows["memory"] == "ok", findings
-    manifest = load_manifest(out)
-    golden = Golden(out / golden_file("policy_step"), manifest["paths"]["policy_step"])
-    assert (golden.examples, golden.ticks) == (2, 3)
-    assert sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".npz")) < 2e6
-    session = doctor.open_session(out / "policy_step.onnx", 1, [doctor.CPU])
-    answers = {(example, tick): answer for example, tick, answer in golden.run(session)}
-    forgotten = session.run(["actions"], {**golden.feeds(0)[1], **golden.empty_cache()})[0]
-    assert np.abs(answers[0, 1]["actions"] - forgotten).max() > 1e-4, "the second tick reads what the first left"

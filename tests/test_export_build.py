@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from export_fakes import ROBOTS, SPEC, FakeModel, action_path, fake_clips, fake_moments
@@ -18,7 +19,9 @@ from export.evidence import VARIANTS
 from export.manifest import RobotNames
 from export.onnx import OnnxRunner, write_onnx
 from export.parity import check_parity, eager_answers, make_examples
+from export.tensors import TensorSpec
 from export.torchscript import TorchScriptRunner
+from export.wrappers import Path as ExportedPath
 from worldmodel.contracts import Observation
 from worldmodel.errors import ConfigError, ExportError
 from worldmodel.guess import Decision
@@ -228,3 +231,19 @@ def test_command_line(words: list[str], status: int, text: str, capsys: pytest.C
     assert main(words) == status
     captured = capsys.readouterr()
     assert text in captured.out + captured.err
+
+
+def test_outputs_that_are_always_equal_keep_their_names(tmp_path: Path) -> None:
+    class Twice(ExportedPath):
+        name = "twice"
+        inputs = [TensorSpec("x", (3,), torch.float32, "", "", "")]  # noqa: RUF012
+        outputs = [TensorSpec(name, (3,), torch.bool, "", "", "") for name in ("first", "second")]  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x > 0, x > 0
+
+    write_onnx(Twice(FakeModel()).eval(), tmp_path / "twice.onnx", opset=18, dynamic=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "twice.onnx"), providers=["CPUExecutionProvider"])
+    x = np.array([[1.0, -1.0, 0.0]], np.float32)
+    assert [row.name for row in session.get_outputs()] == ["first", "second"]
+    assert [answer.tolist() for answer in session.run(["first", "second"], {"x": x})] == [[[True, False, False]]] * 2

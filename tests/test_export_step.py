@@ -10,6 +10,7 @@ from test_model import generator, observation_of
 
 from export.build import make_path
 from export.envelope import Envelope
+from export.manifest import path_entry
 from export.onnx import OnnxRunner, write_onnx
 from export.parity import (
     check_handover,
@@ -19,6 +20,8 @@ from export.parity import (
     shortened,
     write_golden,
 )
+from export.runtime.doctor import CPU, open_session
+from export.runtime.golden import Golden, signature_faults
 from export.torchscript import TorchScriptRunner, write_torchscript
 from export.trust import Trust, no_trust
 from export.wrappers import ActionPath, RolloutPath, StepPath
@@ -120,6 +123,12 @@ def test_an_exported_step_goes_through_every_state_of_its_cache(model: WorldMode
     with np.load(tmp_path / "golden.npz", allow_pickle=False) as golden:
         assert golden["actions"].shape == (4, 5, model.spec.chunk, model.spec.action)
         np.testing.assert_allclose(golden["actions"][0, 0], eager_answers(step, chosen[0])[0][0][0], atol=1e-6)
+    entry = path_entry(step)
+    session = open_session(tmp_path / "step.onnx", 1, [CPU])
+    assert not signature_faults(session, entry)
+    kept = Golden(tmp_path / "golden.npz", entry)
+    assert (kept.examples, kept.ticks) == (4, 5) and set(kept.next) == {row.name for row in step.caches}
+    assert max(kept.compare(session, None)["max_error"].values()) <= 1e-4, "the robot's loop hands the cache on"
     forgetful = runners["step.onnx"]
 
     def broken(inputs: Any) -> list[np.ndarray]:
