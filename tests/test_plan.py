@@ -23,7 +23,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.phases import make_phases
 from worldmodel.plan.__main__ import main
 from worldmodel.plan.batch import random_batch
-from worldmodel.plan.count import Counter, Kind
+from worldmodel.plan.count import Clip, Counter, Kind
 from worldmodel.plan.estimate import Cluster, memory, sizes, step_time, traffic
 from worldmodel.plan.gpus import GPUS, find_gpu
 from worldmodel.plan.step import Count, count_step, meta_module, own_loss
@@ -126,7 +126,7 @@ def test_figures_are_within_a_tenth_of_real_steps(size):
     assert count.kept[0] + count.copies[0] == pytest.approx(kept, rel=0.02)
     assert count.peak[0] + count.copies[0] == pytest.approx(peak, rel=0.1)
     found = sizes(meta_module(config, phase_of(config), make_spec(config["data"]["spec"])))
-    kind = Kind("joint", 1.0, 2, count, 0.0, 0.0)
+    kind = Kind("joint", 1.0, 2, count, 0.0, 0.0, Clip(0, 0, 0, 0))
     alone = memory(found, [kind], Cluster(nodes=1, gpus=1, gpu=GPUS["h100"], shard=1), "none")
     for name, value in states.items():
         assert alone[name] == pytest.approx(value, rel=0.02), name
@@ -213,7 +213,7 @@ def test_command(tmp_path, capsys):
     assert main([*words, f"out={out}"]) == 0
     plan = json.loads(out.read_text())
     (row,) = plan["phases"]
-    assert row["steps"] * row["step"]["samples"] * row["tokens_per_sample"] == pytest.approx(1e9, rel=0.01)
+    assert row["steps"] * row["step"]["samples"] * row["clip"]["tokens"] == pytest.approx(1e9, rel=0.01)
     text = capsys.readouterr().out
     assert "| behaviour |" in text and "NVIDIA Ada" in text
     assert main([*words, "spare=0.9999"]) == 1

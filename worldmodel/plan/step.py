@@ -1,5 +1,6 @@
 """One training step of a phase, run on tensors without memory: the model's own forward and backward pass, counted."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from worldmodel import conditioning
 from worldmodel.acceleration import CHECKPOINTING, PERIODS
 from worldmodel.checkpoint import build_model
-from worldmodel.contracts import Batch, ClipSpec, SeeingTextEncoder
+from worldmodel.contracts import Batch, ClipSpec, Observation, SeeingTextEncoder
 from worldmodel.encoders import conditioner
 from worldmodel.encoders.pretrained import Pretrained
 from worldmodel.errors import ConfigError
@@ -23,6 +24,7 @@ from worldmodel.phases import MIXED, Phase
 from worldmodel.plan.batch import WORDS, random_batch
 from worldmodel.plan.kernels import gpu_kernels
 from worldmodel.plan.meter import Call, Meter
+from worldmodel.synthesis.compositor import by_geometry
 from worldmodel.training import PhaseModule
 
 
@@ -55,9 +57,13 @@ class Count(NamedTuple):
 
 def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> PhaseModule:
     """The module of a phase on the meta device: shapes and types of a run's parameters, none of their memory."""
+    return PhaseModule(model=meta_model(config, spec), phase=phase, seed=0)
+
+
+def meta_model(config: Mapping[str, Any], spec: ClipSpec) -> WorldModel:
+    """The model on the meta device."""
     with torch.device("meta"):
-        model = build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
-    return PhaseModule(model=model, phase=phase, seed=0)
+        return build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
 
 
 def weightless(config: Any) -> Any:
@@ -101,7 +107,7 @@ def count_step(
     loss: Callable[[PhaseModule, Batch], Tensor] | None = None,
     known: dict[Any, Any] | None = None,
 ) -> Count:
-    """Counts a step of a module from `meta_module`, of a phase of one ingredient at most and no teacher; `rows` clips.
+    """Counts a step over `rows` clips of a module on the meta device: no teacher, at most one ingredient and bucket.
 
     `half` is bfloat16 autocast. With `gpu` attention and the delta rule are the fused kernels of a GPU, else what runs
     on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding pictures took, for
@@ -116,11 +122,17 @@ def count_step(
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         materialise(module)
-        batch = random_batch(model.spec, rows * clips, masks=phase.objective == "motion")
+        spec, needs = model.spec, phase.needs(module.seed, 0)
+        for b in phase.buckets:
+            spec = dataclasses.replace(spec, height=b.height, width=b.width, future=b.future)
+        # Where nothing reads pictures they are all there, which costs nothing.
+        shown = {"history": needs.history or None, "frames": None if needs.future else 0}
+        batch = random_batch(spec, rows * clips, masks=phase.objective == "motion", **shown)
         there = [*module.buffers(), *(x for part in batch if isinstance(part, tuple) for x in part)]
         meter = Meter([x for x in there if isinstance(x, Tensor)], module.parameters())
         stack.enter_context(sentences(model, meter))
-        stack.enter_context(patch.object(conditioning, "moved_pictures", moved(given_share(phase))))
+        if share := given_share(phase):
+            stack.enter_context(patch.object(conditioning, "moved_pictures", moved(meter, share)))
         if "autoencoder" not in phase.trains:
             encode = remembered(model.autoencoder.encode_raw, meter, {} if known is None else known)
             stack.enter_context(patch.object(model.autoencoder, "encode_raw", encode))
@@ -229,32 +241,41 @@ def remembered(encode: Callable[[Tensor], Tensor], meter: Meter, known: dict[Any
     def run(video: Tensor) -> Tensor:
         key = (video.shape, torch.is_autocast_enabled("cpu"))
         if key not in known:
-            before, flops, peak = meter.activations, summed(meter)[0], meter.peak
-            meter.peak = before
-            with torch.no_grad():
+            before, flops = meter.activations, summed(meter)[0]
+            with torch.no_grad(), meter.surge():
                 out = encode(video)
-            known[key] = (out.shape, out.dtype, summed(meter)[0] - flops, meter.peak - before)
-            meter.peak = peak
-            meter.surges.append((meter.made, before + known[key][3]))
+            took = (summed(meter)[0] - flops) / meter.share
+            known[key] = (out.shape, out.dtype, took, meter.surges[-1][1] - before)
             return out
         shape, dtype, flops, surge = known[key]
-        meter.add(flops, 0)
+        meter.add(meter.share * flops, 0)
         meter.surges.append((meter.made, meter.activations + surge))
         return video.new_empty(shape, dtype=dtype)
 
     return run
 
 
-def moved(share: float) -> Callable[..., Tensor]:
-    """Stands for `conditioning.moved_pictures`, whose rows depend on what is drawn: as many as are drawn on average."""
+def moved(meter: Meter, share: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Stands for `conditioning.moved_pictures`, which moves the rows that are drawn: FLOPs are those of a mean batch,
+    `share` of all its rows, memory that of one whose rows are all moved."""
 
     @torch.no_grad()
-    def pictures(model: Any, o: Any, poses: Tensor, *_: Any) -> Tensor:
-        b, frames, v = poses.shape[:3]
-        count = round(share * b * v) * frames
-        if count:
-            model.autoencoder.encode_frames(poses.new_empty(2 * count, *o.rgb.shape[3:]))
-        return poses.new_zeros(b, frames, v, model.autoencoder.channels, *model.grid)
+    def pictures(
+        model: Any, o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        meter.share = share
+        try:
+            with meter.surge():
+                b, v, coder = len(poses), poses.shape[2], model.autoencoder
+                path = conditioning.between(o, poses, tracks, model.spec.stride)
+                led, _ = conditioning.find_moves(o, *path, cameras, points)
+                film = by_geometry(led, tracks.shape[2]) if model.compositor is None else model.compositor(led)
+                film, last = film.unflatten(0, (b, -1, v)), o.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
+                still = model.still_latents(coder.encode_frames(last)[:, None, None])[:, 0]
+                out = coder.encode_future(last, film.transpose(1, 2).flatten(0, 1)) - still
+                return film, out.unflatten(0, (b, v)).transpose(1, 2)
+        finally:
+            meter.share = 1.0
 
     return pictures
 
