@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from worldmodel import conditioning
 from worldmodel.acceleration import CHECKPOINTING, PERIODS
 from worldmodel.checkpoint import build_model
-from worldmodel.contracts import Batch, ClipSpec, Observation, SeeingTextEncoder
+from worldmodel.contracts import Batch, ClipSpec, SeeingTextEncoder
 from worldmodel.encoders import conditioner
 from worldmodel.encoders.pretrained import Pretrained
 from worldmodel.errors import ConfigError
@@ -24,7 +23,7 @@ from worldmodel.phases import MIXED, Phase
 from worldmodel.plan.batch import WORDS, random_batch
 from worldmodel.plan.kernels import gpu_kernels
 from worldmodel.plan.meter import Call, Meter
-from worldmodel.synthesis.compositor import by_geometry
+from worldmodel.plan.pictures import given_share, moved, remembered
 from worldmodel.training import PhaseModule
 
 
@@ -134,7 +133,8 @@ def count_step(
         if share := given_share(phase):
             stack.enter_context(patch.object(conditioning, "moved_pictures", moved(meter, share)))
         if "autoencoder" not in phase.trains:
-            encode = remembered(model.autoencoder.encode_raw, meter, {} if known is None else known)
+            coder, known = model.autoencoder, {} if known is None else known
+            encode = remembered(coder.encode_raw, coder.temporal, meter, known)
             stack.enter_context(patch.object(model.autoencoder, "encode_raw", encode))
         if gpu:
             stack.enter_context(gpu_kernels(model, meter))
@@ -227,57 +227,6 @@ def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
 def own_loss(module: PhaseModule, batch: Batch) -> Tensor:
     """The loss that the phase trains by."""
     return module.losses(batch)["loss"]
-
-
-def given_share(phase: Phase) -> float:
-    """Share of a batch's pictures that are moved along a given camera path or tracks."""
-    rates = [phase.given.get(name, 0.0) for name in ("camera", "points")]
-    return 1 - math.prod(1 - rate for rate in rates)
-
-
-def remembered(encode: Callable[[Tensor], Tensor], meter: Meter, known: dict[Any, Any]) -> Callable[[Tensor], Tensor]:
-    """Encodes pictures of each shape once, and afterwards counts what it took."""
-
-    def run(video: Tensor) -> Tensor:
-        key = (video.shape, torch.is_autocast_enabled("cpu"))
-        if key not in known:
-            before, flops = meter.activations, summed(meter)[0]
-            with torch.no_grad(), meter.surge():
-                out = encode(video)
-            took = (summed(meter)[0] - flops) / meter.share
-            known[key] = (out.shape, out.dtype, took, meter.surges[-1][1] - before)
-            return out
-        shape, dtype, flops, surge = known[key]
-        meter.add(meter.share * flops, 0)
-        meter.surges.append((meter.made, meter.activations + surge))
-        return video.new_empty(shape, dtype=dtype)
-
-    return run
-
-
-def moved(meter: Meter, share: float) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Stands for `conditioning.moved_pictures`, which moves the rows that are drawn: FLOPs are those of a mean batch,
-    `share` of all its rows, memory that of one whose rows are all moved."""
-
-    @torch.no_grad()
-    def pictures(
-        model: Any, o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        meter.share = share
-        try:
-            with meter.surge():
-                b, v, coder = len(poses), poses.shape[2], model.autoencoder
-                path = conditioning.between(o, poses, tracks, model.spec.stride)
-                led, _ = conditioning.find_moves(o, *path, cameras, points)
-                film = by_geometry(led, tracks.shape[2]) if model.compositor is None else model.compositor(led)
-                film, last = film.unflatten(0, (b, -1, v)), o.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
-                still = model.still_latents(coder.encode_frames(last)[:, None, None])[:, 0]
-                out = coder.encode_future(last, film.transpose(1, 2).flatten(0, 1)) - still
-                return film, out.unflatten(0, (b, v)).transpose(1, 2)
-        finally:
-            meter.share = 1.0
-
-    return pictures
 
 
 @contextmanager
