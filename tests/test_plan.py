@@ -186,7 +186,7 @@ def test_telemetry_counts_what_is_planned_for_every_bucket(mode):
 
 
 def test_a_film_that_moves_along_a_path_is_encoded_once_more():
-    config = composed(*SMALL)
+    config = composed(*SMALL, "synthesis.compositor=null", "data.spec.points=2")
     counter = Counter(config, make_spec(config["data"]["spec"]), half=False)
     still, half, whole = (
         counter.count(phase_of(config, "video_prediction", given={"camera": rate}), 2) for rate in (0.0, 0.5, 1.0)

@@ -45,7 +45,7 @@ def remembered(
         with torch.no_grad(), meter.surge():
             out = encode(video)
         most = meter.surges.pop()[1]
-        took = sum((meter.flops - flops).values()) / meter.share
+        took = sum((meter.flops - flops).values())
         meter.flops = flops
         return Encoding(out.shape[2], took, most - before), out.shape, out.dtype
 
@@ -63,33 +63,41 @@ def remembered(
                 took, shape, kind = measured(video)
             known[key] = (took, (*shape[:2], round(took.frames), *shape[3:]), kind)
         took, shape, kind = known[key]
-        meter.add(meter.share * took.flops, 0)
+        meter.add(took.flops, 0)
         meter.surges.append((meter.made, meter.activations + int(took.surge)))
         return video.new_empty(shape, dtype=kind)
 
     return run
 
 
-def moved(meter: Meter, share: float) -> Callable[..., tuple[Tensor, Tensor]]:
+def moved(meter: Meter, share: float, known: dict[Any, Any]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Stands for `conditioning.moved_pictures`, which moves the rows that are drawn: FLOPs are those of a mean batch,
-    `share` of all its rows, memory that of one whose rows are all moved."""
+    `share` of all its rows, memory that of one whose rows are all moved. `known` as in `remembered`."""
+
+    def led(model: Any, o: Observation, poses: Tensor, tracks: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        b, v, coder = len(poses), poses.shape[2], model.autoencoder
+        path = conditioning.between(o, poses, tracks, model.spec.stride)
+        moves, _ = conditioning.find_moves(o, *path, *given)
+        film = by_geometry(moves, tracks.shape[2]) if model.compositor is None else model.compositor(moves)
+        film, last = film.unflatten(0, (b, -1, v)), o.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
+        still = model.still_latents(coder.encode_frames(last)[:, None, None])[:, 0]
+        out = coder.encode_future(last, film.transpose(1, 2).flatten(0, 1)) - still
+        return film, out.unflatten(0, (b, v)).transpose(1, 2)
 
     @torch.no_grad()
-    def pictures(
-        model: Any, o: Observation, poses: Tensor, tracks: Tensor, cameras: Tensor, points: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        meter.share = share
-        try:
+    def pictures(model: Any, o: Observation, poses: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        key = ("moved", poses.shape, o.rgb.shape, torch.is_autocast_enabled("cpu"))
+        if key not in known:
+            before, flops = meter.activations, meter.flops.copy()
             with meter.surge():
-                b, v, coder = len(poses), poses.shape[2], model.autoencoder
-                path = conditioning.between(o, poses, tracks, model.spec.stride)
-                led, _ = conditioning.find_moves(o, *path, cameras, points)
-                film = by_geometry(led, tracks.shape[2]) if model.compositor is None else model.compositor(led)
-                film, last = film.unflatten(0, (b, -1, v)), o.rgb[:, -1].flatten(0, 1).float() / 127.5 - 1.0
-                still = model.still_latents(coder.encode_frames(last)[:, None, None])[:, 0]
-                out = coder.encode_future(last, film.transpose(1, 2).flatten(0, 1)) - still
-                return film, out.unflatten(0, (b, v)).transpose(1, 2)
-        finally:
-            meter.share = 1.0
+                out = led(model, o, poses, *given)
+            most, took, meter.flops = meter.surges[-1][1], sum((meter.flops - flops).values()), flops
+            known[key] = took, most - before, [(x.shape, x.dtype) for x in out]
+            del out
+        took, surge, made = known[key]
+        meter.add(share * took, 0)
+        meter.surges.append((meter.made, meter.activations + surge))
+        film, latents = (poses.new_empty(shape, dtype=kind) for shape, kind in made)
+        return film, latents
 
     return pictures

@@ -109,8 +109,8 @@ def count_step(
     """Counts a step over `rows` clips of a module on the meta device: no teacher, at most one ingredient and bucket.
 
     `half` is bfloat16 autocast. With `gpu` attention and the delta rule are the fused kernels of a GPU, else what runs
-    on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding pictures took, for
-    other counts of the same autoencoder. Raises `ConfigError` for what cannot be counted.
+    on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding and moving pictures
+    took, for other counts of the same model. Raises `ConfigError` for what cannot be counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -130,10 +130,11 @@ def count_step(
         there = [*module.buffers(), *(x for part in batch if isinstance(part, tuple) for x in part)]
         meter = Meter([x for x in there if isinstance(x, Tensor)], module.parameters())
         stack.enter_context(sentences(model, meter))
+        known = {} if known is None else known
         if share := given_share(phase):
-            stack.enter_context(patch.object(conditioning, "moved_pictures", moved(meter, share)))
+            stack.enter_context(patch.object(conditioning, "moved_pictures", moved(meter, share, known)))
         if "autoencoder" not in phase.trains:
-            coder, known = model.autoencoder, {} if known is None else known
+            coder = model.autoencoder
             encode = remembered(coder.encode_raw, coder.temporal, meter, known)
             stack.enter_context(patch.object(model.autoencoder, "encode_raw", encode))
         if gpu:
