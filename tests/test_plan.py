@@ -1,5 +1,6 @@
 """A plan's figures beside those of real steps, and beside arithmetic by hand."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,13 +22,17 @@ from worldmodel.averaging import MovingAverage
 from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.config import register_resolvers
 from worldmodel.errors import ConfigError
+from worldmodel.flops import measure_cost
 from worldmodel.phases import make_phases
 from worldmodel.plan.__main__ import main
 from worldmodel.plan.batch import random_batch
-from worldmodel.plan.count import Counter, Kind
+from worldmodel.plan.count import Clip, Counter, Kind
 from worldmodel.plan.estimate import Cluster, memory, sizes, step_time, traffic
 from worldmodel.plan.gpus import GPUS, find_gpu
-from worldmodel.plan.step import Count, count_step, meta_module, own_loss
+from worldmodel.plan.meter import Meter
+from worldmodel.plan.pictures import remembered
+from worldmodel.plan.step import Count, count_step, materialise, meta_module, own_loss
+from worldmodel.sized import token_counts
 from worldmodel.training import PhaseModule
 
 ROOT = Path(__file__).parent.parent
@@ -55,11 +61,11 @@ def planned(config: dict[str, Any], **settings: Any) -> Count:
     return count_step(meta_module(config, phase_of(config), make_spec(config["data"]["spec"])), **settings)
 
 
-def real_module(config: dict[str, Any]) -> PhaseModule:
+def real_module(config: dict[str, Any], phase: Any = None) -> PhaseModule:
     torch.manual_seed(0)
     spec = make_spec(config["data"]["spec"])
     model = build_model(config["model"], spec, {"embodiments": {name: {} for name in spec.embodiments}})
-    return PhaseModule(model=model, phase=phase_of(config), seed=0)
+    return PhaseModule(model=model, phase=phase or phase_of(config), seed=0)
 
 
 def convolution_backward(out: Any, x: Any, w: Any, *rest: Any, **_: Any) -> int:
@@ -126,7 +132,7 @@ def test_figures_are_within_a_tenth_of_real_steps(size):
     assert count.kept[0] + count.copies[0] == pytest.approx(kept, rel=0.02)
     assert count.peak[0] + count.copies[0] == pytest.approx(peak, rel=0.1)
     found = sizes(meta_module(config, phase_of(config), make_spec(config["data"]["spec"])))
-    kind = Kind("joint", 1.0, 2, count, 0.0, 0.0)
+    kind = Kind("joint", 1.0, 2, count, 0.0, 0.0, Clip(0, 0, 0, 0))
     alone = memory(found, [kind], Cluster(nodes=1, gpus=1, gpu=GPUS["h100"], shard=1), "none")
     for name, value in states.items():
         assert alone[name] == pytest.approx(value, rel=0.02), name
@@ -157,6 +163,49 @@ def test_a_deep_network_is_two_shallow_ones_continued():
     assert continued.peak == pytest.approx(
         straight.peak, rel=0.2
     )  # the fullest moment is another one in so small a net
+
+
+@pytest.mark.parametrize("mode", ["joint", "image"])
+def test_telemetry_counts_what_is_planned_for_every_bucket(mode):
+    config = composed(*SMALL)
+    sizes = [{"height": 64, "width": 64, "future": 1}, {"height": 32, "width": 64, "future": 2, "weight": 3.0}]
+    phase = phase_of(config, mode, buckets=sizes, batch_size=2)
+    counter = Counter(config, make_spec(config["data"]["spec"]), half=False)
+    kinds = counter.kinds(phase)
+    module = real_module(config, phase)
+    rows = phase.batch_sizes(token_counts(module.model))
+    assert [kind.share for kind in kinds] == [0.25, 0.75]
+    for kind, bucket in zip(kinds, phase.buckets, strict=True):
+        assert kind.rows == rows[bucket, mode == "image"]
+        spec = dataclasses.replace(counter.spec, height=bucket.height, width=bucket.width, future=bucket.future)
+        batch = random_batch(spec, kind.rows, history=1 if mode == "image" else None)
+        cost = measure_cost(module, module.model, lambda batch=batch: module.losses(batch))
+        print(f"{mode} {bucket}: {kind.step.forward + kind.step.backward:,} planned, {cost.flops:,} by telemetry")
+        assert kind.step.forward + kind.step.backward == pytest.approx(cost.flops, rel=0.01)
+        assert kind.rows * kind.clip.tokens == sum(cost.tokens.values())
+
+
+def test_a_film_that_moves_along_a_path_is_encoded_once_more():
+    config = composed(*SMALL, "synthesis.compositor=null", "data.spec.points=2")
+    counter = Counter(config, make_spec(config["data"]["spec"]), half=False)
+    still, half, whole = (
+        counter.count(phase_of(config, "video_prediction", given={"camera": rate}), 2) for rate in (0.0, 0.5, 1.0)
+    )
+    assert 0 < whole.forward - still.forward == pytest.approx(2 * (half.forward - still.forward), rel=1e-3)
+    assert whole.encoding == half.encoding > still.encoding  # a batch may have all its rows moved
+    assert whole.backward == still.backward
+
+
+def test_a_long_film_goes_on_from_short_ones():
+    config = composed("data.spec.future=8")
+    module = meta_module(config, phase_of(config), make_spec(config["data"]["spec"]))
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter([], []) as meter:
+        materialise(module)
+        coder, film = module.model.autoencoder, torch.zeros(2, 3, 1 + 8 * module.model.spec.stride, 64, 64)
+        out = coder.encode_raw(film)
+        straight = sum(meter.flops.values())
+        assert remembered(coder.encode_raw, coder.temporal, meter, {})(film).shape == out.shape
+        assert sum(meter.flops.values()) == pytest.approx(2 * straight, rel=0.01)
 
 
 def test_windows_and_the_delta_rule_count_as_needed_on_a_gpu():
@@ -213,7 +262,7 @@ def test_command(tmp_path, capsys):
     assert main([*words, f"out={out}"]) == 0
     plan = json.loads(out.read_text())
     (row,) = plan["phases"]
-    assert row["steps"] * row["step"]["samples"] * row["tokens_per_sample"] == pytest.approx(1e9, rel=0.01)
+    assert row["steps"] * row["step"]["samples"] * row["clip"]["tokens"] == pytest.approx(1e9, rel=0.01)
     text = capsys.readouterr().out
     assert "| behaviour |" in text and "NVIDIA Ada" in text
     assert main([*words, "spare=0.9999"]) == 1

@@ -8,8 +8,13 @@ WORDS = "put the red block into the drawer and close it"
 """The instruction of every row."""
 
 
-def random_batch(spec: ClipSpec, rows: int, *, frames: int | None = None, masks: bool = False) -> Batch:
-    """A batch of `rows` clips with every sense, the same each time; `frames` of future pictures, all by default."""
+def random_batch(
+    spec: ClipSpec, rows: int, *, history: int | None = None, frames: int | None = None, masks: bool = False
+) -> Batch:
+    """A batch of `rows` clips with every sense, the same each time.
+
+    Pictures are those of the newest `history` observed and of the first `frames` future ones, all by default.
+    """
     g = torch.Generator().manual_seed(0)
     b, h, f, v, k, s = rows, spec.history, spec.future, len(spec.cameras), spec.points, len(spec.sensors)
 
@@ -27,7 +32,8 @@ def random_batch(spec: ClipSpec, rows: int, *, frames: int | None = None, masks:
     text = torch.zeros(b, spec.text, dtype=torch.int64)
     text[:, : len(words)] = words + 1
     observation = Observation(
-        images(h), lens.expand(b, h, v, 3, 3), torch.eye(4).expand(b, h, v, 4, 4), draw(h, k, 3), yes(h, k),
+        images(h if history is None else history), lens.expand(b, h, v, 3, 3), torch.eye(4).expand(b, h, v, 4, 4),
+        draw(h, k, 3), yes(h, k),
         draw(h, spec.stride, s, 6), draw(h, s, *spec.taxels), draw(h, spec.proprio), text,
         torch.zeros(b, dtype=torch.int64), yes(v), yes(v), yes(k), yes(s), yes(s), yes(), yes(),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """From counts to memory, time and data: arithmetic on what was counted, and the assumptions of `Cluster`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ from torch import nn
 from worldmodel.acceleration import CHECKPOINTING
 from worldmodel.contracts import ClipSpec
 from worldmodel.errors import ConfigError
-from worldmodel.phases import MIXED, PARTS
-from worldmodel.plan.count import Kind
+from worldmodel.phases import PARTS
+from worldmodel.plan.count import Clip, Kind
 from worldmodel.plan.gpus import GPU
 from worldmodel.training import PhaseModule
 
@@ -171,24 +171,38 @@ def step_time(
     }
 
 
-def tokens(spec: ClipSpec, module: PhaseModule) -> int:
-    """Tokens of a clip in both transformers, none where neither runs."""
-    if module.phase.objective not in MIXED:
-        return 0
-    denoiser = module.model.denoiser
-    frame = sum(denoiser.counts[name] for name in denoiser.streams)
-    return (spec.history + spec.future) * frame + spec.chunk
+def mean_clip(kinds: list[Kind]) -> dict[str, float]:
+    """Tokens, control steps, pictures and pixels (of all recorded pictures) of a mean sample."""
+    samples = sum(kind.share * kind.rows for kind in kinds)
+
+    def mean(value: Callable[[Clip], float]) -> float:
+        return sum(kind.share * kind.rows * value(kind.clip) for kind in kinds) / samples
+
+    return {
+        "tokens": mean(lambda c: c.tokens),
+        "frames": mean(lambda c: c.frames),
+        "read": mean(lambda c: c.read),
+        "pixels": mean(lambda c: c.frames * c.pixels),
+    }
 
 
-def data(spec: ClipSpec, samples: float, seconds: float, nodes: int, *, bits: float, epochs: float) -> dict[str, float]:
-    """What `samples` clips in `seconds` ask of data: recordings are cut into clips end to end, `epochs` times."""
-    hours = samples * spec.window / spec.fps / 3600 / epochs
-    pictures = hours * 3600 * spec.fps * len(spec.cameras)
-    size = pictures * spec.height * spec.width * bits / 8
+def data(
+    spec: ClipSpec,
+    clip: Mapping[str, float],
+    samples: float,
+    seconds: float,
+    nodes: int,
+    *,
+    bits: float,
+    epochs: float,
+) -> dict[str, float]:
+    """What `samples` of a `mean_clip` in `seconds` ask of data: recordings are cut end to end, seen `epochs` times."""
+    hours = samples * clip["frames"] / spec.fps / 3600 / epochs
+    size = samples * clip["pixels"] * len(spec.cameras) * bits / 8 / epochs
     rate = samples / seconds / nodes
     return {
         "hours": hours,
         "gigabytes": size / 1e9,
         "samples_per_s_and_node": rate,
-        "pictures_per_s_and_node": rate * (spec.history + spec.window) * len(spec.cameras),
+        "pictures_per_s_and_node": rate * clip["read"],
     }

@@ -3,7 +3,8 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class Meter(TorchDispatchMode):
         self.flops: Counter[tuple[str, str]] = Counter()  # (what runs, "forward" or "backward")
         self.stage, self.share, self.forward = "rest", 1.0, True
         self.calls: list[Call] = []
-        self.surges: list[tuple[int, int]] = []  # of encoding pictures: storages made until then, most bytes alive
+        self.surges: list[tuple[int, int]] = []  # of making pictures: storages made until then, most bytes alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and books it."""
@@ -117,6 +118,14 @@ class Meter(TorchDispatchMode):
         else:
             self.activations += size
             self.peak = max(self.peak, self.activations)
+
+    @contextmanager
+    def surge(self) -> Iterator[None]:
+        """Keeps the most bytes alive until it is left apart from `peak`: checkpointing changes what lies below them."""
+        before, self.peak = self.peak, self.activations
+        yield
+        self.surges.append((self.made, self.peak))
+        self.peak = before
 
     def numbered(self, values: Any) -> dict[int, int]:
         """The storages in a tree of tensors that are in the books, with their sizes."""

@@ -10,7 +10,7 @@ from worldmodel.contracts import ClipSpec
 from worldmodel.errors import ConfigError
 from worldmodel.phases import Phase, make_phases
 from worldmodel.plan.count import Counter, Kind
-from worldmodel.plan.estimate import GIB, Cluster, Sizes, data, memory, sizes, step_time, tokens
+from worldmodel.plan.estimate import GIB, Cluster, Sizes, data, mean_clip, memory, sizes, step_time
 from worldmodel.plan.gpus import find_gpu
 from worldmodel.plan.step import meta_module
 
@@ -62,7 +62,13 @@ def make_plan(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
         total = row["steps"] * row["step"]["samples"]
         row["days"] = row["steps"] * row["step"]["seconds"] / 86400
         row["data"] = data(
-            spec, total, row["days"] * 86400, chosen["nodes"], bits=chosen["bits"], epochs=chosen["epochs"]
+            spec,
+            row["clip"],
+            total,
+            row["days"] * 86400,
+            chosen["nodes"],
+            bits=chosen["bits"],
+            epochs=chosen["epochs"],
         )
         row["data"]["shards"] = row["data"]["gigabytes"] / chosen["shard_gb"]
     return {
@@ -90,10 +96,11 @@ def plan_phase(
     found = sizes(module)
     row: dict[str, Any] = {"name": phase.name, "objective": phase.objective, "trains": list(phase.trains)}
     row |= {"steps": phase.steps, "batch": batch or phase.batch_size, "parameters": found.parts}
-    row |= {"trained": found.trained, "tokens_per_sample": tokens(spec, module)}
+    row |= {"trained": found.trained}
     if phase.objective == "edit":
         return row | {"uncounted": "what an edit costs depends on the data"}
     kinds = counter.kinds(phase, batch=batch)
+    row["clip"] = mean_clip(kinds)
     row["step"] = step_time(found, kinds, cluster, chosen["accumulate"], checkpointing)
     row["memory"] = memory(found, kinds, cluster, checkpointing)
     limit = GIB * cluster.gpu.memory * (1 - cluster.spare)
@@ -115,7 +122,7 @@ def would_fit(found: Sizes, kinds: list[Kind], cluster: Cluster, limit: float) -
 
 def budget(rows: list[dict[str, Any]], number: float) -> None:
     """Stretches the steps of all phases alike, until their clips hold `number` tokens."""
-    total = sum(r["steps"] * r["step"]["samples"] * r["tokens_per_sample"] for r in rows if "step" in r)
+    total = sum(r["steps"] * r["step"]["samples"] * r["clip"]["tokens"] for r in rows if "step" in r)
     for row in rows:
         row["steps"] = max(round(row["steps"] * number / total), 1) if total else row["steps"]
 

@@ -26,10 +26,10 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         step = row["step"]
         rate = step["samples"] / step["seconds"]
         cells = [f"{1e3 * step[name]:,.1f}" for name in spent]
-        return [*cells, f"{step['samples']:,.0f}", f"{rate:,.4g}", f"{rate * row['tokens_per_sample']:,.0f}"]
+        return [*cells, f"{step['samples']:,.0f}", f"{rate:,.4g}", f"{rate * row['clip']['tokens']:,.0f}"]
 
     def needs(row: dict[str, Any]) -> list[str]:
-        tokens, d = row["steps"] * row["step"]["samples"] * row["tokens_per_sample"], row["data"]
+        tokens, d = row["steps"] * row["step"]["samples"] * row["clip"]["tokens"], row["data"]
         cells = [f"{row['steps']:,}", f"{row['days']:,.2f}", f"{tokens / 1e9:,.4g}"]
         return [*cells, *(f"{d[name]:,.4g}" for name in ("hours", "gigabytes")), f"{d['shards']:,.0f}",
                 *(f"{d[name]:,.4g}" for name in ("samples_per_s_and_node", "pictures_per_s_and_node"))]  # fmt: skip

@@ -1,7 +1,7 @@
 """One training step of a phase, run on tensors without memory: the model's own forward and backward pass, counted."""
 
+import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from worldmodel.phases import MIXED, Phase
 from worldmodel.plan.batch import WORDS, random_batch
 from worldmodel.plan.kernels import gpu_kernels
 from worldmodel.plan.meter import Call, Meter
+from worldmodel.plan.pictures import given_share, moved, remembered
 from worldmodel.training import PhaseModule
 
 
@@ -55,9 +56,13 @@ class Count(NamedTuple):
 
 def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> PhaseModule:
     """The module of a phase on the meta device: shapes and types of a run's parameters, none of their memory."""
+    return PhaseModule(model=meta_model(config, spec), phase=phase, seed=0)
+
+
+def meta_model(config: Mapping[str, Any], spec: ClipSpec) -> WorldModel:
+    """The model on the meta device."""
     with torch.device("meta"):
-        model = build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
-    return PhaseModule(model=model, phase=phase, seed=0)
+        return build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
 
 
 def weightless(config: Any) -> Any:
@@ -101,11 +106,11 @@ def count_step(
     loss: Callable[[PhaseModule, Batch], Tensor] | None = None,
     known: dict[Any, Any] | None = None,
 ) -> Count:
-    """Counts a step of a module from `meta_module`, of a phase of one ingredient at most and no teacher; `rows` clips.
+    """Counts a step over `rows` clips of a module on the meta device: no teacher, at most one ingredient and bucket.
 
     `half` is bfloat16 autocast. With `gpu` attention and the delta rule are the fused kernels of a GPU, else what runs
-    on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding pictures took, for
-    other counts of the same autoencoder. Raises `ConfigError` for what cannot be counted.
+    on a CPU. `loss` is the phase's own unless another is given. `known` remembers what encoding and moving pictures
+    took, for other counts of the same model. Raises `ConfigError` for what cannot be counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -116,13 +121,21 @@ def count_step(
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         materialise(module)
-        batch = random_batch(model.spec, rows * clips, masks=phase.objective == "motion")
+        spec, needs = model.spec, phase.needs(module.seed, 0)
+        for b in phase.buckets:
+            spec = dataclasses.replace(spec, height=b.height, width=b.width, future=b.future)
+        # Where nothing reads pictures they are all there, which costs nothing.
+        shown = {"history": needs.history or None, "frames": None if needs.future else 0}
+        batch = random_batch(spec, rows * clips, masks=phase.objective == "motion", **shown)
         there = [*module.buffers(), *(x for part in batch if isinstance(part, tuple) for x in part)]
         meter = Meter([x for x in there if isinstance(x, Tensor)], module.parameters())
         stack.enter_context(sentences(model, meter))
-        stack.enter_context(patch.object(conditioning, "moved_pictures", moved(given_share(phase))))
+        known = {} if known is None else known
+        if share := given_share(phase):
+            stack.enter_context(patch.object(conditioning, "moved_pictures", moved(meter, share, known)))
         if "autoencoder" not in phase.trains:
-            encode = remembered(model.autoencoder.encode_raw, meter, {} if known is None else known)
+            coder = model.autoencoder
+            encode = remembered(coder.encode_raw, coder.temporal, meter, known)
             stack.enter_context(patch.object(model.autoencoder, "encode_raw", encode))
         if gpu:
             stack.enter_context(gpu_kernels(model, meter))
@@ -215,48 +228,6 @@ def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
 def own_loss(module: PhaseModule, batch: Batch) -> Tensor:
     """The loss that the phase trains by."""
     return module.losses(batch)["loss"]
-
-
-def given_share(phase: Phase) -> float:
-    """Share of a batch's pictures that are moved along a given camera path or tracks."""
-    rates = [phase.given.get(name, 0.0) for name in ("camera", "points")]
-    return 1 - math.prod(1 - rate for rate in rates)
-
-
-def remembered(encode: Callable[[Tensor], Tensor], meter: Meter, known: dict[Any, Any]) -> Callable[[Tensor], Tensor]:
-    """Encodes pictures of each shape once, and afterwards counts what it took."""
-
-    def run(video: Tensor) -> Tensor:
-        key = (video.shape, torch.is_autocast_enabled("cpu"))
-        if key not in known:
-            before, flops, peak = meter.activations, summed(meter)[0], meter.peak
-            meter.peak = before
-            with torch.no_grad():
-                out = encode(video)
-            known[key] = (out.shape, out.dtype, summed(meter)[0] - flops, meter.peak - before)
-            meter.peak = peak
-            meter.surges.append((meter.made, before + known[key][3]))
-            return out
-        shape, dtype, flops, surge = known[key]
-        meter.add(flops, 0)
-        meter.surges.append((meter.made, meter.activations + surge))
-        return video.new_empty(shape, dtype=dtype)
-
-    return run
-
-
-def moved(share: float) -> Callable[..., Tensor]:
-    """Stands for `conditioning.moved_pictures`, whose rows depend on what is drawn: as many as are drawn on average."""
-
-    @torch.no_grad()
-    def pictures(model: Any, o: Any, poses: Tensor, *_: Any) -> Tensor:
-        b, frames, v = poses.shape[:3]
-        count = round(share * b * v) * frames
-        if count:
-            model.autoencoder.encode_frames(poses.new_empty(2 * count, *o.rgb.shape[3:]))
-        return poses.new_zeros(b, frames, v, model.autoencoder.channels, *model.grid)
-
-    return pictures
 
 
 @contextmanager
