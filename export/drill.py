@@ -10,7 +10,7 @@ from export.runtime import Controller
 from worldmodel.closed_loop import Rollout, Scene
 from worldmodel.errors import ConfigError
 
-ONSET = 20
+ONSET = 8
 """Control step from which on a fault is there: the arm is under way."""
 STALL = 0.2
 """Seconds."""

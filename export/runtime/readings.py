@@ -52,7 +52,7 @@ class Readings:
             return False
         if stamp > self.newest:
             if self.frozen_after is not None:
-                found = zlib.crc32(memoryview(np.ascontiguousarray(value)))
+                found = zlib.crc32(np.ascontiguousarray(value).data)
                 self._repeats = self._repeats + 1 if found == self._bytes else 0
                 self._bytes = found
             self.newest = stamp
