@@ -88,10 +88,12 @@ def moved(meter: Meter, share: float, known: dict[Any, Any]) -> Callable[..., tu
     def pictures(model: Any, o: Observation, poses: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         key = ("moved", poses.shape, o.rgb.shape, torch.is_autocast_enabled("cpu"))
         if key not in known:
-            before, flops = meter.activations, meter.flops.copy()
+            before, flops, first = meter.activations, meter.flops.copy(), len(meter.surges)
             with meter.surge():
                 out = led(model, o, poses, *given)
-            most, took, meter.flops = meter.surges[-1][1], sum((meter.flops - flops).values()), flops
+            most = max(size for _, size in meter.surges[first:])  # of encoding too
+            del meter.surges[first:]
+            took, meter.flops = sum((meter.flops - flops).values()), flops
             known[key] = took, most - before, [(x.shape, x.dtype) for x in out]
             del out
         took, surge, made = known[key]
