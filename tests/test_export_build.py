@@ -246,4 +246,6 @@ def test_outputs_that_are_always_equal_keep_their_names(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "twice.onnx"), providers=["CPUExecutionProvider"])
     x = np.array([[1.0, -1.0, 0.0]], np.float32)
     assert [row.name for row in session.get_outputs()] == ["first", "second"]
-    assert [answer.tolist() for answer in session.run(["first", "second"], {"x": x})] == [[[True, False, False]]] * 2
+    assert [np.asarray(answer).tolist() for answer in session.run(["first", "second"], {"x": x})] == [
+        [[True, False, False]]
+    ] * 2
