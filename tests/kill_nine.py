@@ -44,7 +44,6 @@ LONGER = [  # phases long enough that kills fall into them, not only into the st
     for name, steps in {
         "tokeniser": 6,
         "understanding": 40,
-        "compositor": 6,
         "compositor": 20,
         "synthesis": 8,
         "behaviour": 60,
