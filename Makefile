@@ -47,8 +47,8 @@ demo-small: ## The same commands at a size that takes minutes; its figures mean 
 		EXPORT_ARGS="observations=2" \
 		EVAL_ARGS="max_clips=8 missing_clips=4 trials=1 baseline_steps=50"
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## Files of tests run side by side, each test on one thread.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-cpp: $(VENV)/.installed
 	@command -v $${CXX:-g++} >/dev/null || command -v clang++ >/dev/null || { echo 'test-cpp needs a C++ compiler (CXX, g++ or clang++)' >&2; exit 1; }
