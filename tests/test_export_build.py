@@ -221,7 +221,7 @@ def test_options_name_what_is_wrong() -> None:
         (["--help"], 0, "drive DIR"),
         (["build", "--help"], 0, "tolerance: 1.0e-4"),
         (["drive", "--help"], 0, "trials: 20"),
-        (["serve"], 2, "expected build or drive"),
+        (["fly"], 2, "expected build, doctor, drive, serve or replay"),
         (["build", "checkpoint=x"], 2, "missing out=... data=..."),
         (["build", "chekpoint=x"], 2, "key of checkpoint, out"),
         (["drive", "nowhere"], 1, "no manifest.json"),
