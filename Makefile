@@ -44,7 +44,7 @@ demo-small: ## The same commands at a size that takes minutes; its figures mean 
 	$(MAKE) demo DATA=data/small RUN=runs/small \
 		GENERATE_ARGS="--tasks drawer-close-v3 button-press-topdown-v3 drawer-open-v3 --episodes 4 --heldout-episodes 2 --heldout-task-episodes 2" \
 		TRAIN_ARGS="data.root=data/small run_dir=runs/small phases.tokeniser.steps=10 phases.understanding.steps=6 phases.compositor.steps=4 phases.synthesis.steps=4 phases.behaviour.steps=20 phases.policy.steps=6 phases.policy.batch_size=16" \
-		EXPORT_ARGS="observations=2" \
+		EXPORT_ARGS="observations=1 ticks=2 clips=16 latency_ticks=20 paths=[policy]" \
 		EVAL_ARGS="max_clips=8 missing_clips=4 trials=1 baseline_steps=50"
 
 test: $(VENV)/.installed ## Files of tests run side by side, each test on one thread.
