@@ -1,5 +1,5 @@
 # make demo   everything on real physics: data, training, export, evaluation with a report   (25 to 30 minutes, 2 cores)
-# make test   the tests; make lint   format, lint, types; both install what is missing
+# make test   the tests, test-all   with the longest; make lint   format, lint, types; they install what is missing
 # make test-cpp   builds the controller in C++ and runs it; needs cmake and a C++ compiler
 # make test-robosuite   the tests of the second simulator, in an environment of its own: it wants numpy below 2
 PYTHON ?= python3
@@ -16,7 +16,7 @@ EVAL_ARGS ?=
 # Threads that spin for long while they wait make a busy machine many times slower.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: demo demo-small test test-cpp test-robosuite lint format clean
+.PHONY: demo demo-small test test-all test-cpp test-robosuite lint format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml
@@ -48,7 +48,10 @@ demo-small: ## The same commands at a size that takes minutes; its figures mean 
 		EVAL_ARGS="max_clips=8 missing_clips=4 trials=1 baseline_steps=50"
 
 test: $(VENV)/.installed ## Files of tests run side by side, each test on one thread.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not exhaustive"
+
+test-all: $(VENV)/.installed ## With those that repeat a long run on other numbers of processes.
+	$(BIN)/python -m pytest
 
 test-cpp: $(VENV)/.installed
 	@command -v $${CXX:-g++} >/dev/null || command -v clang++ >/dev/null || { echo 'test-cpp needs a C++ compiler (CXX, g++ or clang++)' >&2; exit 1; }

@@ -93,11 +93,11 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize(
     ("experiment", "ranks", "more"),
     [
-        ("base", 2, ["trainer.strategy=ddp"]),
         ("base", 4, ["trainer.strategy=fsdp", "trainer.checkpointing=selective"]),
-        ("base", 4, ["trainer.strategy=fsdp", "trainer.shards=2"]),
-        ("small", 2, ["trainer.strategy=fsdp"]),
-        ("small", 4, ["trainer.strategy=ddp"]),
+        pytest.param("base", 2, ["trainer.strategy=ddp"], marks=pytest.mark.exhaustive),
+        pytest.param("base", 4, ["trainer.strategy=fsdp", "trainer.shards=2"], marks=pytest.mark.exhaustive),
+        pytest.param("small", 2, ["trainer.strategy=fsdp"], marks=pytest.mark.exhaustive),
+        pytest.param("small", 4, ["trainer.strategy=ddp"], marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_phase_is_the_same_in_any_number_of_processes(alone, tiny_dataset, tmp_path, experiment, ranks, more):
