@@ -52,8 +52,8 @@ def make_mesh(device: str, shards: int | None) -> DeviceMesh:
 def shard(root: nn.Module, models: list[WorldModel], mesh: DeviceMesh, dtype: torch.dtype, *, entry: str) -> None:
     """Shards the blocks of both transformers of `models`, each on its own, and everything else of `root` together.
 
-    Blocks are gathered in `dtype` when they are needed, the rest in float32 when method `entry` of `root` begins; gradients
-    are added up in float32. All processes start from the numbers of process 0.
+    Blocks are gathered in `dtype` when they are needed, the rest in float32 when method `entry` of `root` begins.
+    Gradients are added up in float32. All processes start from the numbers of process 0.
     """
     seen: set[int] = set()
     for tensor in root.state_dict(keep_vars=True).values():
