@@ -105,7 +105,7 @@ def test_what_is_packed_comes_back_and_openpi_packs_the_same(value: Any) -> None
         {"x": object()},
         1 << 70,
     ],
-    ids=repr,
+    ids=["objects", "complex array", "records", "complex number", "set", "object", "long integer"],
 )
 def test_what_openpi_refuses_is_not_packed(value: Any) -> None:
     with pytest.raises(FrameError):
