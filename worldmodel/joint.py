@@ -194,7 +194,9 @@ class JointTransformer(Guess):
         camera, points = (self.relative(getattr(now, name), then[name]) for name in ("camera", "points"))
         state = now._replace(camera=camera, points=points)
         # Actions do not teach stage 1 where things are; its own head does.
-        seen = None if fused is None or self.expert.state is None else self.encoder.points_head(fused).detach()
+        seen = None
+        if fused is not None and self.expert.state is not None:
+            seen = self.encoder.locate(s, fused, images="rgb" in senses).detach()
         action_context, condition, proposal = self.expert.extend(context, s, seen)
         video_context = self.denoiser.read(action_context if self.expert.shares_token else context)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):

@@ -68,7 +68,7 @@ def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator:
 def understanding_loss(
     model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws, *, lens: float = 1.0
 ) -> dict[str, Tensor]:
-    """Heads of stage 1. Each answers only for rows whose own sense was hidden, so that nothing can be copied.
+    """Heads of stage 1. Those that read all senses answer only for rows whose own was hidden, so that none can copy.
 
     `lens` is how far images are zoomed (see `transforms.zoom`).
     """
@@ -80,9 +80,10 @@ def understanding_loss(
     fused = model.encoder(s, image_tokens=images)
     # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which.
     where = torch.where(truth.has_points[..., None], s.points[:, -1], 0.0)
-    points = F.smooth_l1_loss(model.encoder.points_head(fused), where, reduction="none", beta=0.1)
+    points = F.smooth_l1_loss(model.encoder.locate(s, fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
-    losses["points"] = masked_mean(points, dropped["points"][:, None].expand_as(truth.has_points))
+    asked = torch.ones_like(dropped["points"]) if model.encoder.locates_alone else dropped["points"]
+    losses["points"] = masked_mean(points, asked[:, None].expand_as(truth.has_points))
     losses["force"] = masked_mean(force, truth.has_wrench & dropped["touch"][:, None])
     total = losses["camera"] + losses["fov"] + losses["points"] + 0.3 * losses["force"]
     return {"loss": total, **losses}
@@ -101,16 +102,22 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
     }
 
 
-def proposal_loss(model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws) -> dict[str, Tensor]:
-    """Behaviour cloning of the state policy alone: it needs neither pictures nor history.
+def proposal_loss(
+    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws, *, drop: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Behaviour cloning of the state policy alone: it needs no history, and pictures only where points are in `drop`.
 
-    Raises `ConfigError` if the model has none.
+    Then it acts on where stage 1 sees them. Raises `ConfigError` if the model has no state policy.
     """
     if model.expert.state is None:
         raise ConfigError("mode 'proposal' trains the state policy, but policy.expert.state is null")
-    observation, _ = modality_dropout(batch.observation, dropout, generator)
+    observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     s = model.normaliser(observation, model.grid)
-    _, proposal = model.expert.state(s, model.encoder.instruction(s))
+    seen = None
+    if "points" in drop:
+        with torch.no_grad():
+            seen = model.encoder.locate(s, images="rgb" not in drop)
+    _, proposal = model.expert.state(s, model.encoder.instruction(s), seen)
     error = proposal_error(model, proposal, batch)
     return {"loss": error, "proposal": error}
 

@@ -136,7 +136,7 @@ class WorldModel(JointTransformer):
         return Understanding(
             camera_to_base=self.normaliser.decode_camera(pose, s.embodiment),
             fov=fov,
-            points=self.normaliser.restore("points", self.encoder.points_head(fused), s.embodiment),
+            points=self.normaliser.restore("points", self.encoder.locate(s, fused), s.embodiment),
             wrench=self.normaliser.restore_wrench(self.encoder.force_head(fused), s.embodiment),
         )
 

@@ -39,8 +39,8 @@ class Ingredient:
 
     Three modes beside the five: `image` trains the video transformer on single pictures with the instruction as their
     caption and nothing before them (see `picture_loss`), `understanding` the heads of stage 1, which would drift apart
-    from an encoder that later phases go on training, and `proposal` the state policy alone. `dropout` replaces the
-    phase's own rates.
+    from an encoder that later phases go on training, and `proposal` the state policy alone, which acts on where
+    stage 1 sees the points if those are in `drop`. `dropout` replaces the phase's own rates.
     """
 
     mode: str
@@ -61,13 +61,13 @@ class Ingredient:
             raise ConfigError(f"unknown sense {unknown[0]!r} in a phase's mixture; one of {', '.join(PRESENCE)}")
         if self.mode == "image" and self.drop:
             raise ConfigError("mode 'image' hides all but the picture and its caption; leave `drop` out")
-        if "rgb" in self.drop and self.mode != "policy":
-            raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the policy mode alone")
+        if "rgb" in self.drop and self.mode not in ("policy", "proposal"):
+            raise ConfigError(f"mode {self.mode!r} needs images; `drop: [rgb]` fits the modes policy and proposal")
 
     @property
     def images(self) -> bool:
         """Whether its batches need pictures."""
-        return self.mode != "proposal" and "rgb" not in self.drop
+        return "rgb" not in self.drop and (self.mode != "proposal" or "points" in self.drop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ class Phase:
             return Needs(history=None if whole else 1, future=future)
         pick, bucket = self.pick(seed, step), self.bucket(seed, step)
         future = pick.mode not in ("policy", "image", "understanding", "proposal")
-        newest = cached or pick.mode in ("image", "understanding")
+        newest = cached or pick.mode in ("image", "understanding", "proposal")
         history = 0 if not pick.images else 1 if newest else None
         clips = None if bucket is None or not sizes else sizes[bucket, pick.mode == "image"]
         return Needs(pick.rows, history, future, self.clips(pick), bucket, clips)

@@ -168,7 +168,8 @@ class PhaseModule(L.LightningModule):
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
         understanding = partial(understanding_loss, lens=phase.lens)
-        alone = {"understanding": understanding, "proposal": proposal_loss}.get(pick.mode)
+        proposal = partial(proposal_loss, drop=pick.drop)
+        alone = {"understanding": understanding, "proposal": proposal}.get(pick.mode)
         if alone is not None:
             losses = alone(self.model, batch, dropout, generator)
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from worldmodel.contracts import Fused, SeeingTextEncoder, Senses, TextEncoder
 from worldmodel.encoders.camera import CameraEncoder
 from worldmodel.encoders.heads import CameraHead, QueryHead
+from worldmodel.encoders.keypoints import KeypointHead
 from worldmodel.encoders.proprio import ProprioEncoder
 from worldmodel.encoders.rgb import ImageEncoder
 from worldmodel.encoders.tactile import TactileEncoder
@@ -61,7 +62,7 @@ class FusionEncoder(nn.Module):
         tactile: TactileEncoder,
         proprio: ProprioEncoder,
         camera_head: CameraHead,
-        points_head: QueryHead,
+        points_head: QueryHead | KeypointHead,
         force_head: QueryHead,
         gives: str = "fused",
     ) -> None:
@@ -112,6 +113,20 @@ class FusionEncoder(nn.Module):
         tokens = {"fused": [fused.tokens], "text": [fused.text], "both": [fused.tokens, fused.text]}[self.gives]
         masks = {"fused": [fused.mask], "text": [fused.text_mask], "both": [fused.mask, fused.text_mask]}[self.gives]
         return fused._replace(tokens=torch.cat(tokens, 1), mask=torch.cat(masks, 1))
+
+    @property
+    def locates_alone(self) -> bool:
+        """Whether points are read by a head of their own, which is told no points, rather than out of all senses."""
+        return isinstance(self.points_head, KeypointHead)
+
+    def locate(self, s: Senses, fused: Fused | None = None, *, images: bool = True) -> Tensor:
+        """Where the tracked points are believed to be, standardised (B, K, 3).
+
+        `fused` may be handed in when computed, and `images` says whether they were and are looked at.
+        """
+        if isinstance(self.points_head, KeypointHead):
+            return self.points_head(s, self.instruction(s) if fused is None else fused.instruction, images)
+        return self.points_head(self(s, SENSES if images else SENSES[1:]) if fused is None else fused)
 
     def forward(self, s: Senses, senses: Sequence[str] = SENSES, image_tokens: Tensor | None = None) -> Fused:
         """Fuses the senses named in `senses`; others cost nothing. `image_tokens` may be handed in when computed."""
