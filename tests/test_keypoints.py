@@ -9,7 +9,7 @@ from test_model import draws, future_of, observation_of
 from worldmodel.contracts import Batch
 from worldmodel.data.transforms import hide
 from worldmodel.encoders.keypoints import Keypoints
-from worldmodel.losses import proposal_loss
+from worldmodel.proposal_loss import proposal_loss
 
 
 def test_keypoints_find_a_mark_between_the_cells_of_their_map():

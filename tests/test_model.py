@@ -17,6 +17,7 @@ from worldmodel.data.statistics import statistics_hash
 from worldmodel.data.transforms import hide, modality_dropout, zoom
 from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError, DataError
+from worldmodel.policy.state_policy import measure
 from worldmodel.synthesis.flow import add_noise, clean_to_velocity, shift_sigma, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
 
@@ -36,6 +37,7 @@ def future_of(spec: ClipSpec, batch: int = 2) -> Future:
         visible=ones(f, k),
         wrench=torch.randn(batch, f, s, 6, generator=g),
         actions=torch.randn(batch, spec.chunk, spec.action, generator=g),
+        proprio=torch.randn(batch, spec.chunk, spec.proprio, generator=g),
         valid=ones(f),
         action_valid=ones(spec.chunk),
         action_dims=ones(spec.action),
@@ -290,7 +292,8 @@ def test_an_untrained_model_says_that_nothing_moves(tiny_model):
         p = tiny_model.predict(o, None, "joint", generator=generator())
         torch.testing.assert_close(p.points[:, -1], o.points[:, -1], atol=1e-4, rtol=0)
         senses = tiny_model.normaliser(o, tiny_model.grid)
-        _, proposal = tiny_model.expert.state(senses, tiny_model.encoder.instruction(senses))
+        state, words = tiny_model.expert.state, tiny_model.encoder.instruction(senses)
+        _, proposal = state(measure(senses), words, senses.embodiment)
         torch.testing.assert_close(p.actions, tiny_model.normaliser.restore("action", proposal, o.embodiment))
 
 

@@ -97,6 +97,7 @@ class Future(NamedTuple):
     visible: Tensor  # (B, F, K) bool
     wrench: Tensor  # (B, F, S, 6) float32: mean over the R steps of the latent frame
     actions: Tensor  # (B, A, D) float32, units of the embodiment; actions[:, 0] is executed now
+    proprio: Tensor  # (B, A, P) float32, as it is measured once each of the actions is done
     valid: Tensor  # (B, F) bool, False past the end of the episode
     action_valid: Tensor  # (B, A) bool, False past the end of the episode
     action_dims: Tensor  # (B, D) bool, True for the dimensions this embodiment has

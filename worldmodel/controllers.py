@@ -93,7 +93,7 @@ class EagerPolicy:
             known = first_actions(padded, torch.tensor([len(decided)]))
         with torch.inference_mode():
             if self.stateful:
-                self._memory = read(self.model, observation, self._memory, self._fresh())
+                self._memory = read(self.model, observation, self._memory, self._fresh(), known)
                 actions = self.model.act_from(self._memory, noise, known)
             else:
                 actions = self.model.act(observation, noise, known)

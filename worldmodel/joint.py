@@ -17,6 +17,7 @@ from worldmodel.guess import Guess, Memory, Past
 from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
+from worldmodel.policy.realtime import Decided
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.compositor import Compositor
 from worldmodel.synthesis.conditions import Given
@@ -159,13 +160,15 @@ class JointTransformer(Guess):
         read_only: bool = False,
         past: Memory | Past | None = None,
         fresh: int | None = None,
+        decided: Decided | None = None,
     ) -> Memory:
         """Reads the history once. Without `latents` the video stream is left out and costs nothing.
 
         With `past`, stage 2 reads only the newest `fresh` frames (default: all), after the frames remembered there;
         `latents` may hold those alone. Stage 1 reads the newest frames of the history as ever. `read_only` keeps
-        gradients of what follows out of stage 2 (knowledge insulation, Driess et al. 2025, arXiv 2505.23705). Raises
-        `ConfigError` if `past` remembers other streams.
+        gradients of what follows out of stage 2 (knowledge insulation, Driess et al. 2025, arXiv 2505.23705). The
+        chunk of actions will begin with the normalised `decided` ones. Raises `ConfigError` if `past` remembers other
+        streams.
         """
         unread = s if fresh is None else s.newest(fresh)
         if latents is not None and fresh is not None:
@@ -197,7 +200,7 @@ class JointTransformer(Guess):
         seen = None
         if fused is not None and self.expert.state is not None:
             seen = self.encoder.locate(s, fused, images="rgb" in senses).detach()
-        action_context, condition, proposal = self.expert.extend(context, s, seen)
+        action_context, condition, proposal = self.expert.extend(context, s, seen, decided)
         video_context = self.denoiser.read(action_context if self.expert.shares_token else context)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, then, unread.rays, presence, streams)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldmodel.conditioning import draw_given, give
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
-from worldmodel.data.transforms import hide, modality_dropout, zoom
+from worldmodel.data.transforms import hide, jittered, modality_dropout, zoom
 from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import intrinsics_to_fov
@@ -102,30 +102,12 @@ def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Sens
     }
 
 
-def proposal_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws, *, drop: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """Behaviour cloning of the state policy alone: it needs no history, and pictures only where points are in `drop`.
-
-    Then it acts on where stage 1 sees them. Raises `ConfigError` if the model has no state policy.
-    """
-    if model.expert.state is None:
-        raise ConfigError("mode 'proposal' trains the state policy, but policy.expert.state is null")
-    observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
-    s = model.normaliser(observation, model.grid)
-    seen = None
-    if "points" in drop:
-        with torch.no_grad():
-            seen = model.encoder.locate(s, images="rgb" not in drop)
-    _, proposal = model.expert.state(s, model.encoder.instruction(s), seen)
-    error = proposal_error(model, proposal, batch)
-    return {"loss": error, "proposal": error}
-
-
-def proposal_error(model: WorldModel, proposal: Tensor, batch: Batch) -> Tensor:
+def proposal_error(model: WorldModel, proposal: Tensor, batch: Batch, decided: Decided | None = None) -> Tensor:
     """Mean absolute error of proposed actions: its minimum is the median, which takes sides where a mean would not."""
     actions = model.normaliser.standardise("action", batch.future.actions, batch.observation.embodiment)
-    return masked_mean((proposal - actions).abs(), action_mask(batch.future))
+    asked = action_mask(batch.future)
+    asked = asked if decided is None else asked & ~decided.where[..., None]
+    return masked_mean((proposal - actions).abs(), asked)
 
 
 def action_mask(future: Future) -> Tensor:
@@ -205,6 +187,7 @@ def clip_loss(
     given: Mapping[str, float],
     absent: float,
     decided: float = 0.0,
+    jitter: float = 0.0,
 ) -> tuple[dict[str, Tensor], Memory]:
     """Flow matching of whatever `mode` denoises; `latents` are those of the history, None where images are dropped.
 
@@ -213,15 +196,22 @@ def clip_loss(
     streams' `distance`. Actions take the squared error: where their correction starts from nothing, any other is flat.
     `given` has the rate at which each condition is given, `absent` that at which cameras and points that are not given
     are left out (see `draw_given`), and in policy mode `decided` the rate at which a chunk continues known actions (see
-    `realtime.draw_prefixes`); what is not predicted has no loss. After `past`, the memory of the clip before, only the
+    `realtime.draw_prefixes`) and `jitter` the noise on what is measured (see `transforms.jittered`); what is not
+    predicted has no loss. After `past`, the memory of the clip before, only the
     frames that it foretold are read. Also returns the memory.
     """
     observation, _ = modality_dropout(hide(batch.observation, drop), dropout, generator)
     future = batch.future
     s = model.normaliser(observation, model.grid)
     policy = mode == "policy"
+    prefix: Decided | None = None
+    if policy:
+        s = jittered(s, jitter, model.normaliser.effector, generator)
+        if decided:
+            actions = model.normaliser.standardise("action", future.actions, s.embodiment)
+            prefix = draw_prefixes(actions, decided, generator)
     fresh = None if past is None else model.spec.future
-    memory = model.remember(s, latents, read_only=insulate and policy, past=past, fresh=fresh)
+    memory = model.remember(s, latents, read_only=insulate and policy, past=past, fresh=fresh, decided=prefix)
     do_streams, do_actions = DENOISED[mode]
     b = s.text.shape[0]
     draws = draws if policy else 1
@@ -248,15 +238,13 @@ def clip_loss(
             level_of[name] = levels[:, i]
             noisy.append(add_noise(clean, noise, levels[:, i]))
         arguments |= {"state": WorldState(*noisy), "levels": levels}
-    prefix: Decided | None = None
     if mode != "video_prediction":
         actions = repeat_rows(model.normaliser.standardise("action", future.actions, s.embodiment), draws)
         level = torch.zeros(b * draws)
         if do_actions:
             level = sample_sigma(b * draws, model.action_shift, generator)
-        if policy and decided:
-            prefix = draw_prefixes(actions, decided, generator)
-            level = prefix.levels(level.to(actions))
+        if prefix is not None:
+            level = prefix.repeat(draws).levels(level.to(actions))
         level_of["actions"] = level = level.to(actions)
         clean_of["actions"] = actions
         noise_of["actions"] = noise = generator.randn(*actions.shape).to(actions)
@@ -275,11 +263,11 @@ def clip_loss(
         error = action_velocity - velocity_target(clean_of["actions"], noise_of["actions"])
         error = (model.loss_weight("actions", level_of["actions"], error) * error).square()
         asked = repeat_rows(action_mask(future), draws)
-        asked = asked if prefix is None else asked & ~prefix.where[..., None]
+        asked = asked if prefix is None else asked & ~prefix.repeat(draws).where[..., None]
         losses["actions"] = masked_mean(error, asked)
         levelled |= by_level("actions", error, asked, level_of["actions"].reshape(len(error), -1).amax(1))
     if policy and memory.proposal is not None:
-        losses["proposal"] = proposal_error(model, memory.proposal, batch)
+        losses["proposal"] = proposal_error(model, memory.proposal, batch, prefix)
     total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
     return {"loss": total, **{f"{mode}/{name}": value for name, value in losses.items()}, **levelled}, memory
 

@@ -88,11 +88,11 @@ class WorldModel(JointTransformer):
         `decided` has actions in those units that will be executed whatever the answer is: the chunk continues them
         (real-time chunking, see `policy.realtime`).
         """
-        senses = self.normaliser(observation, self.grid)
-        return self.act_from(self.remember(senses, self.history_latents(observation)), noise, decided)
+        senses, known = self.normaliser(observation, self.grid), self.own_units(decided, observation.embodiment)
+        return self.act_from(self.remember(senses, self.history_latents(observation), decided=known), noise, decided)
 
     def act_from(self, memory: Memory, noise: Tensor, decided: Decided | None = None) -> Tensor:
-        """The same from what was read already."""
+        """The same from what was read already, with the same actions `decided`."""
         actions = self.denoise_actions(memory, noise, self.own_units(decided, memory.embodiment))
         return self.normaliser.restore("action", actions, memory.embodiment)
 
@@ -117,8 +117,8 @@ class WorldModel(JointTransformer):
         """
         senses = self.normaliser(observation, self.grid)
         latents = self.history_latents(observation if fresh is None else observation.newest(fresh))
-        memory = self.remember(senses, latents, past=past, fresh=fresh)
         decided = self.own_units(decided, observation.embodiment)
+        memory = self.remember(senses, latents, past=past, fresh=fresh, decided=decided)
         actions, draft = self.draft_actions(memory, noise, decided)
         if self.action_steps == 1:
             draft = self.denoise_actions(memory, -noise, decided)

@@ -80,8 +80,9 @@ class Phase:
     the cost of few. `gradients` says whether they flow back through it. `given` has the rate at which each condition of
     synthesis is given in a row - `video`, `camera`, `points`, `embodiment` (1 unless said); `forward_dynamics` gives
     actions - and `absent` that at which cameras and points that are not given are left out instead of predicted;
-    guidance needs both. A network without conditions learns without. `decided` is the rate at which a chunk of mode
-    `policy` continues actions that are known, for real-time chunking. An `edit` phase learns from pairs of clips:
+    guidance needs both. A network without conditions learns without. `decided` is the rate at which a chunk of modes
+    `policy` and `proposal` continues actions that are known, for real-time chunking, and `jitter` the noise on what
+    these modes measure of the robot (see `transforms.jittered`). An `edit` phase learns from pairs of clips:
     `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
     teacher about the modes of its mixture.
 
@@ -112,6 +113,7 @@ class Phase:
     given: Mapping[str, float] = field(default_factory=dict)
     absent: float = 0.0
     decided: float = 0.0
+    jitter: float = 0.0
     pairs: Mapping[str, float] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     distillation: Distillation | None = None
@@ -140,6 +142,8 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: pairs.{unknown[0]} is none of {', '.join(PAIR_KINDS)}")
         if (self.objective == "edit") != any(self.pairs.values()):
             raise ConfigError(f"phase {self.name!r}: weights of pairs belong to objective `edit` and only there")
+        if self.jitter < 0:
+            raise ConfigError(f"phase {self.name!r}: jitter is a standard deviation, 0 or more, not {self.jitter}")
         if self.lens < 1:
             raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
         if self.objective not in OBJECTIVES:

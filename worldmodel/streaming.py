@@ -15,15 +15,27 @@ from worldmodel.contracts import Future, Observation, Prediction
 from worldmodel.errors import ConfigError
 from worldmodel.joint import Memory
 from worldmodel.model import WorldModel
+from worldmodel.policy.realtime import Decided
 
 Actions = Callable[[int], Tensor]
 """Number of a chunk -> its actions (B, A, D) in the embodiment's units, the first of which is executed at its start."""
 
 
-def read(model: WorldModel, observation: Observation, past: Memory | None = None, fresh: int | None = None) -> Memory:
-    """Reads an observation after `past`: all of its history, or its `fresh` newest frames alone (see `remember`)."""
+def read(
+    model: WorldModel,
+    observation: Observation,
+    past: Memory | None = None,
+    fresh: int | None = None,
+    decided: Decided | None = None,
+) -> Memory:
+    """Reads an observation after `past`: all of its history, or its `fresh` newest frames alone (see `remember`).
+
+    `decided` are in the robot's units.
+    """
     latents = model.history_latents(observation if fresh is None else observation.newest(fresh))
-    return model.remember(model.normaliser(observation, model.grid), latents, past=past, fresh=fresh)
+    decided = model.own_units(decided, observation.embodiment)
+    senses = model.normaliser(observation, model.grid)
+    return model.remember(senses, latents, past=past, fresh=fresh, decided=decided)
 
 
 def roll_out(
@@ -88,6 +100,7 @@ def future_of_actions(observation: Observation, actions: Tensor) -> Future:
         visible=observation.visible[:, none],
         wrench=observation.wrench[:, none].mean(2),
         actions=actions,
+        proprio=observation.proprio[:, none],
         valid=torch.ones(rows, 0, dtype=torch.bool, device=device),
         action_valid=torch.ones(actions.shape[:2], dtype=torch.bool, device=device),
         action_dims=torch.ones(rows, actions.shape[2], dtype=torch.bool, device=device),

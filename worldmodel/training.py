@@ -18,11 +18,12 @@ from worldmodel.distillation import distillation_loss, make_teacher
 from worldmodel.draws import Draws
 from worldmodel.editing_losses import edit_loss
 from worldmodel.errors import ConfigError
-from worldmodel.losses import proposal_loss, tokeniser_loss, understanding_loss, world_loss
+from worldmodel.losses import tokeniser_loss, understanding_loss, world_loss
 from worldmodel.model import WorldModel
 from worldmodel.motion_loss import motion_loss
 from worldmodel.phases import PARTS, Phase
 from worldmodel.picture_loss import picture_loss
+from worldmodel.proposal_loss import proposal_loss
 from worldmodel.ranks import rank
 from worldmodel.sharding import shard
 from worldmodel.sized import sized
@@ -168,7 +169,7 @@ class PhaseModule(L.LightningModule):
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
         understanding = partial(understanding_loss, lens=phase.lens)
-        proposal = partial(proposal_loss, drop=pick.drop)
+        proposal = partial(proposal_loss, drop=pick.drop, decided=phase.decided, jitter=phase.jitter)
         alone = {"understanding": understanding, "proposal": proposal}.get(pick.mode)
         if alone is not None:
             losses = alone(self.model, batch, dropout, generator)
@@ -193,7 +194,7 @@ class PhaseModule(L.LightningModule):
             how = phase.distillation
             return distillation_loss(self.model, self.teacher, batch, latents, generator, settings=how, **settings)
         chunks, truncate = phase.clips(pick), phase.gradients == "truncated"
-        settings["decided"] = phase.decided
+        settings |= {"decided": phase.decided, "jitter": phase.jitter}
         return world_loss(self.model, batch, latents, generator, chunks=chunks, truncate=truncate, **settings)
 
     def history_latents(self, batch: Batch) -> Tensor:

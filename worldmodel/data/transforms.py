@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldmodel.contracts import Observation
+from worldmodel.contracts import Observation, Senses
 from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 
@@ -75,3 +75,16 @@ def zoom(observation: Observation, most: float, generator: Draws) -> Observation
         rgb=torch.cat([observation.rgb[:, :-1], seen.unflatten(0, (b, 1, v))], 1),
         intrinsics=torch.cat([observation.intrinsics[:, :-1], (lens * gain).unsqueeze(1)], 1),
     )
+
+
+def jittered(s: Senses, spread: float, effector: Sequence[int], generator: Draws) -> Senses:
+    """Newest proprioception with normal noise of standard deviation `spread`, in that of the data.
+
+    Where the end effector is (numbers `effector`) stays exact. Demonstrations of one expert never show another speed or
+    grip than its own, and a policy that trusts those to the last digit fails where it meets them: behind a delay, say.
+    """
+    if spread == 0:
+        return s
+    noise = spread * generator.randn(*s.proprio[:, -1].shape).to(s.proprio)
+    noise[:, list(effector)] = 0.0
+    return s._replace(proprio=torch.cat([s.proprio[:, :-1], (s.proprio[:, -1] + noise).unsqueeze(1)], 1))

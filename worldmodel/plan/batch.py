@@ -39,7 +39,8 @@ def random_batch(
     )  # fmt: skip
     future = Future(
         images(spec.window if frames is None else frames), torch.eye(4).expand(b, f, v, 4, 4), draw(f, k, 3),
-        yes(f, k), draw(f, s, 6), draw(spec.chunk, spec.action), yes(f), yes(spec.chunk), yes(spec.action),
+        yes(f, k), draw(f, s, 6), draw(spec.chunk, spec.action),
+        draw(spec.chunk, spec.proprio), yes(f), yes(spec.chunk), yes(spec.action),
     )  # fmt: skip
     found = None
     if masks:

@@ -16,7 +16,9 @@ from worldmodel.nn import (
     modulation_table,
     rope_table,
 )
-from worldmodel.policy.state_policy import StatePolicy
+from worldmodel.policy.foresight import Foresight
+from worldmodel.policy.realtime import Decided
+from worldmodel.policy.state_policy import StatePolicy, measure
 
 ROPES = ("time", "step")
 
@@ -81,6 +83,7 @@ class ActionExpert(nn.Module):
         history: int,
         embodiments: int,
         state: StatePolicy | None,
+        foresight: Foresight | None = None,
         proprio: int = 0,
         shares_token: bool = False,
         conditioned: bool = True,
@@ -96,12 +99,14 @@ class ActionExpert(nn.Module):
             raise ConfigError(f"policy.expert.rope: unknown {rope!r}; one of {', '.join(ROPES)}")
         if state is None and proprio < 1:
             raise ConfigError("policy.expert: without a state policy, `proprio` says how long the measured state is")
+        if state is None and foresight is not None:
+            raise ConfigError("policy.expert.foresight says what the state policy will see, but `state` is null")
         self.head_dim, self.rope_kind, self.shares_token = attention_width // heads, rope, shares_token
         self.register_buffer("steps", history - 1 + torch.arange(1, chunk + 1) / stride, persistent=False)
         self.embed_in = nn.Linear(action, width)
         self.position = nn.Parameter(torch.randn(chunk, width) * 0.5) if slots else None
         self.embodiment = nn.Embedding(embodiments, width) if slots else None
-        self.state = state
+        self.state, self.foresight = state, foresight
         size = proprio if state is None else state.out.in_features + context
         self.token = FeedForward(width=size, hidden=context, out=context)
         self.condition = FeedForward(width=context, hidden=context, out=width) if conditioned else None
@@ -124,17 +129,25 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.embed_out.weight)
         nn.init.zeros_(self.embed_out.bias)
 
-    def extend(self, context: Fused, senses: Senses, seen: Tensor | None) -> tuple[Fused, Tensor | None, Tensor | None]:
+    def extend(
+        self, context: Fused, senses: Senses, seen: Tensor | None, decided: Decided | None = None
+    ) -> tuple[Fused, Tensor | None, Tensor | None]:
         """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
-        `seen` (B, K, 3) are the points as stage 1 believes them to be. Returns the context with the token, the
-        condition (B, W) and the state policy's proposal (B, A, D), which the transformer corrects, where it has them.
+        `seen` (B, K, 3) are the points as stage 1 believes them to be. With `decided` actions it is what will be
+        measured when they are done, where there is foresight. Returns the context with the token, the condition (B, W)
+        and the state policy's proposal (B, A, D), which the transformer corrects, where it has them.
         """
         if self.state is None:
             present, proposal = senses.has_proprio, None
             token = self.token(senses.proprio[:, -1] * present.unsqueeze(-1)) * present.unsqueeze(-1)
         else:
-            features, proposal = self.state(senses, context.instruction, seen)
+            now, words, robot = measure(senses, seen), context.instruction, senses.embodiment
+            foreseen = self.foresight is not None and decided is not None
+            if foreseen:
+                now = self.foresight.after(now, decided, words, robot)
+            features, proposal = self.state(now, words, robot)
+            proposal = decided.after(proposal) if foreseen else proposal
             token = self.token(torch.cat([features, self.mean(context)], -1))
             present = torch.ones_like(senses.has_proprio)
         tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)

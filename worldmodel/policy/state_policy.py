@@ -1,6 +1,7 @@
 """What the measured state alone suggests: a small policy that the action transformer corrects."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,52 @@ from torch import Tensor, nn
 from worldmodel.contracts import Senses
 
 
+class Measured(NamedTuple):
+    """The low-dimensional state of one moment; what is absent is zero and flagged."""
+
+    proprio: Tensor  # (B, P) standardised
+    effector: Tensor  # (B, 3) end effector, in the units of `points`
+    points: Tensor  # (B, K, 3) standardised
+    has_proprio: Tensor  # (B, 1) bool
+    tracked: Tensor  # (B, K, 1) bool, points that the robot itself tracks
+    answered: Tensor  # (B, K, 1) bool, these, or all where none is tracked and stage 1 says where they are
+
+    def features(self) -> Tensor:
+        """All of it in one vector (B, P + 1 + 7 K)."""
+        here = self.has_proprio.to(self.points.dtype)
+        relative = torch.where(self.answered, self.points - self.effector.unsqueeze(1), 0.0) * here.unsqueeze(-1)
+        flags = self.tracked.to(self.points.dtype)
+        return torch.cat([self.proprio, here, self.points.flatten(1), relative.flatten(1), flags.flatten(1)], -1)
+
+    @staticmethod
+    def size(proprio: int, points: int) -> int:
+        """Length of `features`."""
+        return proprio + 1 + 7 * points
+
+
+def measure(senses: Senses, seen: Tensor | None = None) -> Measured:
+    """What is measured now; where no point is tracked, `seen` (B, K, 3) says where stage 1 believes them to be."""
+    tracked = senses.has_points.unsqueeze(-1)
+    points, answered = torch.where(tracked, senses.points[:, -1], 0.0), tracked
+    if seen is not None:
+        any_tracked = tracked.any(1, keepdim=True)
+        points, answered = torch.where(any_tracked, points, seen), tracked | ~any_tracked
+    here = senses.has_proprio.unsqueeze(-1)
+    proprio = senses.proprio[:, -1] * here
+    return Measured(proprio, senses.effector[:, -1], points, here, tracked, answered)
+
+
+def layered(size: int, hidden: int) -> nn.Sequential:
+    """Two layers with SiLU after each, (B, size) -> (B, hidden)."""
+    sizes = (size, hidden, hidden)
+    return nn.Sequential(*(module for a, b in pairwise(sizes) for module in (nn.Linear(a, b), nn.SiLU())))
+
+
 class StatePolicy(nn.Module):
-    """Proprioception, tracked points and instruction of this moment -> features and a proposed chunk of actions.
+    """Proprioception, points and instruction of one moment -> features and a proposed chunk of actions.
 
     The base of a residual policy (Silver et al. 2018, arXiv 1812.06298): without pictures or history it trains on a
     hundred times more samples a second than the transformer, which then learns only what the state does not settle.
-    Absent senses are zero and flagged; where no point is tracked, `seen` says where stage 1 believes the points to be.
     """
 
     def __init__(
@@ -22,23 +63,10 @@ class StatePolicy(nn.Module):
         super().__init__()
         self.chunk = chunk
         self.embodiment = nn.Embedding(embodiments, instruction)
-        sizes = (proprio + 1 + 7 * points + instruction, hidden, hidden)
-        layers = [module for a, b in pairwise(sizes) for module in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*layers)
+        self.layers = layered(Measured.size(proprio, points) + instruction, hidden)
         self.out = nn.Linear(hidden, chunk * action)
 
-    def forward(self, senses: Senses, instruction: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Senses, instruction (B, W), estimated points (B, K, 3) -> features (B, hidden), actions (B, A, D)."""
-        here = senses.has_proprio.unsqueeze(-1).to(senses.proprio.dtype)
-        known = senses.has_points.unsqueeze(-1)
-        points = torch.where(known, senses.points[:, -1], 0.0)
-        answered = known
-        if seen is not None:
-            tracked = known.any(1, keepdim=True)
-            points = torch.where(tracked, points, seen)
-            answered = known | ~tracked
-        relative = torch.where(answered, points - senses.effector[:, -1:], 0.0) * here.unsqueeze(-1)
-        flags = known.to(points.dtype)
-        parts = [senses.proprio[:, -1] * here, here, points.flatten(1), relative.flatten(1), flags.flatten(1)]
-        features = self.layers(torch.cat([*parts, instruction + self.embodiment(senses.embodiment)], -1))
+    def forward(self, now: Measured, instruction: Tensor, embodiment: Tensor) -> tuple[Tensor, Tensor]:
+        """State, instruction (B, W), embodiment (B,) -> features (B, hidden), actions (B, A, D)."""
+        features = self.layers(torch.cat([now.features(), instruction + self.embodiment(embodiment)], -1))
         return features, self.out(features).unflatten(-1, (self.chunk, -1))

@@ -1,0 +1,113 @@
+"""What the state will be when decided actions are done, and the chunk that begins with them."""
+
+import copy
+
+import pytest
+import torch
+from test_model import draws, future_of, generator, observation_of
+
+from worldmodel.contracts import Batch
+from worldmodel.data.transforms import hide, jittered
+from worldmodel.errors import ConfigError
+from worldmodel.policy.realtime import first_actions
+from worldmodel.policy.state_policy import measure
+from worldmodel.proposal_loss import foresight_error, proposal_loss
+
+
+@pytest.fixture
+def model(tiny_model):
+    """One whose foresight expects something to change."""
+    changed = copy.deepcopy(tiny_model)
+    torch.nn.init.normal_(changed.expert.foresight.out.weight, std=0.1, generator=generator())
+    return changed
+
+
+def measured(model, observation):
+    s = model.normaliser(observation, model.grid)
+    return measure(s), model.encoder.instruction(s), s.embodiment
+
+
+def chunk(model, seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, model.spec.chunk, model.spec.action, generator=generator(seed))
+
+
+def test_foresight_takes_one_step_for_every_decided_action(model):
+    now, words, robot = measured(model, observation_of(model.spec))
+    foresight, actions = model.expert.foresight, chunk(model)
+    after = foresight.after(now, first_actions(actions, torch.tensor([0, 2])), words, robot)
+    twice = foresight(foresight(now, actions[:, 0], words, robot), actions[:, 1], words, robot)
+    torch.testing.assert_close(after.proprio[0], now.proprio[0], rtol=0, atol=0)
+    for name in ("proprio", "effector", "points"):
+        torch.testing.assert_close(getattr(after, name)[1], getattr(twice, name)[1])
+    assert (after.proprio[1] - now.proprio[1]).abs().max() > 1e-3
+
+
+def test_absent_senses_stay_absent(model):
+    now, words, robot = measured(model, hide(observation_of(model.spec), ["points", "proprio"]))
+    after = model.expert.foresight(now, chunk(model)[:, 0], words, robot)
+    assert torch.equal(after.proprio, now.proprio) and torch.equal(after.points, now.points)
+
+
+def test_a_chunk_begins_with_what_is_decided_and_goes_on_from_the_state_after_it(model):
+    o, actions = observation_of(model.spec), chunk(model)
+    s = model.normaliser(o, model.grid)
+    decided = first_actions(actions, torch.tensor([0, 3]))
+    with torch.no_grad():
+        plain = model.remember(s, None).proposal
+        proposal = model.remember(s, None, decided=decided).proposal
+        later = model.expert.foresight.after(measure(s, None), decided, model.encoder.instruction(s), s.embodiment)
+        fresh = model.expert.state(later, model.encoder.instruction(s), s.embodiment)[1]
+    torch.testing.assert_close(proposal[0], plain[0])
+    torch.testing.assert_close(proposal[1, :3], actions[1, :3])
+    torch.testing.assert_close(proposal[1, 3:], fresh[1, :-3])
+
+
+def test_foresight_learns_how_the_state_moves(model):
+    """A robot whose every measurement grows by its first action."""
+    model = copy.deepcopy(model)
+    o, future = observation_of(model.spec, 2), future_of(model.spec, 2)
+    n = model.normaliser
+    motion = n.standardise("action", future.actions, o.embodiment)[..., :1].cumsum(1)
+    scale, _ = n.moments("proprio", o.embodiment, future.proprio)[1], None
+    future = future._replace(proprio=o.proprio[:, -1:] + motion * scale)
+    batch = Batch(o, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
+    foresight = model.expert.foresight
+    optimiser = torch.optim.Adam(foresight.parameters(), 3e-3)
+    errors = []
+    for _ in range(80):
+        now, words, robot = measured(model, o)
+        optimiser.zero_grad()
+        error = foresight_error(model, foresight, now, words.detach(), batch)
+        error.backward()
+        optimiser.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.3 * errors[0]
+
+
+def test_what_is_decided_has_no_loss_and_foresight_is_not_taught_by_actions(model):
+    o, future = observation_of(model.spec), future_of(model.spec)
+    batch = Batch(o, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
+    losses = proposal_loss(model, batch, {}, draws(), decided=1.0)
+    losses["proposal"].backward(retain_graph=True)
+    assert all(p.grad is None for p in model.expert.foresight.parameters())
+    losses["foresight"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.expert.foresight.parameters())
+
+
+def test_jitter_leaves_the_hand_where_it_is(tiny_model):
+    s = tiny_model.normaliser(observation_of(tiny_model.spec), tiny_model.grid)
+    noisy = jittered(s, 0.3, tiny_model.normaliser.effector, draws())
+    changed = noisy.proprio != s.proprio
+    assert not changed[:, :-1].any() and not changed[:, -1, list(tiny_model.normaliser.effector)].any()
+    assert changed[:, -1].sum() == 2 * (tiny_model.spec.proprio - 3)
+    assert torch.equal(noisy.effector, s.effector) and jittered(s, 0.0, (0,), draws()) is s
+
+
+def test_foresight_without_a_state_policy_is_refused(tiny_model):
+    from worldmodel.policy.action_expert import ActionExpert
+
+    with pytest.raises(ConfigError, match="foresight"):
+        ActionExpert(
+            width=8, attention_width=8, heads=1, hidden=8, context=8, layers=1, action=2, chunk=4, stride=2, history=2,
+            embodiments=1, state=None, foresight=tiny_model.expert.foresight, proprio=3,
+        )  # fmt: skip
