@@ -3,8 +3,9 @@
   python benchmarks/delay.py RUN OUT [--delays 0 1 2 4] [--trials 20]
 
 A chunk arrives so many control steps after the observation that it answers; the robot goes on with the chunk before
-until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them. Both are the
-same network, start states and noise. `RUN` should have been trained with a rate `decided` in its phases. Prints a
+until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them from the state
+that foresight expects. Both are the same network, start states and noise. `RUN` should have been trained with a rate
+`decided` in its phases. Prints a
 Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
 """
 

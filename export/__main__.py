@@ -149,6 +149,7 @@ def _drive(settings: dict[str, Any]) -> None:
             seed=settings["seed"],
             precision=settings["precision"],
             unproven=settings["unproven"],
+            stepping=settings["stepping"],
         ),
         settings["tasks"] or list(TRAIN_TASKS),
         trials=settings["trials"],

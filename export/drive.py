@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from export.runtime import OnnxPolicy, load_manifest
+from export.runtime import OnnxPolicy, StepPolicy, load_manifest
+from worldmodel.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,17 @@ class OnnxPolicyFactory:
     threads: int = 1
     precision: str = "fp32"
     unproven: bool = False
+    stepping: bool = False
+    """Reads every picture once, see `StepPolicy`."""
+
+    def __post_init__(self) -> None:
+        if self.blind and self.stepping:
+            raise ExportError("a policy without some of the cameras reads whole histories: leave `stepping` out")
 
     def __call__(self) -> OnnxPolicy:
         """The policy, on one thread by default since every worker has its own."""
-        kind = partial(_BlindPolicy, blind=self.blind) if self.blind else OnnxPolicy
+        whole = partial(_BlindPolicy, blind=self.blind) if self.blind else OnnxPolicy
+        kind = StepPolicy if self.stepping else whole
         return kind(
             self.folder,
             mask=self.mask,

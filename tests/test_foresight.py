@@ -111,3 +111,11 @@ def test_foresight_without_a_state_policy_is_refused(tiny_model):
             width=8, attention_width=8, heads=1, hidden=8, context=8, layers=1, action=2, chunk=4, stride=2, history=2,
             embodiments=1, state=None, foresight=tiny_model.expert.foresight, proprio=3,
         )  # fmt: skip
+
+
+def test_what_is_far_outside_the_data_is_taken_for_its_edge(model):
+    now, words, robot = measured(model, observation_of(model.spec))
+    edge = torch.full((2, model.spec.action), 5.0)
+    wild, tame = (model.expert.foresight(now, action, words, robot) for action in (1e6 * edge, edge))
+    torch.testing.assert_close(wild.points, tame.points)
+    assert wild.proprio.abs().max() <= 5

@@ -9,6 +9,8 @@ A copy of this folder lies in every artefact, so that the artefact alone is enou
         if step % policy.stride == 0:
             chunk = policy.act()             # (A, D) actions in the robot's own units, chunk[0] is executed now
         execute(chunk[step % policy.stride]) # policy.report: which limits acted, confidence, out of distribution
+
+`StepPolicy` is used in the same way and reads every picture once.
 """
 
 from .controller import Controller, Question
@@ -16,6 +18,7 @@ from .guard import Guard
 from .manifest import MANIFEST_SCHEMA, SENSES, RuntimeContractError, find_graph, load_manifest
 from .observation import encode_instruction
 from .policy import OnnxPolicy, Report
+from .step import StepPolicy
 
 __all__ = [
     "MANIFEST_SCHEMA",
@@ -26,6 +29,7 @@ __all__ = [
     "Question",
     "Report",
     "RuntimeContractError",
+    "StepPolicy",
     "encode_instruction",
     "find_graph",
     "load_manifest",

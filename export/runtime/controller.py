@@ -22,7 +22,7 @@ import numpy as np
 
 from .guard import Guard
 from .manifest import RuntimeContractError
-from .observation import checked, encode_instruction
+from .observation import checked, encode_instruction, sound_rows
 from .policy import OnnxPolicy
 from .readings import Readings
 
@@ -117,6 +117,7 @@ class Controller:
             self.state, self.reason = HOLD, "nothing observed yet"
             self.dropped: dict[str, int] = {}
             """Messages that were not used, by name."""
+            self._patchy: set[str] = set()
             self._episode += 1
             self._start, self._step, self._first = now, -1, -1
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
@@ -129,6 +130,8 @@ class Controller:
     def receive(self, stamp: float, observation: dict[str, Any], now: float) -> None:
         """Takes what was measured at `stamp`, names as in `OnnxPolicy.observe`, each of them by itself.
 
+        Points and sensors that are not finite are absent; the others of their value stay.
+
         Raises:
             RuntimeContractError: an unknown name, or an instruction that does not fit.
         """
@@ -139,7 +142,7 @@ class Controller:
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise RuntimeContractError(f"{key}: unknown; {hint}expected names {sorted(shapes)}")
         with self._lock:
-            for key, value in observation.items():
+            for key, value in self._sound(observation).items():
                 if key == "instruction":
                     encode_instruction(value, self.policy.manifest["spec"]["text"])
                     self._instruction = value
@@ -162,6 +165,21 @@ class Controller:
                         self._heavy, self._heavy_at = force, stamp
                 elif key == "proprio" and stamp >= self._measured_at:
                     self._measure(stamp, array)
+
+    def _sound(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """The observation without those points and sensors that are not finite, counted as dropped."""
+        found = dict(observation)
+        for key, value in observation.items():
+            sound = sound_rows(key, value)
+            if sound is None or (sound.all() and key not in self._patchy):
+                continue
+            # Once there were flags, each value brings its own, or the old ones would stand for it.
+            self._patchy.add(key)
+            self.dropped[key] = self.dropped.get(key, 0) + int((~sound).sum())
+            array, flags = np.asarray(value), np.asarray(observation.get(f"has_{key}", np.ones_like(sound)))
+            found[key] = np.where(sound.reshape(-1, *[1] * (array.ndim - 1)), array, 0).astype(array.dtype)
+            found[f"has_{key}"] = flags & sound if (flags.shape, flags.dtype) == (sound.shape, bool) else flags
+        return found
 
     def ask(self, now: float) -> Question | None:
         """What to ask the policy now; None while it is asked, too early, stopped, or the observation is not good."""

@@ -82,3 +82,12 @@ def checked(key: str, value: Any, shape: tuple[int, ...], dtype: str) -> np.ndar
             f"{key}: focal lengths {array[0, 0]:g}, {array[1, 1]:g}, last entry {array[2, 2]:g}; expected > 0, > 0, 1"
         )
     return array
+
+
+def sound_rows(key: str, value: Any) -> np.ndarray | None:
+    """Which points or sensors of a value are finite, (rows,) bool; None where it has no such rows, or none is."""
+    array = np.asarray(value)
+    if key not in ("points", "wrench", "taxels") or array.dtype.kind != "f" or array.ndim < 2:
+        return None
+    sound = np.isfinite(array.reshape(len(array), -1)).all(1)
+    return sound if sound.any() else None

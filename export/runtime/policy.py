@@ -15,6 +15,14 @@ from .observation import checked, encode_instruction, known, observation_shapes
 
 COMMANDS = ("noise", "previous", "has_previous", "decided", "is_decided")
 """Inputs of a graph that are no observation."""
+ANSWERS = ("actions", "limited", "confidence", "novelty", "out_of_distribution")
+
+
+class Graph(NamedTuple):
+    """One loaded graph."""
+
+    session: onnxruntime.InferenceSession
+    shapes: dict[str, tuple[list[int], str]]  # of its inputs, and their dtypes
 
 
 class Report(NamedTuple):
@@ -82,13 +90,19 @@ class OnnxPolicy:
         self._masked = (chosen - {"touch"}) | ({"wrench", "taxels"} if "touch" in chosen else set())
         self._optional = set(self.manifest["optional"]) | self._allowed | self._masked
         self._seed = seed
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        path = self.folder / find_graph(self.manifest, "policy", precision, unproven=unproven)
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._inputs = self.manifest["paths"]["policy"]["inputs"]
+        self._options = onnxruntime.SessionOptions()
+        self._options.intra_op_num_threads = threads
+        self._options.inter_op_num_threads = 1
+        self._precision, self._unproven = precision, unproven
+        self._graph = self._open("policy")
         self.reset()
+
+    def _open(self, path: str) -> Graph:
+        """The graph of a path."""
+        file = self.folder / find_graph(self.manifest, path, self._precision, unproven=self._unproven)
+        session = onnxruntime.InferenceSession(str(file), self._options, providers=["CPUExecutionProvider"])
+        rows = self.manifest["paths"][path]["inputs"]
+        return Graph(session, {row["name"]: ([1, *row["shape"][1:]], row["dtype"]) for row in rows})
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -163,21 +177,18 @@ class OnnxPolicy:
         """
         if not self._ring:
             raise RuntimeContractError("act: nothing observed yet; call observe first")
-        now = len(self._ring) - 1
+        now, shapes = len(self._ring) - 1, self._graph.shapes
+        feed = {n: np.zeros(*shapes[n]) for n in shapes if n not in COMMANDS and not n.startswith("cache_")}
         # Before the start of the episode the first frame repeats, as in the training clips.
-        frames = [max(0, now - back * self.stride) for back in reversed(range(self.history))]
+        frames = [max(0, now - back * self.stride) for back in reversed(range(feed["proprio"].shape[1]))]
+        pictures = frames[-feed["rgb"].shape[1] :]
         series = [[max(0, frame - back) for back in reversed(range(self.stride))] for frame in frames]
-        feed = {
-            entry["name"]: np.zeros([1, *entry["shape"][1:]], entry["dtype"])
-            for entry in self._inputs
-            if entry["name"] not in COMMANDS
-        }
         # Hidden views still pass through pose arithmetic on their way to the mask: identities keep it finite.
         feed["intrinsics"][...] = np.eye(3, dtype=np.float32)
         feed["camera_to_base"][...] = np.eye(4, dtype=np.float32)
         feed["embodiment"][...] = self.robot["index"]
         for view, camera in enumerate(self.cameras):
-            images = self._gather(f"rgb.{camera}", frames, "rgb", camera)
+            images = self._gather(f"rgb.{camera}", pictures, "rgb", camera)
             if images is not None:
                 feed["rgb"][0, :, view] = images.transpose(0, 3, 1, 2)
                 feed["has_rgb"][0, view] = True
@@ -247,8 +258,7 @@ class OnnxPolicy:
         feed["decided"], feed["is_decided"] = np.zeros((1, *shape), np.float32), np.zeros((1, self.horizon), bool)
         feed["decided"][0, :count, :size] = checked("decided", decided, (count, size), "float32")
         feed["is_decided"][0, :count] = True
-        names = ["actions", "limited", "confidence", "novelty", "out_of_distribution"]
-        actions, limited, confidence, novelty, odd = (np.asarray(x)[0] for x in self._session.run(names, feed))
+        actions, limited, confidence, novelty, odd = (x[0] for x in self._run(feed))
         chunk = actions[:, : len(self.action_names)]
         if not np.isfinite(chunk).all():
             raise RuntimeContractError("actions: the model answered non-finite values; do not execute them")
@@ -256,6 +266,10 @@ class OnnxPolicy:
         self.report = Report(kinds, float(confidence), float(novelty), bool(odd))
         self._chunk, self._executed = chunk, 0
         return chunk
+
+    def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """`ANSWERS` to the inputs of the graph."""
+        return [np.asarray(answer) for answer in self._graph.session.run(list(ANSWERS), feed)]
 
     def _before(self, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The two commands before now, padded (1, 2, padded D), and which of them there were (1, 2)."""

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from worldmodel.policy.realtime import Decided
 from worldmodel.policy.state_policy import Measured, layered
 
+FURTHEST = 5.0
+"""Standard deviations of the data within which an action or a state is believed."""
+
 
 class Foresight(nn.Module):
     """State and action of one control step -> the state of the next, applied once for every decided action.
@@ -13,7 +16,8 @@ class Foresight(nn.Module):
     While a policy thinks, the robot goes on with what is decided, so that the state which its answer meets is another
     one than it saw. Acting on that state instead, foreseen by a learned model, undoes the delay (Walsh et al. 2009,
     Learning and planning in environments with delayed feedback; Firoiu et al. 2018, arXiv 1810.07286). It looks `reach`
-    steps ahead; what is decided after that is taken not to move anything.
+    steps ahead; what is decided after that is taken not to move anything. Actions and proprioception far outside the
+    data are taken for its edge: a policy that answers to what it made itself foresee must not run away with it.
     """
 
     def __init__(
@@ -30,11 +34,12 @@ class Foresight(nn.Module):
 
     def forward(self, now: Measured, action: Tensor, instruction: Tensor, embodiment: Tensor) -> Measured:
         """State, normalised action (B, D), instruction (B, W), embodiment (B,) -> the state one control step later."""
+        action = action.clamp(-FURTHEST, FURTHEST)
         known = torch.cat([now.features(), action, instruction + self.embodiment(embodiment)], -1)
         proprio, effector, points = self.out(self.layers(known)).split(self.sizes, -1)
         moved = points.unflatten(-1, (-1, 3))
         return now._replace(
-            proprio=now.proprio + proprio * now.has_proprio,
+            proprio=(now.proprio + proprio * now.has_proprio).clamp(-FURTHEST, FURTHEST),
             effector=now.effector + effector * now.has_proprio,
             points=now.points + torch.where(now.answered, moved, 0.0),
         )
