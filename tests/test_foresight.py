@@ -92,6 +92,13 @@ def test_what_is_decided_has_no_loss_and_foresight_is_not_taught_by_actions(mode
     assert all(p.grad is None for p in model.expert.foresight.parameters())
     losses["foresight"].backward()
     assert any(p.grad is not None and p.grad.any() for p in model.expert.foresight.parameters())
+    model.zero_grad()
+    s = model.normaliser(o, model.grid)
+    model.remember(
+        s, None, decided=first_actions(chunk(model), torch.tensor([2, 4]))
+    ).proposal.square().sum().backward()
+    assert all(p.grad is None for p in model.expert.foresight.parameters())
+    assert model.expert.state.out.weight.grad.any()
 
 
 def test_jitter_leaves_the_hand_where_it_is(tiny_model):

@@ -48,8 +48,7 @@ def proposal_loss(
         losses["foresight"] = foresight_error(model, foresight, measure(s, seen), words, batch)
         actions = model.normaliser.standardise("action", batch.future.actions, robot)
         prefix = draw_prefixes(actions, decided, generator)
-        with torch.no_grad():
-            now = foresight.after(now, prefix, words, robot)
+        now = foresight.after(now, prefix, words, robot)
     _, proposal = policy(now, words, robot)
     proposal = proposal if prefix is None else prefix.after(proposal)
     losses["proposal"] = proposal_error(model, proposal, batch, prefix)

@@ -45,7 +45,7 @@ class Foresight(nn.Module):
         )
 
     def after(self, now: Measured, decided: Decided, instruction: Tensor, embodiment: Tensor) -> Measured:
-        """The state when what is `decided` in each row is done."""
+        """The state when what is `decided` in each row is done. Its own error teaches foresight, not what acts on it."""
         for step in range(min(self.reach, decided.actions.shape[1])):
             later = self(now, decided.actions[:, step], instruction, embodiment)
             done = decided.where[:, step, None]
@@ -54,4 +54,4 @@ class Foresight(nn.Module):
                 effector=torch.where(done, later.effector, now.effector),
                 points=torch.where(done[..., None], later.points, now.points),
             )
-        return now
+        return now._replace(proprio=now.proprio.detach(), effector=now.effector.detach(), points=now.points.detach())
