@@ -137,20 +137,24 @@ def _drive(settings: dict[str, Any]) -> None:
     """Runs the closed loop and prints its table."""
     from export.drive import OnnxPolicyFactory
     from export.runtime import load_manifest
-    from worldmodel.closed_loop import MetaworldScenes, run_closed_loop
+    from worldmodel.closed_loop import MetaworldScenes, PolicyFactory, run_closed_loop
     from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
+    from worldmodel.ensemble import EnsembleFactory
 
     folder = Path(settings["artefact"])
     spec = load_manifest(folder)["spec"]
+    policy: PolicyFactory = OnnxPolicyFactory(
+        folder,
+        mask=tuple(settings["mask"]),
+        seed=settings["seed"],
+        precision=settings["precision"],
+        unproven=settings["unproven"],
+        stepping=settings["stepping"],
+    )
+    if settings["ensemble"] is not None:
+        policy = EnsembleFactory(policy, settings["ensemble"])
     result = run_closed_loop(
-        OnnxPolicyFactory(
-            folder,
-            mask=tuple(settings["mask"]),
-            seed=settings["seed"],
-            precision=settings["precision"],
-            unproven=settings["unproven"],
-            stepping=settings["stepping"],
-        ),
+        policy,
         settings["tasks"] or list(TRAIN_TASKS),
         trials=settings["trials"],
         seed=settings["seed"],

@@ -1,0 +1,50 @@
+"""Chunks that overlap, averaged by age."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldmodel.ensemble import EnsembleFactory
+from worldmodel.errors import ConfigError
+
+
+class Counting:
+    """Answers chunks of three: call n says n at its first step, then n + 10, n + 20."""
+
+    def reset(self) -> None:
+        self.calls = 0
+
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def act(self) -> np.ndarray:
+        self.calls += 1
+        return np.array([[self.calls], [self.calls + 10], [self.calls + 20]], np.float32)
+
+
+def test_every_step_is_the_weighted_mean_of_what_was_said_of_it():
+    policy = EnsembleFactory(Counting, math.log(2))()
+    for _ in range(2):
+        policy.reset()
+        policy.observe({})
+        assert policy.act().ravel().tolist() == [1, 11, 21]
+        policy.observe({})
+        # One step later: 2, 12, 22 with weight 1 and 11, 21 with a half.
+        assert policy.act().ravel() == pytest.approx([(2 + 5.5) / 1.5, (12 + 10.5) / 1.5, 22])
+        for _ in range(2):
+            policy.observe({})
+        # The first chunk is over; of the second its last step is left, two steps old.
+        assert policy.act().ravel() == pytest.approx([(3 + 22 / 4) / 1.25, 13, 23])
+
+
+def test_decay_decides_which_chunk_counts():
+    for decay, expected in ((math.inf, 2.0), (0.0, 6.5), (-50.0, 11.0)):
+        policy = EnsembleFactory(Counting, decay)()
+        for _ in range(2):
+            policy.observe({})
+            first = policy.act()[0, 0]
+        assert first == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="decay"):
+        EnsembleFactory(Counting, math.nan)()

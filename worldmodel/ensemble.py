@@ -1,0 +1,68 @@
+"""Chunks that overlap, averaged."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worldmodel.contracts import Policy
+from worldmodel.errors import ConfigError
+
+
+class EnsemblePolicy:
+    """A policy whose every action is the mean of what its chunks so far said of that control step.
+
+    Temporal ensembling (Zhao et al. 2023, arXiv 2304.13705, algorithm 2): the chunk answered `age` control steps ago
+    has the weight exp(-`decay` `age`). A negative `decay` trusts older chunks more, as that paper does; infinity takes
+    the newest alone.
+
+    Raises:
+        ConfigError: `decay` is not a number.
+    """
+
+    def __init__(self, policy: Policy, decay: float) -> None:
+        if math.isnan(decay):
+            raise ConfigError("ensemble: decay is not a number")
+        self.policy, self.decay = policy, decay
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts an episode."""
+        self.policy.reset()
+        self._now = 0
+        self._chunks: deque[tuple[int, np.ndarray]] = deque()
+
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Takes one control step."""
+        self.policy.observe(observation)
+        self._now += 1
+
+    def act(self) -> np.ndarray:
+        """Actions (A, D) in the robot's units."""
+        self._chunks.append((self._now, np.asarray(self.policy.act())))
+        length = len(self._chunks[-1][1])
+        while self._now - self._chunks[0][0] >= len(self._chunks[0][1]):
+            self._chunks.popleft()
+        total, weights = np.zeros_like(self._chunks[-1][1], np.float64), np.zeros((length, 1))
+        for begun, chunk in self._chunks:
+            age = self._now - begun
+            rest = chunk[age:][:length]
+            weight = math.exp(-self.decay * age) if age else 1.0
+            total[: len(rest)] += weight * rest
+            weights[: len(rest)] += weight
+        return (total / weights).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class EnsembleFactory:
+    """Builds `EnsemblePolicy` around what another factory builds, in a worker of the closed loop."""
+
+    make: Callable[[], Policy]
+    decay: float
+
+    def __call__(self) -> EnsemblePolicy:
+        """The policy."""
+        return EnsemblePolicy(self.make(), self.decay)
