@@ -1,5 +1,6 @@
 """Command line of export: `python -m export build`, `doctor`, `drive`, `serve` and `replay`."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +141,7 @@ def _drive(settings: dict[str, Any]) -> None:
     from worldmodel.closed_loop import MetaworldScenes, PolicyFactory, run_closed_loop
     from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
     from worldmodel.ensemble import EnsembleFactory
+    from worldmodel.errors import ConfigError
 
     folder = Path(settings["artefact"])
     spec = load_manifest(folder)["spec"]
@@ -152,6 +154,8 @@ def _drive(settings: dict[str, Any]) -> None:
         stepping=settings["stepping"],
     )
     if settings["ensemble"] is not None:
+        if settings["realtime"]:
+            raise ConfigError("drive: chunks that continue what is decided are not averaged; `ensemble` or `realtime`")
         policy = EnsembleFactory(policy, settings["ensemble"])
     result = run_closed_loop(
         policy,
@@ -161,7 +165,7 @@ def _drive(settings: dict[str, Any]) -> None:
         replan=settings["replan"],
         delay=settings["delay"],
         realtime=settings["realtime"],
-        image_every=spec["stride"],
+        image_every=math.gcd(spec["stride"], settings["replan"]),
         workers=settings["workers"],
         make_scene=MetaworldScenes(spec["height"], tuple(spec["cameras"])),
     )

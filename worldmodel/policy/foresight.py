@@ -45,7 +45,7 @@ class Foresight(nn.Module):
         )
 
     def after(self, now: Measured, decided: Decided, instruction: Tensor, embodiment: Tensor) -> Measured:
-        """The state when what is `decided` in each row is done. Its own error teaches foresight, not what acts on it."""
+        """The state when what is `decided` in each row is done. Only its own error teaches foresight."""
         for step in range(min(self.reach, decided.actions.shape[1])):
             later = self(now, decided.actions[:, step], instruction, embodiment)
             done = decided.where[:, step, None]
