@@ -9,6 +9,7 @@ from test_model import draws, future_of, observation_of
 from worldmodel.contracts import Batch
 from worldmodel.data.transforms import hide
 from worldmodel.encoders.keypoints import Keypoints
+from worldmodel.losses import understanding_loss
 from worldmodel.proposal_loss import proposal_loss
 
 
@@ -68,3 +69,18 @@ def test_the_state_policy_learns_from_what_is_seen_where_points_are_hidden(tiny_
     other_images, other_points = loss(o._replace(rgb=255 - o.rgb)), loss(o._replace(points=o.points + 1.0))
     assert (other_images != first) == hidden
     assert (other_points != first) != hidden
+
+
+def test_a_phase_of_points_alone_computes_nothing_else_and_the_same(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    o, future = observation_of(model.spec), future_of(model.spec)
+    batch = Batch(o, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
+    dropout = {"points": 1.0, "touch": 1.0}
+    whole = understanding_loss(model, batch, dropout, draws())
+    model.encoder.requires_grad_(False)
+    model.encoder.points_head.requires_grad_(True)
+    alone = understanding_loss(model, batch, dropout, draws())
+    assert set(alone) == {"loss", "points"} and set(whole) > set(alone)
+    torch.testing.assert_close(alone["loss"], whole["points"])
+    alone["loss"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.encoder.points_head.parameters())

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldmodel.conditioning import draw_given, give
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
@@ -70,16 +70,21 @@ def understanding_loss(
 ) -> dict[str, Tensor]:
     """Heads of stage 1. Those that read all senses answer only for rows whose own was hidden, so that none can copy.
 
+    Where nothing but a head of points trains that reads no other's tokens, nothing else is computed.
+
     `lens` is how far images are zoomed (see `transforms.zoom`).
     """
     truth = zoom(batch.observation, lens, generator)
     observation, dropped = modality_dropout(truth, dropout, generator)
     s = model.normaliser(observation, model.grid)
+    # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which.
+    where = torch.where(truth.has_points[..., None], s.points[:, -1], 0.0)
+    if model.encoder.locates_alone and only_trains(model.encoder, "points_head"):
+        error = F.smooth_l1_loss(model.encoder.locate(s), where, beta=0.1)
+        return {"loss": error, "points": error}
     images = model.encoder.image_tokens(s.rgb)
     losses = camera_losses(model, images, truth, s)
     fused = model.encoder(s, image_tokens=images)
-    # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which.
-    where = torch.where(truth.has_points[..., None], s.points[:, -1], 0.0)
     points = F.smooth_l1_loss(model.encoder.locate(s, fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
     asked = torch.ones_like(dropped["points"]) if model.encoder.locates_alone else dropped["points"]
@@ -87,6 +92,11 @@ def understanding_loss(
     losses["force"] = masked_mean(force, truth.has_wrench & dropped["touch"][:, None])
     total = losses["camera"] + losses["fov"] + losses["points"] + 0.3 * losses["force"]
     return {"loss": total, **losses}
+
+
+def only_trains(module: nn.Module, part: str) -> bool:
+    """Whether all else in a module is frozen."""
+    return not any(p.requires_grad for name, p in module.named_parameters() if not name.startswith(f"{part}."))
 
 
 def camera_losses(model: WorldModel, images: Tensor, truth: Observation, s: Senses) -> dict[str, Tensor]:
