@@ -109,7 +109,7 @@ def make_base(given: argparse.Namespace) -> Path:
         if run is None:
             run = train(compose(given, given.out / "base", "~phases.synthesis", "~phases.policy"))
         weights = load_file(run / "model.safetensors")
-        kept = ("autoencoder.", "encoder.", "compositor.", "expert.state.")
+        kept = ("autoencoder.", "encoder.", "compositor.", "expert.state.", "expert.foresight.")
         save_file({n: w for n, w in weights.items() if n.startswith(kept)}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
         if (run / "latents.safetensors").is_file():

@@ -153,6 +153,10 @@ def _drive(settings: dict[str, Any]) -> None:
         unproven=settings["unproven"],
         stepping=settings["stepping"],
     )
+    if settings["stepping"] and settings["replan"] != spec["stride"]:
+        raise ConfigError(
+            f"drive: replan {settings['replan']}; a policy that steps is asked every {spec['stride']} control steps"
+        )
     if settings["ensemble"] is not None:
         if settings["realtime"]:
             raise ConfigError("drive: chunks that continue what is decided are not averaged; `ensemble` or `realtime`")

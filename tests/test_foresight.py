@@ -68,7 +68,7 @@ def test_foresight_learns_how_the_state_moves(model):
     o, future = observation_of(model.spec, 2), future_of(model.spec, 2)
     n = model.normaliser
     motion = n.standardise("action", future.actions, o.embodiment)[..., :1].cumsum(1)
-    scale, _ = n.moments("proprio", o.embodiment, future.proprio)[1], None
+    scale = n.moments("proprio", o.embodiment, future.proprio)[1]
     future = future._replace(proprio=o.proprio[:, -1:] + motion * scale)
     batch = Batch(o, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
     foresight = model.expert.foresight
@@ -84,7 +84,7 @@ def test_foresight_learns_how_the_state_moves(model):
     assert errors[-1] < 0.3 * errors[0]
 
 
-def test_what_is_decided_has_no_loss_and_foresight_is_not_taught_by_actions(model):
+def test_foresight_is_taught_by_what_happened_and_not_by_actions(model):
     o, future = observation_of(model.spec), future_of(model.spec)
     batch = Batch(o, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
     losses = proposal_loss(model, batch, {}, draws(), decided=1.0)
@@ -125,4 +125,5 @@ def test_what_is_far_outside_the_data_is_taken_for_its_edge(model):
     edge = torch.full((2, model.spec.action), 5.0)
     wild, tame = (model.expert.foresight(now, action, words, robot) for action in (1e6 * edge, edge))
     torch.testing.assert_close(wild.points, tame.points)
-    assert wild.proprio.abs().max() <= 5
+    far = model.expert.foresight(now._replace(proprio=now.proprio + 100), edge, words, robot)
+    assert wild.proprio.abs().max() <= 5 and far.proprio.abs().max() <= 5

@@ -7,7 +7,7 @@ import torch
 from test_model import draws, future_of, observation_of
 
 from worldmodel.contracts import Batch
-from worldmodel.data.transforms import hide
+from worldmodel.data.transforms import hide, modality_dropout
 from worldmodel.encoders.keypoints import Keypoints
 from worldmodel.losses import understanding_loss
 from worldmodel.proposal_loss import proposal_loss
@@ -55,12 +55,14 @@ def test_hidden_senses_do_not_move_the_points(tiny_model):
 @pytest.mark.parametrize("hidden", [True, False])
 def test_the_state_policy_learns_from_what_is_seen_where_points_are_hidden(tiny_model, hidden):
     model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.encoder.points_head.out[-1].weight *= 100.0
     o, future = observation_of(model.spec), future_of(model.spec)
     drop = ("points",) if hidden else ()
 
     def loss(observation) -> torch.Tensor:
         batch = Batch(observation, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
-        return proposal_loss(model, batch, {}, draws(), drop=drop)["loss"]
+        return proposal_loss(model, batch, {}, draws(), drop=drop)["proposal"]
 
     first = loss(o)
     first.backward()
@@ -84,3 +86,11 @@ def test_a_phase_of_points_alone_computes_nothing_else_and_the_same(tiny_model):
     torch.testing.assert_close(alone["loss"], whole["points"])
     alone["loss"].backward()
     assert any(p.grad is not None and p.grad.any() for p in model.encoder.points_head.parameters())
+
+
+def test_a_view_is_hidden_as_often_as_asked_and_never_both(tiny_model):
+    o = observation_of(tiny_model.spec, 64)
+    hidden, dropped = modality_dropout(o, {"view": 0.5}, draws(64))
+    assert torch.equal((o.has_rgb & ~hidden.has_rgb).sum(1), dropped["view"].long())
+    assert 16 < dropped["view"].sum() < 48 and not hidden.has_rgb.all(0).any()
+    assert torch.equal(hidden.has_camera, o.has_camera)

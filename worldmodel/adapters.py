@@ -25,8 +25,11 @@ from worldmodel.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 ADAPTERS = "adapters.safetensors"
-TARGETS = ("q", "k", "v", "qkv", "out", "feed_forward.0", "feed_forward.2", "state.layers.0", "state.layers.2")
-"""Linear layers of attention and feed-forward, and of the state policy, where a model has them."""
+TARGETS = (
+    *("q", "k", "v", "qkv", "out", "feed_forward.0", "feed_forward.2"),
+    *("state.layers.0", "state.layers.2", "foresight.layers.0", "foresight.layers.2"),
+)
+"""Linear layers of attention and feed-forward, and of what acts on the state, where a model has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ class EnsemblePolicy:
     the newest alone.
 
     Raises:
-        ConfigError: `decay` is not a number.
+        ConfigError: `decay` is not a number, or below -10.
     """
 
     def __init__(self, policy: Policy, decay: float) -> None:
-        if math.isnan(decay):
-            raise ConfigError("ensemble: decay is not a number")
+        if not decay >= -10:
+            raise ConfigError(f"ensemble: decay {decay}; expected a number from -10 (the oldest chunk) to infinity")
         self.policy, self.decay = policy, decay
         self.reset()
 

@@ -156,6 +156,10 @@ class Phase:
             raise ConfigError(
                 f"phase {self.name!r}: a mixture of modes belongs to objectives `world` and `distill` and only there"
             )
+        if self.objective == "distill" and (self.decided or self.jitter):
+            raise ConfigError(
+                f"phase {self.name!r}: decided and jitter belong to objective `world`; a student is taught whole chunks"
+            )
         if (self.objective == "distill") != (self.distillation is not None):
             raise ConfigError(f"phase {self.name!r}: `distillation` belongs to objective `distill` and only there")
         if self.objective == "distill" and (inner := [part for part in self.trains if part not in PARTS]):

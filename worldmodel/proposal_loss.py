@@ -46,9 +46,10 @@ def proposal_loss(
     prefix: Decided | None = None
     if foresight is not None:
         losses["foresight"] = foresight_error(model, foresight, measure(s, seen), words, batch)
-        actions = model.normaliser.standardise("action", batch.future.actions, robot)
-        prefix = draw_prefixes(actions, decided, generator)
-        now = foresight.after(now, prefix, words, robot)
+        if decided:
+            actions = model.normaliser.standardise("action", batch.future.actions, robot)
+            prefix = draw_prefixes(actions, decided, generator)
+            now = foresight.after(now, prefix, words, robot)
     _, proposal = policy(now, words, robot)
     proposal = proposal if prefix is None else prefix.after(proposal)
     losses["proposal"] = proposal_error(model, proposal, batch, prefix)
@@ -56,16 +57,17 @@ def proposal_loss(
 
 
 def foresight_error(model: WorldModel, foresight: Foresight, now: Measured, words: Tensor, batch: Batch) -> Tensor:
-    """Mean absolute error of the state after each of the next actions, as far as foresight reaches.
+    """Mean absolute error of how the state has changed after each of the next actions, as far as foresight reaches.
 
-    Points are known at the ends of latent frames alone, and only those count that the robot tracks: an error in where
-    they are seen is none of how they move.
+    Points are known at the ends of latent frames alone. What counts is how far they have moved, also where the robot
+    does not track them and sees them in another place.
     """
     future, robot, stride = batch.future, batch.observation.embodiment, model.spec.stride
     actions = model.normaliser.standardise("action", future.actions, robot)
     proprio = model.normaliser.standardise("proprio", future.proprio, robot)
     effector = model.normaliser.standardise("points", future.proprio[..., model.normaliser.effector], robot)
-    points = model.normaliser.standardise("points", future.points, robot)
+    ends, start = (model.normaliser.standardise("points", x.points, robot) for x in (future, batch.observation))
+    motion, seen = ends - start[:, -1:], now.points
     errors = []
     for step in range(min(foresight.reach, actions.shape[1] - 1)):
         now = foresight(now, actions[:, step], words, robot)
@@ -75,7 +77,7 @@ def foresight_error(model: WorldModel, foresight: Foresight, now: Measured, word
         errors += [masked_mean((now.proprio - proprio[:, step]).abs(), felt.expand_as(now.proprio))]
         errors += [masked_mean((now.effector - effector[:, step]).abs(), felt.expand_as(now.effector))]
         frame, rest = divmod(step + 1, stride)
-        if rest == 0 and frame <= points.shape[1]:
-            error = (now.points - points[:, frame - 1]).abs()
-            errors.append(masked_mean(error, there & now.tracked[..., 0]))
-    return torch.stack(errors).sum()
+        if rest == 0 and frame <= motion.shape[1]:
+            error = (now.points - seen - motion[:, frame - 1]).abs()
+            errors.append(masked_mean(error, there & now.answered[..., 0] & batch.observation.has_points))
+    return torch.stack(errors).sum() if errors else now.points.new_zeros(())

@@ -47,11 +47,11 @@ class Controller:
     """Commands a robot from time-stamped observations; every command is finite and inside the limits of the manifest.
 
     `command` answers at once and makes no array; `ask` and `think` are for a thread of their own. A chunk answers to
-    the time of the newest picture, and the row for now is executed whenever the chunk arrives. A message that is
-    not finite, out of range or older than what is kept is dropped; a camera that repeats itself or is silent is
-    absent: its sense is masked where the policy allows it, else the policy is not asked. Without a new chunk the rows
-    of the last are executed to the end or to the deadline, then the robot is brought to rest and holds (`hold`); after
-    `stop_after` seconds of this it stays there until `reset` (`stop`).
+    the time of the newest picture, and the row for now is executed whenever the chunk arrives. A value that is not
+    finite, out of range or older than what is kept is dropped, single points and sensors by themselves; a camera that
+    repeats itself or is silent is absent: its sense is masked where the policy allows it, else the policy is not asked.
+    Without a new chunk the rows of the last are executed to the end or to the deadline, then the robot is brought to
+    rest and holds (`hold`); after `stop_after` seconds of this it stays there until `reset` (`stop`).
 
     Args:
         policy: used by this controller alone.
@@ -116,8 +116,9 @@ class Controller:
             self.guard.reset()
             self.state, self.reason = HOLD, "nothing observed yet"
             self.dropped: dict[str, int] = {}
-            """Messages that were not used, by name."""
+            """Messages that were not used, and points and sensors of others, by name."""
             self._patchy: set[str] = set()
+            self._said: dict[str, np.ndarray] = {}
             self._episode += 1
             self._start, self._step, self._first = now, -1, -1
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
@@ -173,12 +174,16 @@ class Controller:
             sound = sound_rows(key, value)
             if sound is None or (sound.all() and key not in self._patchy):
                 continue
-            # Once there were flags, each value brings its own, or the old ones would stand for it.
+            said = np.asarray(observation.get(f"has_{key}", self._said.get(key, np.ones_like(sound))))
+            if (said.shape, said.dtype) != (sound.shape, bool):
+                continue
+            # Once some were missing each value brings its flags, or those of an older one would stand for it.
             self._patchy.add(key)
+            self._said[key] = said
             self.dropped[key] = self.dropped.get(key, 0) + int((~sound).sum())
-            array, flags = np.asarray(value), np.asarray(observation.get(f"has_{key}", np.ones_like(sound)))
+            array = np.asarray(value)
             found[key] = np.where(sound.reshape(-1, *[1] * (array.ndim - 1)), array, 0).astype(array.dtype)
-            found[f"has_{key}"] = flags & sound if (flags.shape, flags.dtype) == (sound.shape, bool) else flags
+            found[f"has_{key}"] = said & sound
         return found
 
     def ask(self, now: float) -> Question | None:

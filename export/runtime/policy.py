@@ -203,10 +203,11 @@ class OnnxPolicy:
             count = points.shape[1]
             feed["points"][0, :, :count], feed["visible"][0, :, :count] = points, visible
             feed["has_points"][0, :count] = self._flags("has_points", frames, count)
-        wrench = self._gather("wrench", [index for row in series for index in row], "wrench")
+        felt = [index for row in series for index in row]
+        wrench = self._gather("wrench", felt, "wrench")
         if wrench is not None:
             feed["wrench"][0] = wrench.reshape(feed["wrench"].shape[1:])
-            feed["has_wrench"][...] = self._flags("has_wrench", frames, wrench.shape[1])
+            feed["has_wrench"][...] = self._flags("has_wrench", felt, wrench.shape[1])
         taxels = self._gather("taxels", frames, "taxels")
         if taxels is not None:
             feed["taxels"][0] = taxels

@@ -74,5 +74,7 @@ class StepPolicy(OnnxPolicy):
     def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         names = [*ANSWERS, *(f"next_{name}" for name in self._caches)]
         found = [np.asarray(answer) for answer in self._graph.session.run(names, feed)]
-        self._cache = dict(zip(self._caches, found[len(ANSWERS) :], strict=True))
+        # What came of an answer that nobody may execute is not remembered.
+        sound = np.isfinite(found[0]).all()
+        self._cache = dict(zip(self._caches, found[len(ANSWERS) :], strict=True)) if sound else {}
         return found[: len(ANSWERS)]

@@ -28,7 +28,7 @@ class Layout:
         self.history = spec.stride * np.arange(1 - spec.history, 1)
         self.ends = spec.stride * np.arange(1, spec.future + 1)
         self.chunk = np.arange(spec.chunk)
-        self.steps = np.concatenate([self.history, self.ends, self.chunk + 1])
+        self.steps = np.concatenate([self.history, self.ends])
         self.touch = (self.history[:, None] + np.arange(1 - spec.stride, 1)).ravel()
         self.future = np.arange(1, spec.window + 1)
         self.series = np.concatenate([self.touch, self.future, self.chunk])
@@ -96,7 +96,7 @@ def collate(clips: Sequence[Clip]) -> Batch:
         shown = [images for images in rgb if images is not None]
         return np.stack(shown) if shown else np.zeros((b, frames, len(spec.cameras), 3, 0, 0), np.uint8)
 
-    past, coming, done = slice(h), slice(h, h + f), slice(h + f, None)
+    past, coming = slice(h), slice(h, h + f)
     wrench, actions = series[:, : -spec.chunk, : sensors * 6], series[:, -spec.chunk :, sensors * 6 :]
     observation = {
         "rgb": pictures([clip.rgb for clip in clips], h),
@@ -115,7 +115,9 @@ def collate(clips: Sequence[Clip]) -> Batch:
         "visible": cut("visible", coming) > 0,
         "wrench": wrench[:, h * stride :].reshape(b, f, stride, sensors, 6).mean(2),
         "actions": actions,
-        "proprio": cut("proprio", done),
+        "proprio": np.stack(
+            [clip.data.proprio.take(clip.step + 1 + layout.chunk, axis=0, mode="clip") for clip in clips]
+        ),
         "valid": step + layout.ends <= last,
         "action_valid": (step + layout.chunk <= last) & dims.any(1, keepdims=True),
         "action_dims": dims,

@@ -20,6 +20,9 @@ PRESENCE = {
 }
 """Sense -> the presence masks of `Observation` that it owns."""
 
+VIEW = "view"
+"""What `modality_dropout` knows beside them."""
+
 
 def presence_masks(sense: str) -> tuple[str, ...]:
     """Masks of a sense. Raises `ConfigError` for an unknown name."""
@@ -41,11 +44,20 @@ def hide(observation: Observation, senses: Sequence[str], rows: Tensor | None = 
 def modality_dropout(
     observation: Observation, rates: Mapping[str, float], generator: Draws
 ) -> tuple[Observation, dict[str, Tensor]]:
-    """Hides each sense of each row with its own probability. Also returns which rows lost which sense, (B,) each."""
+    """Hides each sense of each row with its own probability. Also returns which rows lost which sense, (B,) each.
+
+    `view` stands for the picture of one of the cameras, any of them.
+    """
     dropped = {}
     for sense, rate in rates.items():
         rows = generator.rand(observation.text.shape[0]).to(observation.text.device) < rate
-        observation = hide(observation, [sense], rows)
+        if sense == VIEW:
+            there = observation.has_rgb
+            chosen = generator.randint(there.shape[1], there.shape[0]).to(there.device)
+            lost = torch.arange(there.shape[1], device=there.device) == chosen[:, None]
+            observation = observation._replace(has_rgb=there & ~(lost & rows[:, None]))
+        else:
+            observation = hide(observation, [sense], rows)
         dropped[sense] = rows
     return observation, dropped
 

@@ -80,7 +80,7 @@ class KeypointHead(nn.Module):
         self.embodiment = nn.Embedding(embodiments, instruction)
         features = 3 * keypoints + channels[-1]
         self.read = FeedForward(
-            width=views * (features + 1 + 10) + proprio + 1 + instruction, hidden=hidden, out=hidden
+            width=views * (features + 1 + 16) + proprio + 1 + instruction, hidden=hidden, out=hidden
         )
         self.out = FeedForward(width=hidden, hidden=hidden, out=3 * points)
 
@@ -92,7 +92,9 @@ class KeypointHead(nn.Module):
             here, posed = s.has_rgb[:, number, None], s.has_camera[:, number, None]
             seen = view(s.rgb[:, number], task) if images else task.new_zeros(len(task), view.features)
             flags = torch.cat([here & images, posed], -1).to(task.dtype)
-            parts += [torch.where(here, seen, 0.0), torch.where(posed, s.camera[:, -1, number], 0.0), flags]
+            # The ray through one corner tells the lens beside the pose.
+            pose = torch.cat([s.camera[:, -1, number], s.rays[:, -1, number, :, 0, 0]], -1)
+            parts += [torch.where(here, seen, 0.0), torch.where(posed, pose, 0.0), flags]
         here = s.has_proprio[:, None]
         parts += [torch.where(here, s.proprio[:, -1], 0.0), here.to(task.dtype)]
         return self.out(nn.functional.silu(self.read(torch.cat(parts, -1)))).unflatten(-1, (-1, 3))

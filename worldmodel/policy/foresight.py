@@ -15,16 +15,16 @@ class Foresight(nn.Module):
 
     While a policy thinks, the robot goes on with what is decided, so that the state which its answer meets is another
     one than it saw. Acting on that state instead, foreseen by a learned model, undoes the delay (Walsh et al. 2009,
-    Learning and planning in environments with delayed feedback; Firoiu et al. 2018, arXiv 1810.07286). It looks `reach`
-    steps ahead; what is decided after that is taken not to move anything. Actions and proprioception far outside the
+    Learning and planning in environments with delayed feedback; Firoiu et al. 2018, arXiv 1810.07286). It looks half
+    a chunk ahead; what is decided after that is taken not to move anything. Actions and proprioception far outside the
     data are taken for its edge: a policy that answers to what it made itself foresee must not run away with it.
     """
 
     def __init__(
-        self, *, proprio: int, points: int, action: int, instruction: int, embodiments: int, hidden: int, reach: int
+        self, *, proprio: int, points: int, action: int, instruction: int, embodiments: int, hidden: int, chunk: int
     ) -> None:
         super().__init__()
-        self.reach = reach
+        self.reach = chunk // 2
         self.embodiment = nn.Embedding(embodiments, instruction)
         self.layers = layered(Measured.size(proprio, points) + action + instruction, hidden)
         self.out = nn.Linear(hidden, proprio + 3 + 3 * points)
