@@ -50,6 +50,8 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/features.py --help",
         "benchmarks/distillation.py --help",
         "benchmarks/step.py --help",
+        "benchmarks/rivals.py --help",
+        "benchmarks/delay.py --help",
         "benchmarks/server.py --help",
         "-m worldmodel.plan --help",
     ],
