@@ -75,13 +75,13 @@ def test_a_gap_reads_the_history_anew(built: tuple[Any, Path]) -> None:
     for policy in (stepping, whole):
         policy.reset()
     noise = np.zeros((stepping.horizon, 8), np.float32)
-    asked = (0, 4, 8, 12, 16, 19)
+    asked, answers = (0, 4, 8, 12, 16, 19), list[np.ndarray]()
     for step, observation in enumerate(seen[:20]):
         for policy in (stepping, whole):
             policy.observe(observation)
         if step in asked:
             answers = [policy.act(noise) for policy in (stepping, whole)]
-    np.testing.assert_allclose(*answers, atol=1e-5)
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)
     fork = stepping.fork()
     fork.observe(seen[0])
     whole.reset()

@@ -89,5 +89,5 @@ def sound_rows(key: str, value: Any) -> np.ndarray | None:
     array = np.asarray(value)
     if key not in ("points", "wrench", "taxels") or array.dtype.kind != "f" or array.ndim < 2:
         return None
-    sound = np.isfinite(array.reshape(len(array), -1)).all(1)
+    sound = np.asarray(np.isfinite(array.reshape(len(array), -1)).all(1))
     return sound if sound.any() else None

@@ -143,11 +143,11 @@ class ActionExpert(nn.Module):
             token = self.token(senses.proprio[:, -1] * present.unsqueeze(-1)) * present.unsqueeze(-1)
         else:
             now, words, robot = measure(senses, seen), context.instruction, senses.embodiment
-            foreseen = self.foresight is not None and decided is not None
-            if foreseen:
-                now = self.foresight.after(now, decided, words, robot)
+            known = None if self.foresight is None else decided
+            if self.foresight is not None and known is not None:
+                now = self.foresight.after(now, known, words, robot)
             features, proposal = self.state(now, words, robot)
-            proposal = decided.after(proposal) if foreseen else proposal
+            proposal = proposal if known is None else known.after(proposal)
             token = self.token(torch.cat([features, self.mean(context)], -1))
             present = torch.ones_like(senses.has_proprio)
         tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)
