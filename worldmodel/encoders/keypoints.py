@@ -90,8 +90,11 @@ class KeypointHead(nn.Module):
         parts = [task]
         for number, view in enumerate(self.views):
             here, posed = s.has_rgb[:, number, None], s.has_camera[:, number, None]
-            seen = view(s.rgb[:, number], task) if images else task.new_zeros(len(task), view.features)
-            flags = torch.cat([here & images, posed], -1).to(task.dtype)
+            if images:
+                seen = view(s.rgb[:, number], task)
+            else:
+                here, seen = torch.zeros_like(here), task.new_zeros(len(task), view.features)
+            flags = torch.cat([here, posed], -1).to(task.dtype)
             # The ray through one corner tells the lens beside the pose.
             pose = torch.cat([s.camera[:, -1, number], s.rays[:, -1, number, :, 0, 0]], -1)
             parts += [torch.where(here, seen, 0.0), torch.where(posed, pose, 0.0), flags]
