@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,13 +45,13 @@ def test_the_queue_of_one_client_is_bounded() -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         raw.settimeout(0.3)
         frame = pack({"x": x(1), "instruction": "x" * (1 << 19)})
-        sent = 0
+        sent, started = 0, time.monotonic()
         with suppress(TimeoutError):
             for _ in range(100):
                 raw.sendall(masked(frame))
                 sent += 1
-        # A few in the queue and what the sockets hold; the rest waits with the sender.
-        assert 2 <= sent <= 30
+        # A few in the queue and what the sockets hold, and what was answered on a slow machine; the rest waits.
+        assert 2 <= sent <= 30 + (time.monotonic() - started) / 0.6
 
 
 def masked(payload: bytes, opcode: int = 2, fin: bool = True, length: int | None = None) -> bytes:
