@@ -94,8 +94,12 @@ class OnnxPolicy:
         self._options.intra_op_num_threads = threads
         self._options.inter_op_num_threads = 1
         self._precision, self._unproven = precision, unproven
-        self._graph = self._open("policy")
+        self._load()
         self.reset()
+
+    def _load(self) -> None:
+        """Opens the graphs that are used, and chooses the one that answers first."""
+        self._graph = self._open("policy")
 
     def _open(self, path: str) -> Graph:
         """The graph of a path."""

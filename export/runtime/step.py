@@ -1,7 +1,6 @@
 """The exported policy that reads every picture once."""
 
-from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,36 +22,14 @@ class StepPolicy(OnnxPolicy):
         RuntimeContractError: as `OnnxPolicy`; or the artefact has no `policy_step`, or was built before it.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        instruction: str | None = None,
-        seed: int = 0,
-        threads: int = 1,
-        allow_missing: Collection[str] = (),
-        mask: Iterable[str] = (),
-        embodiment: str | None = None,
-        precision: str = "fp32",
-        unproven: bool = False,
-    ) -> None:
-        super().__init__(
-            folder,
-            instruction=instruction,
-            seed=seed,
-            threads=threads,
-            allow_missing=allow_missing,
-            mask=mask,
-            embodiment=embodiment,
-            precision=precision,
-            unproven=unproven,
-        )
+    def _load(self) -> None:
+        super()._load()
         self._first, self._step = self._graph, self._open("policy_step")
         self._caches = [name for name in self._step.shapes if name.startswith("cache_")]
         given = {output.name for output in self._first.session.get_outputs()}
         if lacking := sorted({f"next_{name}" for name in self._caches} - given):
             raise RuntimeContractError(
-                f"{folder}: `policy` does not give {lacking[0]!r}, which `policy_step` goes on from"
+                f"{self.folder}: `policy` does not give {lacking[0]!r}, which `policy_step` goes on from"
             )
 
     def reset(self) -> None:
