@@ -47,6 +47,7 @@ class Call(NamedTuple):
     made: range
     taken: dict[int, int]
     given: dict[int, int]
+    saved: set[int]  # what its own operations save for the backward pass
     most: int  # bytes at a time while it ran
     flops: float
     trained: bool
@@ -70,6 +71,7 @@ class Meter(TorchDispatchMode):
         self.flops: Counter[tuple[str, str]] = Counter()  # (what runs, "forward" or "backward")
         self.stage, self.share, self.forward = "rest", 1.0, True
         self.calls: list[Call] = []
+        self.saved: set[int] = set()  # storages that operations outside of blocks save for the backward pass
         self.surges: list[tuple[int, int]] = []  # of making pictures: storages made until then, most bytes alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -126,6 +128,11 @@ class Meter(TorchDispatchMode):
         yield
         self.surges.append((self.made, self.peak))
         self.peak = before
+
+    def save(self, x: Tensor) -> Tensor:
+        """Notes what an operation saves for the backward pass; a hook of `saved_tensors_hooks`."""
+        self.saved |= self.numbered(x).keys()
+        return x.detach()
 
     def numbered(self, values: Any) -> dict[int, int]:
         """The storages in a tree of tensors that are in the books, with their sizes."""

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from worldmodel import conditioning
 from worldmodel.acceleration import CHECKPOINTING, PERIODS
@@ -141,7 +142,11 @@ def count_step(
             stack.enter_context(gpu_kernels(model, meter))
         watch(model, meter, stack)
         with meter:
-            with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with (
+                torch.set_grad_enabled(backward),
+                torch.autocast("cpu", torch.bfloat16, enabled=half),
+                saved_tensors_hooks(meter.save, lambda x: x),
+            ):
                 value = (loss or own_loss)(module, batch)
             counted, ways = summed(meter), [checkpointed(meter, how) for how in CHECKPOINTING]
             meter.forward = False
@@ -172,14 +177,16 @@ def summed(meter: Meter) -> tuple[float, float, float, float]:
 def checkpointed(meter: Meter, how: str) -> Checkpointed:
     """What checkpointing makes of a forward pass; call it before the backward pass.
 
-    A block that is computed again leaves what it takes and returns and, while its turn lasts, all that it makes. What
-    was kept inside blocks after it is gone by then.
+    A block that is computed again leaves what it takes, and of what it returns what others save; while its turn lasts,
+    all that it makes is there. What was kept inside blocks after it is gone by then.
     """
     every = PERIODS[how]
     again = [c for c in meter.calls if every and c.trained and c.block % every == 0]
     sizes = {c.made: meter.inside(c) for c in meter.calls}
     taken = {n: size for c in again for n, size in c.taken.items() if n not in meter.alive}
-    kept = meter.activations - sum(sizes[c.made] for c in again) + sum(taken.values())
+    others = meter.saved.union(*(c.taken if c in again else c.saved for c in meter.calls))
+    left = {n: size for c in again for n, size in c.given.items() if n in meter.alive and n not in others}
+    kept = meter.activations - sum(sizes[c.made] for c in again) - sum(left.values()) + sum(taken.values())
     encoding = max((now - sum(sizes[c.made] for c in again if c.made.stop <= n) for n, now in meter.surges), default=0)
     now, held, running = kept, kept, 0
     for call in reversed(meter.calls):
@@ -207,11 +214,13 @@ def watch(model: WorldModel, meter: Meter, stack: ExitStack) -> None:
     def numbered(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             first, flops, taken, now = meter.made, summed(meter)[0], meter.numbered(args), meter.activations
-            peak, meter.peak = meter.peak, now
+            (peak, meter.peak), (saved, meter.saved) = (meter.peak, now), (meter.saved, set())
             out = function(*args)
+            own, meter.saved = meter.saved, saved
             most, meter.peak = meter.peak - now, max(meter.peak, peak)
             took, grad = summed(meter)[0] - flops, torch.is_grad_enabled()
-            meter.calls.append(Call(number, range(first, meter.made), taken, meter.numbered(out), most, took, grad))
+            made, given = range(first, meter.made), meter.numbered(out)
+            meter.calls.append(Call(number, made, taken, given, own, most, took, grad))
             return out
 
         return run
