@@ -55,7 +55,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", help="of the closed loop; default: those of the training split")
     parser.add_argument("--replan", type=int, default=4, help="actions of a chunk that are executed")
     parser.add_argument("--workers", type=int, default=1, help="processes of the closed loop")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--starts", type=int, help="seed of the start states (default: --seed)")
     return parser
 
 
@@ -97,7 +98,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     protocol = Protocol(
         tasks=tuple(given.tasks or sorted({e.task for e in entries})),
         trials=given.trials,
-        seed=given.seed,
+        seed=given.seed if given.starts is None else given.starts,
         replan=given.replan,
         image_every=1,
         record=0,
