@@ -188,6 +188,15 @@ def test_recipes_compose_build_and_train_what_they_say(recipe, init, new_task, t
     assert metadata["statistics"] == json.loads((init / "model.json").read_text())["statistics"]
 
 
+def test_eyes_learn_the_new_task_before_the_hand(init, new_task, tmp_path):
+    few = [f"phases.{name}.{key}=3" for name in ("locate", "behaviour") for key in ("steps", "batch_size")]
+    folder = train(short("finetune_images", init, new_task, tmp_path / "run", "data.episodes=2", *few))
+    before, after = load_file(init / "model.safetensors"), load_file(folder / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in moved} == {"encoder", "denoiser", "expert"}
+    assert all(name.startswith("encoder.points_head.") for name in moved if name.startswith("encoder."))
+
+
 def test_what_was_fine_tuned_on_a_held_out_task_is_refused_there(init, new_task, tiny_dataset, tmp_path):
     metadata = load_model(train(short("finetune_frozen", init, new_task, tmp_path / "run"))).metadata
     check_unseen(load_model(init).metadata, ShardReader(tiny_dataset), "heldout_tasks")

@@ -52,6 +52,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/step.py --help",
         "benchmarks/rivals.py --help",
         "benchmarks/delay.py --help",
+        "benchmarks/imagination.py --help",
         "benchmarks/server.py --help",
         "-m worldmodel.plan --help",
     ],
