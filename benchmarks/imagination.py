@@ -2,8 +2,9 @@
 
   python benchmarks/imagination.py RUN [--tasks TASK ...] [--states 10] [--candidates 8] [--out imagination.json]
 
-The policy drives to a random moment of a trial. From there it and some candidates that differ from it by a drawn offset
-are executed in the simulator, each from the same state, and imagined by mode `forward_dynamics` of the same checkpoint.
+The policy drives, and a moment before it wins is drawn. From there the chunk that it would execute and candidates that
+differ from it by a drawn offset are executed in the simulator, each from the same state, and imagined by mode
+`forward_dynamics` of the same checkpoint.
 
 - Order: of all pairs of candidates whose real outcomes differ by at least `--least` millimetres, how many imagination
   puts into the right order; outcomes are the distances of hand and object, and of object and goal. Half is chance.
@@ -60,7 +61,7 @@ def main() -> None:
     given = arguments().parse_args()
     try:
         tasks = given.tasks or load_model(given.run).metadata["training"]["tasks"]
-        found = []
+        found: list[dict[str, Any]] = []
         context = multiprocessing.get_context("spawn")
         with (
             ProcessPoolExecutor(given.workers, context) as pool,
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, task: str) -> list[dict[str, Any]]:
-    """Figures of every state of a task that the policy has not won by then."""
+    """Figures of every state of a task."""
     import torch
 
     from worldmodel.checkpoint import load_model
@@ -103,8 +104,6 @@ def measure(given: argparse.Namespace, task: str) -> list[dict[str, Any]]:
             replan=model.spec.stride,
             stride=model.spec.stride,
         )
-        if state is None:
-            continue
         generator = torch.Generator().manual_seed(given.seed + trial)
         how = {"seed": given.seed, "camera": given.camera, "samples": given.samples, "generator": generator}
         found = compare_state(model, scene, state, **how)

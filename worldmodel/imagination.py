@@ -71,29 +71,30 @@ class Comparison(NamedTuple):
 
 def reach(
     scene: Scene, policy: Policy, candidates: Candidates, *, task: str, trial: int, seed: int, replan: int, stride: int
-) -> State | None:
-    """Lets a policy drive for a while that the seed decides and stops before it acts again; None if it has won by then.
+) -> State:
+    """Lets a policy drive until it has won, or for half of a trial, and takes one of the moments at which it was asked.
 
-    Pictures are rendered every `stride` steps, of which `replan` must be a multiple.
+    Which, follows from the seed. Pictures are rendered every `stride` steps, of which `replan` must be a multiple.
     """
     words = [seed, CANDIDATE_STREAM, *task.encode(), trial]
     rng = np.random.default_rng(np.random.SeedSequence(words))
-    steps = replan * int(rng.integers(MAX_STEPS // 2 // replan + 1))
     policy.reset()
     history = [scene.reset(trial_generator(seed, task, trial, 0))]
+    chunks: list[np.ndarray] = []
     done: list[np.ndarray] = []
-    for step in range(steps + 1):
+    for step in range(MAX_STEPS // 2):
         policy.observe(history[-1])
         if step % replan == 0:
-            chunk = policy.act()
-        if step == steps:
-            break
-        done.append(chunk[step % replan])
+            chunks.append(np.asarray(policy.act(), np.float32))
+        done.append(chunks[-1][step % replan])
         observation, won = scene.step(done[-1], images=(step + 1) % stride == 0)
         if won:
-            return None
+            break
         history.append(observation)
-    return State(task, trial, np.array(done, np.float32).reshape(steps, -1), history, candidates(chunk, rng))
+    chosen = int(rng.integers(len(chunks)))
+    step = replan * chosen
+    executed = np.stack(done)[:step]
+    return State(task, trial, executed, history[: step + 1], candidates(chunks[chosen], rng))
 
 
 def execute(scene: Scene, state: State, *, seed: int, steps: int) -> tuple[Outcome, Outcome]:
