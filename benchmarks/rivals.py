@@ -2,6 +2,7 @@
 
   python benchmarks/rivals.py DATA OUT --lerobot-python /envs/lerobot/bin/python --minutes 20 --ours runs/kairos_tiny
   python benchmarks/rivals.py DATA OUT --lerobot-python ... --steps 2510 --policies act
+  python benchmarks/rivals.py NEW OUT --lerobot-python ... --minutes 2 --policies act --episodes 5 --init OLD/act-20min-0
 
 Both get what ours is shown in the row `images`: pictures of all cameras, proprioception and the task, theirs as one-hot
 numbers beside the proprioception since they read no sentences. LeRobot's sizes are cut down for a CPU unless `--full`
@@ -12,6 +13,10 @@ of the data's spec, and nothing is pretrained. It gets its batches from memory, 
 disturb little. Ours is a finished run with its exported artefact, trained on the same data for about as long
 (`train.py` says how long each phase took); its own rows are measured here too, on the same start states. LeRobot 0.4.4
 wants older torch than this package; see `rivals_lerobot.declare_operators` for what a CPU build lacks.
+
+`--init` goes on from a trained policy of LeRobot, with its normalisation, to the demonstrations of other tasks, whose
+numbers take the places of those it knew. `--episodes` takes so many of each task, the same as `data.episodes` of
+train.py with the same seed.
 
 Prints a Markdown table; trained policies and results stay in OUT and are not made twice.
 """
@@ -44,6 +49,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lerobot-python", required=True, help="interpreter that has lerobot installed")
     parser.add_argument("--policies", nargs="+", default=["act", "diffusion"], choices=["act", "diffusion"])
     parser.add_argument("--ours", type=Path, nargs="*", default=[], help="run folders with an `artefact`")
+    parser.add_argument("--episodes", type=int, help="demonstrations of each task (default: all)")
+    parser.add_argument("--init", type=Path, help="trained folder of the one policy in --policies, to go on from")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="of training, each policy")
     budget.add_argument("--steps", type=int, help="of the optimiser, each policy")
@@ -76,16 +83,21 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     from worldmodel.closed_loop import MetaworldScenes
     from worldmodel.comparison import Contender, Protocol, compare
     from worldmodel.data.shards import ShardReader
+    from worldmodel.errors import ConfigError
 
+    if given.init and len(given.policies) > 1:
+        raise ConfigError(f"--init is one policy, --policies are {', '.join(given.policies)}: name the one it is")
     reader = ShardReader(given.data)
-    entries = [e for e in reader.entries if e.split == "train" and e.success and e.variant_of is None]
-    about = write_demonstrations(reader, given.out / "demonstrations")
+    entries = demonstrations(reader, given.episodes, given.seed)
+    few = f"-{given.episodes}" if given.episodes else ""
+    about = write_demonstrations(reader, entries, given.out / f"demonstrations{few}", known_state(given.init))
     contenders = []
     for policy in given.policies:
         budget = f"{given.minutes:g}min-{given.clock}" if given.minutes else f"{given.steps}steps"
-        folder = given.out / f"{policy}-{budget}{'-full' if given.full else ''}-{given.seed}"
+        how = f"{'-full' if given.full else ''}{few}{'-continued' if given.init else ''}"
+        folder = given.out / f"{policy}-{budget}{how}-{given.seed}"
         said = train(given, policy, folder, about)
-        factory = LeRobotFactory(given.lerobot_python, folder, tuple(about["instructions"]))
+        factory = LeRobotFactory(given.lerobot_python, folder, tuple(about["instructions"]), about["state"])
         contenders.append((f"LeRobot {policy}", said, Contender(
             policy=folder.name, observes="images, proprioception, task", factory=factory, weights=folder)))  # fmt: skip
     for folder in given.ours:
@@ -109,19 +121,39 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"name": name, **said, **result} for (name, said, _), result in zip(contenders, results, strict=True)]
 
 
-def write_demonstrations(reader: Any, folder: Path) -> dict[str, Any]:
-    """The successful training demonstrations as plain arrays, every step of them; returns what is in them."""
+def demonstrations(reader: Any, episodes: int | None, seed: int) -> list[Any]:
+    """The successful training demonstrations, or `episodes` of each task as `data.episodes` of train.py has them."""
+    from worldmodel.data.few import few_demonstrations
+
+    kept = few_demonstrations(reader.entries, episodes, seed) if episodes else reader.entries
+    return [e for e in kept if e.split == "train" and e.success and e.variant_of is None]
+
+
+def known_state(init: Path | None) -> int | None:
+    """How long the states are that a trained policy takes."""
+    return None if init is None else json.loads((init / "rivals.json").read_text())["state"]
+
+
+def write_demonstrations(reader: Any, entries: list[Any], folder: Path, state: int | None) -> dict[str, Any]:
+    """Demonstrations as plain arrays, every step of them, with states of a length if it is given; returns what they
+    hold."""
+    from worldmodel.errors import ConfigError
+
     note = folder / "about.json"
     if note.is_file():
-        return json.loads(note.read_text())
+        return {**json.loads(note.read_text()), "folder": folder}
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = [i for i, e in enumerate(reader.entries) if e.split == "train" and e.success and e.variant_of is None]
-    episodes = [reader.read(i) for i in numbers]
+    numbers = {entry.key: number for number, entry in enumerate(reader.entries)}
+    episodes = [reader.read(numbers[entry.key]) for entry in entries]
     instructions = sorted({episode.meta["instruction"] for episode in episodes})
     cameras = sorted(episodes[0].rgb)
-    state = np.concatenate([with_task(e.proprio, e.meta["instruction"], instructions) for e in episodes])
+    needed = episodes[0].proprio.shape[1] + len(instructions)
+    if state is not None and state < needed:
+        raise ConfigError(f"--init takes states of {state} numbers, {len(instructions)} tasks need {needed}")
+    size = state or needed
+    states = np.concatenate([with_task(e.proprio, e.meta["instruction"], instructions, size) for e in episodes])
     arrays = {camera: np.concatenate([e.rgb[camera] for e in episodes]).transpose(0, 3, 1, 2) for camera in cameras}
-    arrays |= {"state": state, "action": np.concatenate([e.action for e in episodes])}
+    arrays |= {"state": states, "action": np.concatenate([e.action for e in episodes])}
     arrays["episode"] = np.repeat(np.arange(len(episodes)), [e.length for e in episodes])
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", np.ascontiguousarray(array))
@@ -129,18 +161,18 @@ def write_demonstrations(reader: Any, folder: Path) -> dict[str, Any]:
         "cameras": cameras,
         "instructions": instructions,
         "pixels": arrays[cameras[0]].shape[-1],
-        "state": state.shape[1],
+        "state": size,
         "action": arrays["action"].shape[1],
         "episodes": len(episodes),
-        "steps": len(state),
+        "steps": len(states),
     }
     note.write_text(json.dumps(about, indent=1))
-    return about
+    return {**about, "folder": folder}
 
 
-def with_task(proprio: Any, instruction: str, instructions: list[str] | tuple[str, ...]) -> np.ndarray:
-    """Proprioception (T, P) with the task beside it, one number for each known one."""
-    one_hot = np.zeros((len(proprio), len(instructions)), np.float32)
+def with_task(proprio: Any, instruction: str, instructions: list[str] | tuple[str, ...], size: int) -> np.ndarray:
+    """Proprioception (T, P) with the task beside it, one number for each known one: (T, size)."""
+    one_hot = np.zeros((len(proprio), size - proprio.shape[1]), np.float32)
     one_hot[:, instructions.index(instruction)] = 1
     return np.concatenate([proprio, one_hot], 1).astype(np.float32)
 
@@ -151,7 +183,8 @@ def train(given: argparse.Namespace, policy: str, folder: Path, about: dict[str,
         return json.loads((folder / "rivals.json").read_text())
     settings = {
         **{name: about[name] for name in ("cameras", "pixels", "state", "action")},
-        "data": str(given.out / "demonstrations"),
+        "data": str(about["folder"]),
+        "init": given.init and str(given.init),
         "out": str(folder),
         "policy": policy,
         "small": not given.full,
@@ -182,8 +215,8 @@ def environment() -> dict[str, str]:
 class LeRobotPolicy:
     """A policy of LeRobot behind `contracts.Policy`, in an interpreter of its own."""
 
-    def __init__(self, python: str, folder: Path, instructions: tuple[str, ...]) -> None:
-        self.instructions = instructions
+    def __init__(self, python: str, folder: Path, instructions: tuple[str, ...], state: int) -> None:
+        self.instructions, self.state = instructions, state
         self.process = subprocess.Popen(
             [python, str(SCRIPT), "serve", str(folder)],
             stdin=subprocess.PIPE,
@@ -200,7 +233,8 @@ class LeRobotPolicy:
     def observe(self, observation: dict[str, Any]) -> None:
         """Keeps the newest steps."""
         self.instruction = observation.get("instruction", self.instruction)
-        state = with_task(np.asarray(observation["proprio"])[None], self.instruction, self.instructions)[0]
+        proprio = np.asarray(observation["proprio"])[None]
+        state = with_task(proprio, self.instruction, self.instructions, self.state)[0]
         pictures = {name: value for name, value in observation.items() if name.startswith("rgb.")}
         self.seen = [*self.seen, {**pictures, "state": state}][-KEPT:]
 
@@ -222,10 +256,11 @@ class LeRobotFactory:
     python: str
     folder: Path
     instructions: tuple[str, ...]
+    state: int
 
     def __call__(self) -> LeRobotPolicy:
         """The policy saved in `folder`."""
-        return LeRobotPolicy(self.python, self.folder, self.instructions)
+        return LeRobotPolicy(self.python, self.folder, self.instructions, self.state)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

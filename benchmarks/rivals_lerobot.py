@@ -138,10 +138,13 @@ def train(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(settings["seed"])
-    config = make_config(settings)
     data = Demonstrations(Path(settings["data"]), settings["cameras"])
-    policy = make_policy(config)
-    before, after = make_pre_post_processors(policy_cfg=config, dataset_stats=data.statistics())
+    if settings["init"]:
+        config, policy, before, after = load(Path(settings["init"]))
+    else:
+        config = make_config(settings)
+        policy = make_policy(config)
+        before, after = make_pre_post_processors(policy_cfg=config, dataset_stats=data.statistics())
     optimiser = config.get_optimizer_preset().build(policy.get_optim_params())
     generator = torch.Generator().manual_seed(settings["seed"])
     clock, budget, limit = CLOCKS[settings["clock"]], settings["seconds"], settings["steps"]
@@ -182,17 +185,24 @@ def train(settings: dict[str, Any]) -> None:
     print("answer", json.dumps(said), flush=True)
 
 
-def serve(folder: Path, source: BinaryIO, sink: BinaryIO) -> None:
-    """Answers the newest observations with a chunk until the input ends."""
-    import torch
+def load(folder: Path) -> tuple[Any, Any, Any, Any]:
+    """A saved policy: its configuration, itself, and what comes before and after it."""
     from lerobot.configs.policies import PreTrainedConfig  # pyright: ignore[reportMissingImports]
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors  # pyright: ignore[reportMissingImports]
 
+    config = PreTrainedConfig.from_pretrained(folder)
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+    return config, policy, *make_pre_post_processors(policy_cfg=config, pretrained_path=str(folder))
+
+
+def serve(folder: Path, source: BinaryIO, sink: BinaryIO) -> None:
+    """Answers the newest observations with a chunk until the input ends."""
+    import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = PreTrainedConfig.from_pretrained(folder)
-    policy = get_policy_class(config.type).from_pretrained(folder, config=config).eval()
-    before, after = make_pre_post_processors(policy_cfg=config, pretrained_path=str(folder))
+    config, policy, before, after = load(folder)
+    policy.eval()
     deltas = config.observation_delta_indices
     while (values := read_arrays(source)) is not None:
         # Rows of every array are control steps, the newest last.
