@@ -2,7 +2,7 @@
 
   python benchmarks/rivals.py DATA OUT --lerobot-python /envs/lerobot/bin/python --minutes 20 --ours runs/kairos_tiny
   python benchmarks/rivals.py DATA OUT --lerobot-python ... --steps 2510 --policies act
-  python benchmarks/rivals.py NEW OUT --lerobot-python ... --minutes 2 --policies act --episodes 5 --init OLD/act-20min-0
+  python benchmarks/rivals.py NEW OUT ... --minutes 2 --policies act --episodes 5 --init OLD/act-20min-wall-0
 
 Both get what ours is shown in the row `images`: pictures of all cameras, proprioception and the task, theirs as one-hot
 numbers beside the proprioception since they read no sentences. LeRobot's sizes are cut down for a CPU unless `--full`
