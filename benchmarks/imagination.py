@@ -6,15 +6,17 @@ The policy drives, and a moment before it wins is drawn. From there the chunk th
 differ from it by a drawn offset are executed in the simulator, each from the same state, and imagined by mode
 `forward_dynamics` of the same checkpoint.
 
-- Order: of all pairs of candidates whose real outcomes differ by at least `--least` millimetres, how many imagination
-  puts into the right order; outcomes are the distances of hand and object, and of object and goal. Half is chance.
-  `integrated actions` is what the actions alone say: the hand goes where they ask for, and the object stays.
+- Order: of all pairs of candidates whose real outcomes differ by at least `--least` millimetres, how many imagination,
+  one draw of noise for all candidates, puts into the right order; outcomes are the distances of hand and object, and of
+  object and goal. Half is chance, and pairs of which the same is expected count half. `integrated actions` is what the
+  actions alone say: the hand goes where they ask for, and the object stays. Rank correlations are means over states.
 - Errors in millimetres of hand and object, beside both staying where they are and beside integrated actions.
 - Calibration: how often truth lies within the range of samples, coordinate by coordinate, beside how often it would if
-  it were one of them; and the same with samples spread about their mean by a factor that is fitted on every second
+  it were one of them; and the same with samples spread about their median by a factor that is fitted on every second
   state and judged on the others.
 
-Intervals are 95 % bootstrap intervals over states. Prints Markdown tables; `--out` keeps every state's figures.
+Intervals are 95 % bootstrap intervals over states. Prints Markdown tables; `--out` keeps settings and every state's
+figures. A state that the simulator does not come back to is left out, and the number of these is printed.
 """
 
 import argparse
@@ -58,58 +60,75 @@ def main() -> None:
     from worldmodel.checkpoint import load_model
     from worldmodel.errors import WorldModelError
 
-    given = arguments().parse_args()
+    parser = arguments()
+    given = parser.parse_args()
+    if given.states < 1 or given.samples < 4 or given.least <= 0:
+        parser.error("at least 1 state, 4 samples, and millimetres above 0 are needed")
     try:
-        tasks = given.tasks or load_model(given.run).metadata["training"]["tasks"]
-        found: list[dict[str, Any]] = []
-        context = multiprocessing.get_context("spawn")
-        with (
-            ProcessPoolExecutor(given.workers, context) as pool,
-            tqdm(total=len(tasks) * given.states, unit="state") as bar,
-        ):
-            for done in as_completed(pool.submit(measure, given, task) for task in tasks):
-                found.extend(done.result())
-                bar.update(given.states)
+        model = load_model(given.run)
+        tasks = given.tasks or model.metadata["training"]["tasks"]
+        if given.camera not in model.spec.cameras or len(tasks) * given.states < 2:
+            parser.error(f"--camera is one of {', '.join(model.spec.cameras)}, and one state alone has no interval")
+        if given.out:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+        found = everything(given, tasks)
     except WorldModelError as error:
         sys.exit(f"imagination.py: {error}")
-    found.sort(key=lambda row: (row["task"], row["trial"]))
     if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(tables(found, given))
+        settings = {name: str(value) for name, value in vars(given).items()}
+        given.out.write_text(json.dumps({"settings": settings, "states": found}, indent=1) + "\n")
+    print(tables(found, given.least / 1000, given.samples))
+    print(f"\n{len(tasks) * given.states - len(found)} of {len(tasks) * given.states} states could not be repeated.")
+
+
+def everything(given: argparse.Namespace, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Figures of all states, in the order of tasks and trials."""
+    found: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(min(given.workers, len(tasks)), context) as pool,
+        tqdm(total=len(tasks) * given.states, unit="state") as bar,
+    ):
+        jobs = [pool.submit(measure, given, task) for task in tasks]
+        try:
+            for done in as_completed(jobs):
+                found.extend(done.result())
+                bar.update(given.states)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return sorted(found, key=lambda row: (row["task"], row["trial"]))
 
 
 def measure(given: argparse.Namespace, task: str) -> list[dict[str, Any]]:
-    """Figures of every state of a task."""
+    """Figures of every state of a task that can be repeated."""
     import torch
 
     from worldmodel.checkpoint import load_model
     from worldmodel.closed_loop import MetaworldScenes
     from worldmodel.controllers import EagerPolicy
-    from worldmodel.imagination import Candidates, compare_state, reach
+    from worldmodel.errors import ContractError
+    from worldmodel.imagination import Candidates, compare_state, horizon, reach
 
     torch.set_num_threads(1)
     model = load_model(given.run)
-    scene: Any = MetaworldScenes(model.spec.height, model.spec.cameras)(task)
+    spec = model.spec
+    scene: Any = MetaworldScenes(spec.height, spec.cameras)(task)
     policy = EagerPolicy(model, seed=given.seed)
     candidates = Candidates(count=given.candidates, spread=given.spread)
     rows = []
     for trial in range(given.states):
-        state = reach(
-            scene,
-            policy,
-            candidates,
-            task=task,
-            trial=trial,
-            seed=given.seed,
-            replan=model.spec.stride,
-            stride=model.spec.stride,
-        )
-        generator = torch.Generator().manual_seed(given.seed + trial)
-        how = {"seed": given.seed, "camera": given.camera, "samples": given.samples, "generator": generator}
-        found = compare_state(model, scene, state, **how)
+        where: dict[str, Any] = {"task": task, "trial": trial, "seed": given.seed}
+        state = reach(scene, policy, candidates, **where, replan=spec.stride, stride=spec.stride)
+        words = np.random.SeedSequence([given.seed, *task.encode(), trial]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(words[0]))
+        how: dict[str, Any] = {"seed": given.seed, "camera": given.camera, "samples": given.samples}
+        try:
+            found = compare_state(model, scene, state, **how, generator=generator)
+        except ContractError as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
         goal = scene.point_names.index("goal") if "goal" in scene.point_names else None
-        steps = min(model.spec.window, state.chunks.shape[1])
-        asked = found.before.hand + STEP * state.chunks[:, :steps, :3].sum(1)
+        asked = found.before.hand + STEP * state.chunks[:, : horizon(spec), :3].sum(1)
         rows.append({"task": task, "trial": trial, "at": len(state.done), **figures(found, asked, goal)})
     return rows
 
@@ -153,13 +172,13 @@ def interval(values: Sequence[Any], statistic: Any, seed: int = 0) -> tuple[floa
     return float(statistic(rows)), float(low), float(high)
 
 
-def tables(found: list[dict[str, Any]], given: argparse.Namespace) -> str:
-    """The Markdown tables of all states."""
-    return "\n\n".join((order(found, given.least / 1000), errors(found), calibration(found, given.samples)))
+def tables(found: list[dict[str, Any]], least: float, samples: int) -> str:
+    """The Markdown tables of all states; `least` in metres."""
+    return "\n\n".join((order(found, least), errors(found), calibration(found, samples)))
 
 
 def order(found: list[dict[str, Any]], least: float) -> str:
-    """How often pairs are in the right order, and rank correlation."""
+    """How often pairs are in the right order, and rank correlation; "–" where nothing has a rank."""
     from worldmodel.imagination import rank_correlation, ranked_pairs
 
     lines = [
@@ -173,23 +192,17 @@ def order(found: list[dict[str, Any]], least: float) -> str:
                 if name not in (outcomes := state["outcomes"])["real"]:
                     continue
                 real, told = (np.array(outcomes[which][name]) for which in ("real", kind))
-                pairs.append(ranked_pairs(real, told, least))
-                if np.ptp(real) >= least:
-                    ranks.append(rank_correlation(real, told))
-            some = [row for row in pairs if row[1]]
-            if not some or np.isnan(ranks).all():
+                right, all_pairs = ranked_pairs(real, told, least)
+                if all_pairs:
+                    pairs.append((right, all_pairs))
+                    # What differs by less than this is noise of the simulator.
+                    ranks.append(rank_correlation(np.round(real / least * 10), told))
+            if not pairs:
                 continue
-            right, low, high = interval(some, lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
-            rank, lowest, highest = interval(ranks, np.nanmean)
-            cells = [
-                name,
-                kind,
-                f"{right:.1%}",
-                f"{low:.0%}-{high:.0%}",
-                f"{rank:.2f}",
-                f"{lowest:.2f} to {highest:.2f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} | {sum(row[1] for row in some)} | {len(some)} |")
+            share = "{:.1%} | {:.0%}-{:.0%}".format(*interval(pairs, lambda rows: rows[:, 0].sum() / rows[:, 1].sum()))
+            known = [rank for rank in ranks if not np.isnan(rank)]
+            rank = "{:.2f} | {:.2f} to {:.2f}".format(*interval(known, np.mean)) if known else "– | –"
+            lines.append(f"| {name} | {kind} | {share} | {rank} | {sum(row[1] for row in pairs)} | {len(pairs)} |")
     return "\n".join(lines)
 
 

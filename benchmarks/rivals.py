@@ -62,7 +62,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", help="of the closed loop; default: those of the training split")
     parser.add_argument("--replan", type=int, default=4, help="actions of a chunk that are executed")
     parser.add_argument("--workers", type=int, default=1, help="processes of the closed loop")
-    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--seed", type=int, default=0, help="of training, and of the noise of ours")
     parser.add_argument("--starts", type=int, help="seed of the start states (default: --seed)")
     return parser
 
@@ -89,8 +89,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         raise ConfigError(f"--init is one policy, --policies are {', '.join(given.policies)}: name the one it is")
     reader = ShardReader(given.data)
     entries = demonstrations(reader, given.episodes, given.seed)
-    few = f"-{given.episodes}" if given.episodes else ""
-    about = write_demonstrations(reader, entries, given.out / f"demonstrations{few}", known_state(given.init))
+    few = "" if given.episodes is None else f"-{given.episodes}"
+    about = write_demonstrations(reader, entries, given.out / f"demonstrations{few}", known_state(given))
     contenders = []
     for policy in given.policies:
         budget = f"{given.minutes:g}min-{given.clock}" if given.minutes else f"{given.steps}steps"
@@ -125,23 +125,39 @@ def demonstrations(reader: Any, episodes: int | None, seed: int) -> list[Any]:
     """The successful training demonstrations, or `episodes` of each task as `data.episodes` of train.py has them."""
     from worldmodel.data.few import few_demonstrations
 
-    kept = few_demonstrations(reader.entries, episodes, seed) if episodes else reader.entries
+    kept = reader.entries if episodes is None else few_demonstrations(reader.entries, episodes, seed)
     return [e for e in kept if e.split == "train" and e.success and e.variant_of is None]
 
 
-def known_state(init: Path | None) -> int | None:
-    """How long the states are that a trained policy takes."""
-    return None if init is None else json.loads((init / "rivals.json").read_text())["state"]
+def known_state(given: argparse.Namespace) -> int | None:
+    """How long the states are that the policy of `--init` takes; it must be one of the same kind and settings."""
+    from worldmodel.errors import ConfigError
+
+    if given.init is None:
+        return None
+    note = given.init / "rivals.json"
+    if not note.is_file():
+        raise ConfigError(f"--init {given.init} is no policy that was trained here: rivals.json is missing")
+    known = json.loads(note.read_text())
+    same = {"policy": given.policies[0], "small": not given.full, "replan": given.replan}
+    if wrong := {name: known[name] for name, value in same.items() if known[name] != value}:
+        raise ConfigError(f"--init {given.init} was trained with {wrong}, this run has {same}")
+    return known["state"]
 
 
 def write_demonstrations(reader: Any, entries: list[Any], folder: Path, state: int | None) -> dict[str, Any]:
     """Demonstrations as plain arrays, every step of them, with states of a length if it is given; returns what they
-    hold."""
+    hold. What lies in the folder is taken if it is the same."""
     from worldmodel.errors import ConfigError
 
-    note = folder / "about.json"
+    note, source = folder / "about.json", {"keys": [entry.key for entry in entries], "asked": state}
     if note.is_file():
-        return {**json.loads(note.read_text()), "folder": folder}
+        about = json.loads(note.read_text())
+        if about["source"] != source:
+            raise ConfigError(
+                f"{folder} holds other demonstrations, or the same for another policy: choose another OUT"
+            )
+        return {**about, "folder": folder}
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {entry.key: number for number, entry in enumerate(reader.entries)}
     episodes = [reader.read(numbers[entry.key]) for entry in entries]
@@ -165,6 +181,7 @@ def write_demonstrations(reader: Any, entries: list[Any], folder: Path, state: i
         "action": arrays["action"].shape[1],
         "episodes": len(episodes),
         "steps": len(states),
+        "source": source,
     }
     note.write_text(json.dumps(about, indent=1))
     return {**about, "folder": folder}
@@ -179,8 +196,8 @@ def with_task(proprio: Any, instruction: str, instructions: list[str] | tuple[st
 
 def train(given: argparse.Namespace, policy: str, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Trains one policy of LeRobot unless the folder holds it; returns steps, seconds, parameters and last loss."""
-    if (folder / "rivals.json").is_file():
-        return json.loads((folder / "rivals.json").read_text())
+    from worldmodel.errors import ConfigError
+
     settings = {
         **{name: about[name] for name in ("cameras", "pixels", "state", "action")},
         "data": str(about["folder"]),
@@ -197,6 +214,11 @@ def train(given: argparse.Namespace, policy: str, folder: Path, about: dict[str,
         "threads": given.threads,
         "seed": given.seed,
     }
+    if (folder / "rivals.json").is_file():
+        known = json.loads((folder / "rivals.json").read_text())
+        if other := {name: known.get(name) for name, value in settings.items() if known.get(name) != value}:
+            raise ConfigError(f"{folder} was trained with {other}: choose another OUT")
+        return known
     done = subprocess.run(
         [given.lerobot_python, str(SCRIPT), "train", json.dumps(settings)],
         stdout=subprocess.PIPE,

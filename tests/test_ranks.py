@@ -112,7 +112,7 @@ def test_every_phase_is_the_same_in_any_number_of_processes(alone, tiny_dataset,
     apart = compare(curves(tmp_path), expected)
     away = distance(load_file(tmp_path / "run" / "model.safetensors"), weights)
     print(f"{experiment} {ranks} {more}: losses {apart:.1e}, weights {away:.1e}")
-    assert apart < 1e-4 and away < 2e-5
+    assert apart < 1e-4 and away < {"base": 1e-5, "small": 2e-5}[experiment]
     assert all(curves(tmp_path, rank) == curves(tmp_path) for rank in range(ranks))
 
 

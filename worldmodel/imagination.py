@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from worldmodel.closed_loop import MAX_STEPS, Scene, trial_generator
-from worldmodel.contracts import Observation, Policy
+from worldmodel.contracts import ClipSpec, Observation, Policy
 from worldmodel.data.live import observation_from_history
 from worldmodel.errors import ConfigError, ContractError
 from worldmodel.model import WorldModel
@@ -65,8 +65,13 @@ class Comparison(NamedTuple):
 
     before: Outcome
     real: Outcome  # of N candidates
-    imagined: Outcome  # of N candidates
+    imagined: Outcome  # of N candidates, from one draw of noise
     samples: Outcome  # of M draws of the first candidate
+
+
+def horizon(spec: ClipSpec) -> int:
+    """Actions of a chunk whose outcome is predicted: as far as a whole latent frame and the chunk go."""
+    return min(spec.window, spec.chunk) // spec.stride * spec.stride
 
 
 def reach(
@@ -74,8 +79,11 @@ def reach(
 ) -> State:
     """Lets a policy drive until it has won, or for half of a trial, and takes one of the moments at which it was asked.
 
-    Which, follows from the seed. Pictures are rendered every `stride` steps, of which `replan` must be a multiple.
+    Which, follows from the seed. Pictures are rendered every `stride` steps; raises `ConfigError` if `replan` is no
+    multiple of it.
     """
+    if replan < 1 or replan % stride:
+        raise ConfigError(f"reach: replan {replan} is no multiple of {stride}, the steps between two pictures")
     words = [seed, CANDIDATE_STREAM, *task.encode(), trial]
     rng = np.random.default_rng(np.random.SeedSequence(words))
     policy.reset()
@@ -107,7 +115,7 @@ def execute(scene: Scene, state: State, *, seed: int, steps: int) -> tuple[Outco
         observation = scene.reset(trial_generator(seed, state.task, state.trial, 0), images=False)
         for action in state.done:
             observation, _ = scene.step(action, images=False)
-        if not np.allclose(observation["points"], last["points"], atol=1e-5):
+        if not all(np.allclose(observation[name], last[name], atol=1e-4) for name in ("points", "proprio")):
             raise ContractError(f"{state.task}, trial {state.trial}: the same actions led to another state")
         for action in chunk[:steps]:
             observation, _ = scene.step(action, images=False)
@@ -122,26 +130,41 @@ def _outcome(observation: dict) -> Outcome:
 def imagine(
     model: WorldModel, state: State, *, camera: str, samples: int, generator: torch.Generator
 ) -> tuple[Outcome, Outcome]:
-    """The end of every candidate as the model expects it, and of the first one `samples` times.
+    """Where one draw of noise says that every candidate ends, and `samples` others that the first one does.
 
-    Points are those of the stream; the hand moves as much as `camera`, which it carries, is expected to.
+    Points are those of the stream; the hand moves as much as `camera`, which it carries, is expected to. Raises
+    `ConfigError` for an unknown camera.
     """
     spec = model.spec
+    if camera not in spec.cameras:
+        raise ConfigError(f"camera {camera!r} is none of {', '.join(spec.cameras)}")
+    view, frame = spec.cameras.index(camera), horizon(spec) // spec.stride - 1
     observation = observation_from_history(state.history[-spec.history * spec.stride :], spec)
-    order = [*range(len(state.chunks)), *[0] * samples]
+    count = len(state.chunks)
+    order = [*range(count), *[0] * samples]
+    chunks = torch.from_numpy(state.chunks[order])[:, : spec.chunk]
     actions = torch.zeros(len(order), spec.chunk, spec.action)
-    chunks = torch.from_numpy(state.chunks[order])
-    actions[:, : chunks.shape[1], : chunks.shape[2]] = chunks[:, : spec.chunk]
+    actions[:, : chunks.shape[1], : chunks.shape[2]] = chunks
+    shapes = {
+        "video": (len(spec.cameras), model.autoencoder.channels, *model.grid),
+        "camera": (len(spec.cameras), 9),
+        "points": (spec.points, 3),
+        "force": (len(spec.sensors), 6),
+    }
+    noise = {
+        name: torch.randn(1 + samples, spec.future, *shape, generator=generator)[
+            [0] * (count - 1) + [*range(1 + samples)]
+        ]
+        for name, shape in shapes.items()
+    }
     many = Observation(*(repeat_rows(x, len(order)) for x in observation))
     with torch.inference_mode():
         future = future_of_actions(many, actions)
-        expected = model.predict(many, future, "forward_dynamics", generator=generator, coupling="joint")
-    view = spec.cameras.index(camera)
+        ends = model.predict(many, future, "forward_dynamics", generator=None, coupling="joint", noise=noise)
     before = many.camera_to_base[:, -1, view, :3, 3]
-    moved = (expected.camera_to_base[:, -1, view, :3, 3] - before).double().numpy()
+    moved = (ends.camera_to_base[:, frame, view, :3, 3] - before).double().numpy()
     hand = np.asarray(state.history[-1]["proprio"][:3], float) + moved
-    points = expected.points[:, -1, : len(state.history[-1]["points"])].double().numpy()
-    count = len(state.chunks)
+    points = ends.points[:, frame, : len(state.history[-1]["points"])].double().numpy()
     return Outcome(hand[:count], points[:count]), Outcome(hand[count:], points[count:])
 
 
@@ -155,9 +178,9 @@ def compare_state(
     samples: int,
     generator: torch.Generator,
 ) -> Comparison:
-    """Executes and imagines the candidates of a state over the model's window, at most a chunk."""
-    before, real = execute(scene, state, seed=seed, steps=min(model.spec.window, model.spec.chunk))
-    return Comparison(before, real, *imagine(model, state, camera=camera, samples=samples, generator=generator))
+    """Imagines the candidates of a state and executes them as far."""
+    imagined = imagine(model, state, camera=camera, samples=samples, generator=generator)
+    return Comparison(*execute(scene, state, seed=seed, steps=horizon(model.spec)), *imagined)
 
 
 def ranked_pairs(real: np.ndarray, expected: np.ndarray, least: float) -> tuple[float, int]:
@@ -173,11 +196,15 @@ def ranked_pairs(real: np.ndarray, expected: np.ndarray, least: float) -> tuple[
 
 
 def rank_correlation(real: np.ndarray, expected: np.ndarray) -> float:
-    """Spearman's rank correlation of two rows (N,) without ties; NaN where one is constant."""
+    """Spearman's rank correlation of two rows (N,), equal values sharing their mean rank; NaN where one is constant."""
     if np.ptp(real) == 0 or np.ptp(expected) == 0:
         return float("nan")
-    ranks = [np.argsort(np.argsort(row)) for row in (real, expected)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(_ranks(real), _ranks(expected))[0, 1])
+
+
+def _ranks(row: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(row, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
 
 
 def coverage(samples: np.ndarray, truth: np.ndarray, drop: int) -> np.ndarray:
@@ -195,9 +222,9 @@ def nominal(samples: int, drop: int) -> float:
 
 
 def widened(samples: np.ndarray, factor: float) -> np.ndarray:
-    """Samples (M, ...) with their distance from their mean times `factor`."""
-    mean = samples.mean(0)
-    return mean + factor * (samples - mean)
+    """Samples (M, ...) with their distance from their median times `factor`."""
+    median = np.median(samples, 0)
+    return median + factor * (samples - median)
 
 
 def fitted_width(samples: Sequence[np.ndarray], truth: Sequence[np.ndarray], drop: int) -> float:
@@ -205,12 +232,12 @@ def fitted_width(samples: Sequence[np.ndarray], truth: Sequence[np.ndarray], dro
 
     Samples (M, ...) and truth (...) of many states; fit it on other states than those that it is judged by.
     """
-    wanted = nominal(len(samples[0]), drop)
-    # Whether one coordinate is covered grows with the factor, so its least factor is a ratio of two distances.
     needed = []
     for drawn, true in zip(samples, truth, strict=True):
-        ordered, mean = np.sort(drawn, 0), drawn.mean(0)
-        off = true - mean
-        room = np.where(off >= 0, ordered[len(drawn) - 1 - drop] - mean, mean - ordered[drop])
+        # The median is never outside of what is kept, so whether a coordinate is covered grows with the factor.
+        ordered, median = np.sort(drawn, 0), np.median(drawn, 0)
+        off = true - median
+        room = np.where(off >= 0, ordered[len(drawn) - 1 - drop] - median, median - ordered[drop])
         needed.append((np.abs(off) / np.maximum(room, 1e-12)).ravel())
-    return float(min(np.quantile(np.concatenate(needed), wanted, method="higher"), 1000.0))
+    share = nominal(len(samples[0]), drop)
+    return float(min(np.quantile(np.concatenate(needed), share, method="inverted_cdf"), 1000.0))

@@ -77,10 +77,13 @@ def understanding_loss(
     truth = zoom(batch.observation, lens, generator)
     observation, dropped = modality_dropout(truth, dropout, generator)
     s = model.normaliser(observation, model.grid)
-    # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which.
+    # The mean is the answer for points that a task lacks, so that a reader of the answer need not know which. Rows of
+    # which nobody tracked any point say nothing of where they are.
     where = torch.where(truth.has_points[..., None], s.points[:, -1], 0.0)
+    tracked = truth.has_points.any(1, keepdim=True).expand_as(truth.has_points)
     if model.encoder.locates_alone and only_trains(model.encoder, "points_head"):
-        error = F.smooth_l1_loss(model.encoder.locate(s), where, beta=0.1)
+        error = F.smooth_l1_loss(model.encoder.locate(s), where, reduction="none", beta=0.1)
+        error = masked_mean(error, tracked)
         return {"loss": error, "points": error}
     images = model.encoder.image_tokens(s.rgb)
     losses = camera_losses(model, images, truth, s)
@@ -88,7 +91,7 @@ def understanding_loss(
     points = F.smooth_l1_loss(model.encoder.locate(s, fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
     asked = torch.ones_like(dropped["points"]) if model.encoder.locates_alone else dropped["points"]
-    losses["points"] = masked_mean(points, asked[:, None].expand_as(truth.has_points))
+    losses["points"] = masked_mean(points, tracked & asked[:, None])
     losses["force"] = masked_mean(force, truth.has_wrench & dropped["touch"][:, None])
     total = losses["camera"] + losses["fov"] + losses["points"] + 0.3 * losses["force"]
     return {"loss": total, **losses}
