@@ -71,9 +71,7 @@ def place_cameras(model: Any, rng: np.random.Generator) -> np.ndarray:
     return target
 
 
-def make_appearance(
-    model: Any, flat: Sequence[str], *, bodies: Mapping[str, str], goals: Sequence[str]
-) -> Appearance:
+def make_appearance(model: Any, flat: Sequence[str], *, bodies: Mapping[str, str], goals: Sequence[str]) -> Appearance:
     """What belongs to which element: everything that moves and is not the arm is the task's object.
 
     Args:

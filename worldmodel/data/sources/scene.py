@@ -92,7 +92,7 @@ class Source:
 
     name: str
     tasks: tuple[str, ...]
-    """All that are simulated; an episode's random stream depends on its task's place here, so new ones go to the end."""
+    """All; an episode's random stream depends on its task's place here, so new ones go to the end."""
     benchmarks: Mapping[str, Benchmark]
     """Lists of some or all of them by name, the default first."""
     robots: tuple[str, ...]
