@@ -149,6 +149,17 @@ def test_the_second_point_turns_with_the_object(task: str) -> None:
     np.testing.assert_allclose(after["object_front"] - after["object"], expected, atol=1e-9)
 
 
+def test_an_expert_that_held_actions_would_make_miss_is_slower() -> None:
+    scene = MetaworldScene("bin-picking-v3", cameras=())
+    scene.reset(np.random.default_rng(0), images=False)
+    expert, solved, actions = scene.expert(), False, []
+    while not solved and len(actions) < scene.max_steps:
+        actions.append(expert.act())
+        _, solved = scene.step(actions[-1], images=False)
+    assert solved and np.abs(actions)[:, :3].max() == TASKS["bin-picking-v3"].pace < 1
+    assert np.abs(actions)[:, 3].max() > TASKS["bin-picking-v3"].pace
+
+
 @pytest.mark.parametrize(
     ("task", "geoms", "goals"),
     [

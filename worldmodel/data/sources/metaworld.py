@@ -192,5 +192,6 @@ class Expert:
         """Action (4,) float32 in [-1, 1]."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "constants may be too high": clipped below
-            action = self._policy.get_action(self._scene._raw)
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
+            action = np.clip(self._policy.get_action(self._scene._raw), -1.0, 1.0).astype(np.float32)
+        action[:3] *= TASKS[self._scene.task].pace
+        return action
