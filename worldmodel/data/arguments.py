@@ -26,7 +26,8 @@ Run scripted experts in a simulator and record two cameras (images, intrinsics, 
 wrist force/torque, finger taxels, proprioception, actions and a written instruction at 20 Hz.
 
   metaworld   one arm (sawyer); --benchmark ml10 (ten training tasks, five held out; the default), ml45 (45 and five) or
-              mt10 (ten, none held out); seed, task and split alone say what an episode is, in all three alike
+              mt10 (ten, none held out); the same task, split and seed give the same episodes in all of them;
+              experts fail often at basketball-v3, lever-pull-v3 and stick-pull-v3
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
               experts fail often at PickPlaceCereal with panda and iiwa, at PickPlaceCan with sawyer_osc
 
