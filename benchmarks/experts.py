@@ -1,6 +1,7 @@
 """How often a simulator's scripted experts succeed, by task and robot, and what an episode costs without pictures.
 
   python benchmarks/experts.py --source robosuite [--tasks Lift Door] [--robots panda ur5e] [--trials 20] [--seed 0]
+  python benchmarks/experts.py --source metaworld --benchmark ml45
 
 Every trial starts from a state of its own, the same for every robot as far as the simulator allows, and fails where
 `generate` would record a failure: after the task's number of control steps. Prints a Markdown table with successes of
@@ -41,6 +42,7 @@ def arguments() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", choices=list(SOURCES), default="robosuite", help="default: %(default)s")
+    parser.add_argument("--benchmark", metavar="NAME", help="task list of the source (default: its first)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all, held-out ones too)")
     parser.add_argument("--robots", nargs="+", metavar="ROBOT", help="only these (default: all)")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="per task and robot (default: %(default)s)")
@@ -62,7 +64,7 @@ def main() -> None:
     try:
         plan = make_plan(
             given.source,
-            benchmark=None,
+            benchmark=given.benchmark,
             tasks=given.tasks,
             robots=given.robots,
             heldout_robots=None,

@@ -10,13 +10,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY_COUNTS, TINY_TASKS
 
 from worldmodel.data.__main__ import main
-from worldmodel.data.generate import generate, weak_experts
+from worldmodel.data.generate import generate, make_plan, weak_experts
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.sources.metaworld import MetaworldScene
 from worldmodel.errors import ConfigError
@@ -40,6 +41,7 @@ def test_splits_and_tasks_are_the_benchmarks(tiny_dataset: Path) -> None:
         ("heldout_tasks", TINY_TASKS[2]),
     }
     assert reader.heldout_tasks == (TINY_TASKS[2],)
+    assert (reader.index["generated"]["source"], reader.index["generated"]["benchmark"]) == ("metaworld", "ml10")
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -77,6 +79,23 @@ def test_other_parameters_in_the_same_folder_are_refused(tiny_dataset: Path, tmp
         generate("metaworld", tmp_path, episodes=1)
     with pytest.raises(ConfigError, match=r"unknown tasks \['fold-shirt'\].*reach-v3"):
         generate("metaworld", tmp_path / "new", tasks=["fold-shirt"])
+
+
+def test_a_benchmark_names_the_tasks_and_an_episode_is_the_same_in_all_of_them() -> None:
+    rest: dict[str, Any] = {"robots": None, "heldout_robots": None, "seed": 0, "pixels": 64}
+    rest |= {"counts": {"train": 2, "heldout_episodes": 1, "heldout_tasks": 1}}
+    plans = {name: make_plan("metaworld", benchmark=name, tasks=None, **rest) for name in ("ml10", "ml45", "mt10")}
+    sizes = {name: (len(plan.tasks), len(plan.heldout_tasks)) for name, plan in plans.items()}
+    assert sizes == {"ml10": (15, 5), "ml45": (50, 5), "mt10": (10, 0)}
+    assert plans["ml10"] == make_plan("metaworld", benchmark=None, tasks=None, **rest)
+    chunks = [{(c.what["split"], c.what["task"]): c for c in plan.chunks()} for plan in plans.values()]
+    assert [len(by) for by in chunks] == [25, 95, 20]
+    key = ("train", "reach-v3")
+    assert chunks[0][key].what == chunks[1][key].what == chunks[2][key].what
+    with pytest.raises(ConfigError, match="unknown benchmark 'ml1'; metaworld has ml10, ml45, mt10"):
+        make_plan("metaworld", benchmark="ml1", tasks=None, **rest)
+    with pytest.raises(ConfigError, match=r"\['hammer-v3'\]; benchmark ml45 has them; mt10 has reach-v3"):
+        make_plan("metaworld", benchmark="mt10", tasks=["hammer-v3", "reach-v3"], **rest)
 
 
 def test_an_expert_that_fails_is_named(

@@ -10,10 +10,12 @@ import pytest
 from scene_checks import check_depends_on_generator_alone, check_reprojection, check_rotations
 
 from worldmodel.data.sources import rendering
+from worldmodel.data.sources.appearance import ELEMENTS
 from worldmodel.data.sources.collect import collect_episode
 from worldmodel.data.sources.metaworld import ACTION_NAMES, PROPRIO_NAMES, PROPRIO_UNITS, MetaworldScene
 from worldmodel.data.sources.metaworld_tasks import HELDOUT_TASKS, TASKS, TRAIN_TASKS
 from worldmodel.data.sources.mujoco_scene import SENSORS, TAXEL_SENSORS
+from worldmodel.data.sources.registry import SOURCES
 from worldmodel.errors import ConfigError, DataError
 
 
@@ -109,13 +111,73 @@ def test_gripped_object_is_felt_by_both_fingers_in_opposite_directions(scene: Me
         np.testing.assert_allclose(normal, sign * episode.wrench[:, 1 + finger, 1], rtol=1e-4, atol=1e-2)
 
 
-def test_every_task_has_a_sentence_and_the_split_is_the_benchmarks() -> None:
-    from metaworld.env_dict import ML10_V3
-
-    assert list(TRAIN_TASKS) == list(ML10_V3["train"]) and list(HELDOUT_TASKS) == list(ML10_V3["test"])
+def test_every_task_has_a_sentence_of_its_own() -> None:
     for task, info in TASKS.items():
         assert info.instruction.endswith(".") and task not in info.instruction
         assert len(info.instruction.encode()) <= 96
+    assert len({info.instruction for info in TASKS.values()}) == len(TASKS)
+
+
+def test_benchmarks_are_meta_worlds_own_and_the_fifteen_come_first() -> None:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS, ML10_V3, ML45_V3, MT10_V3
+
+    theirs = {"ml10": ML10_V3, "ml45": ML45_V3, "mt10": {"train": MT10_V3, "test": {}}}
+    ours = SOURCES["metaworld"].benchmarks
+    assert list(ours) == list(theirs)
+    for name, split in theirs.items():
+        assert ours[name] == (tuple(split["train"]), tuple(split["test"]))
+    assert set(TASKS) == set(ALL_V3_ENVIRONMENTS)
+    # Random streams of episodes count on it.
+    assert SOURCES["metaworld"].tasks[:15] == (*TRAIN_TASKS, *HELDOUT_TASKS)
+
+
+@pytest.mark.parametrize("task", ["assembly-v3", "push-wall-v3", "hammer-v3", "stick-push-v3"])
+def test_the_second_point_turns_with_the_object(task: str) -> None:
+    scene = MetaworldScene(task, cameras=())
+    scene.reset(np.random.default_rng(0), images=False)
+    assert len(scene.point_names) <= 4
+    # The object is what lies free; the arm and the rest of the table do not.
+    (joint,) = np.flatnonzero(scene.model.jnt_type == scene._mj.mjtJoint.mjJNT_FREE)
+    quaternion = scene.data.qpos[scene.model.jnt_qposadr[joint] + 3 :][:4]
+    turn, turned, expected = np.array([0.8, 0.36, -0.48, 0.0]), np.zeros(4), np.zeros(3)
+    before = dict(scene._named_points())
+    scene._mj.mju_rotVecQuat(expected, before["object_front"] - before["object"], turn)
+    scene._mj.mju_mulQuat(turned, turn, quaternion)
+    quaternion[:] = turned
+    scene._mj.mj_forward(scene.model, scene.data)
+    after = dict(scene._named_points())
+    np.testing.assert_allclose(after["object_front"] - after["object"], expected, atol=1e-9)
+
+
+def test_an_expert_that_held_actions_would_make_miss_is_slower() -> None:
+    scene = MetaworldScene("bin-picking-v3", cameras=())
+    scene.reset(np.random.default_rng(0), images=False)
+    expert, solved, actions = scene.expert(), False, []
+    while not solved and len(actions) < scene.max_steps:
+        actions.append(expert.act())
+        _, solved = scene.step(actions[-1], images=False)
+    assert solved and np.abs(actions)[:, :3].max() == TASKS["bin-picking-v3"].pace < 1
+    assert np.abs(actions)[:, 3].max() > TASKS["bin-picking-v3"].pace
+
+
+@pytest.mark.parametrize(
+    ("task", "geoms", "goals"),
+    [
+        ("bin-picking-v3", {"objA": "object", "binA": "fixture", "binB": "goal"}, set()),
+        ("coffee-button-v3", {"cmbutton": "object", "mug": "object2", "cm_link": "fixture"}, {"coffee_goal"}),
+        ("hammer-v3", {"hammer": "object", "nail_link": "object2", "hammerblock": "fixture"}, {"goal"}),
+        ("door-lock-v3", {"lock_link": "object", "door_link": "fixture"}, {"goal_lock"}),
+    ],
+)
+def test_what_moves_and_what_marks_the_goal_have_their_elements(
+    task: str, geoms: dict[str, str], goals: set[str]
+) -> None:
+    scene = MetaworldScene(task, cameras=())
+    for body, element in geoms.items():
+        of_body = scene.model.geom_bodyid == scene.model.body(body).id
+        assert of_body.any() and {ELEMENTS[place] for place in scene.appearance.geoms[of_body]} == {element}
+    marked = np.flatnonzero(scene.appearance.sites == ELEMENTS.index("goal"))
+    assert {scene.model.site(site).name for site in marked} == goals
 
 
 def test_bad_arguments_name_the_valid_ones(scene: MetaworldScene) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from worldmodel import published
 from worldmodel.checkpoint import describe, save_model
 from worldmodel.data.shards import ShardReader
+from worldmodel.data.sources.registry import SOURCES
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.model_card import compose_card
@@ -35,7 +37,7 @@ def reader(tiny_dataset: Path) -> ShardReader:
     return ShardReader(tiny_dataset)
 
 
-def training(reader: ShardReader) -> dict[str, Any]:
+def training(reader: Any) -> dict[str, Any]:
     train = [entry for entry in reader.entries if entry.split == "train"]
     return {"tasks": sorted({e.task for e in train}), "episodes": [e.key for e in train]}
 
@@ -59,10 +61,39 @@ def test_every_protocol_settles_all_settings_and_its_tasks_exist(name: str) -> N
     assert all(config[key] == protocol[key] for key in published.SETTINGS)
     assert published.stamp(config)["departures"] == {} and protocol["name"] == (None if name == "free" else name)
     if name != "free":
-        from worldmodel.data.sources.metaworld_tasks import HELDOUT_TASKS, TRAIN_TASKS
-
-        assert set(protocol["train_tasks"]) == set(TRAIN_TASKS) and set(protocol["heldout_tasks"]) == set(HELDOUT_TASKS)
+        benchmark = SOURCES["metaworld"].benchmarks[protocol["generated"]["benchmark"]]
+        assert set(protocol["train_tasks"]) == set(benchmark.train_tasks) == set(config["tasks"])
+        assert set(protocol["heldout_tasks"]) == set(benchmark.heldout_tasks)
+        assert ("heldout_tasks" in config["splits"]) == bool(benchmark.heldout_tasks)
         assert protocol["trials"] >= 50
+
+
+def published_data(name: str, demonstrations: int) -> Any:
+    """What a reader of the data of a protocol knows: two demonstrations of every task but one, which has more."""
+    protocol = settings(f"protocol={name}")["protocol"]
+    counts = dict.fromkeys(protocol["train_tasks"], 2) | {protocol["train_tasks"][0]: demonstrations}
+    made = [(task, "train", n) for task, count in counts.items() for n in range(count)]
+    made += [(task, "heldout_tasks", 0) for task in protocol["heldout_tasks"]]
+    entries = [
+        SimpleNamespace(key=f"{task}-{split}-{n}", task=task, split=split, embodiment="sawyer", variant_of=None)
+        for task, split, n in made
+    ]
+    return SimpleNamespace(root=Path("data"), index={"generated": protocol["generated"]}, entries=entries)
+
+
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "free"])
+def test_protocols_accept_their_data_and_no_more_demonstrations_than_they_say(name: str) -> None:
+    config: dict[str, Any] = {**settings(f"protocol={name}"), "closed_loop": True}
+    most = config["protocol"]["demonstrations"]
+    assert most == (10 if name.endswith("_few") else 50)
+    enough, more = published_data(name, most), published_data(name, most + 1)
+    published.check(config, training(enough), enough)
+    with pytest.raises(DataError, match=f"by sawyer': {most + 1}.*data.episodes={most}"):
+        published.check(config, training(more), more)
+    more.index["generated"] = {**more.index["generated"], "benchmark": "ml1"}
+    asked = config["protocol"]["generated"]["benchmark"]
+    with pytest.raises(DataError, match=f"benchmark is 'ml1', not '{asked}'.*--benchmark {asked}"):
+        published.check(config, training(more), more)
 
 
 def test_departures_are_stamped() -> None:
@@ -105,8 +136,8 @@ def test_demonstrations_of_another_dataset_cannot_be_counted(reader: ShardReader
 
 def test_the_closed_loop_refuses_what_the_simulator_lacks(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
     config: dict[str, Any] = {**tiny(), "closed_loop": True}
-    with pytest.raises(ConfigError, match=r"'hand-insert-v3'.* are not simulated here; reach-v3"):
-        published.check(config | {"tasks": ["hand-insert-v3"]}, training(reader), reader)
+    with pytest.raises(ConfigError, match=r"'fold-shirt-v3'.* are not simulated here; reach-v3"):
+        published.check(config | {"tasks": ["fold-shirt-v3"]}, training(reader), reader)
     with pytest.raises(ConfigError, match="unknown sense 'smell'"):
         published.check(config | {"senses": ["smell"]}, training(reader), reader)
     config["protocol"]["generated"] = {}

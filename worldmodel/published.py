@@ -64,10 +64,11 @@ def hidden_senses(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _check_data(name: str, protocol: Mapping[str, Any], reader: ShardReader) -> None:
     said = reader.index.get("generated", {})
     if wrong := _unlike(protocol["generated"], said):
-        source = protocol["generated"].get("source", "SOURCE")
+        source, benchmark = (protocol["generated"].get(key) for key in ("source", "benchmark"))
+        command = f"generate {source or 'SOURCE'} DIR" + (f" --benchmark {benchmark}" if benchmark else "")
         raise DataError(
             f"protocol {name}: {reader.root} is not its data: {'; '.join(wrong)}. They are made by `python -m "
-            f"worldmodel.data generate {source} DIR`"
+            f"worldmodel.data {command}`"
         )
     held = sorted({entry.task for entry in reader.entries if entry.split == "heldout_tasks"})
     if protocol["heldout_tasks"] is not None and held != sorted(protocol["heldout_tasks"]):

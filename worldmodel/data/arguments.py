@@ -25,7 +25,9 @@ GENERATE = """\
 Run scripted experts in a simulator and record two cameras (images, intrinsics, poses), 3D points of objects and goals,
 wrist force/torque, finger taxels, proprioception, actions and a written instruction at 20 Hz.
 
-  metaworld   one arm (sawyer), fifteen tasks of ML10, five of them held out
+  metaworld   one arm (sawyer); --benchmark ml10 (ten training tasks, five held out; the default), ml45 (45 and five) or
+              mt10 (ten, none held out); the same task, split and seed give the same episodes in all of them;
+              experts fail often at basketball-v3, lever-pull-v3 and stick-pull-v3
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
               experts fail often at PickPlaceCereal with panda and iiwa, at PickPlaceCan with sawyer_osc
 
@@ -36,7 +38,10 @@ original and are linked to it; where the instruction names a colour, theirs name
 function of the seed and the counts, not of the number of workers. An interrupted run continues when it is started again
 with the same arguments; a folder that holds other data is refused. Rendering needs no display: EGL or OSMesa is chosen
 by trying (MUJOCO_GL overrides).
-""".format(robots=", ".join(SOURCES["robosuite"].robots), heldout=", ".join(SOURCES["robosuite"].heldout_tasks))
+""".format(
+    robots=", ".join(SOURCES["robosuite"].robots),
+    heldout=", ".join(SOURCES["robosuite"].benchmarks["single_arm"].heldout_tasks),
+)
 VALIDATE = """\
 Read every shard and every member and list all faults, each with file, key, field, message and fix: schema, checksums,
 lengths, clocks and rates, NaN and infinity, rotations, reprojection of object points, masks beside their points, dead
@@ -87,7 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"where the demonstrations come from: {', '.join(SOURCES)}",
     )
     command.add_argument("out", type=Path, help="folder for shards, index.json and stats.json")
-    command.add_argument("--benchmark", metavar="NAME", help="task list (default: the source's only one)")
+    lists = "; ".join(f"{source.name} has {', '.join(source.benchmarks)}" for source in SOURCES.values())
+    command.add_argument("--benchmark", metavar="NAME", help=f"task list: {lists} (default: the first)")
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, for example reach-v3 or Lift")
     command.add_argument(
         "--heldout-tasks",

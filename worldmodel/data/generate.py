@@ -59,7 +59,7 @@ def generate(
 
     Args:
         source: a name of `SOURCES`.
-        benchmark: the source's list of tasks, which names the training and the held-out ones; None is its only one.
+        benchmark: the source's list of tasks, which names the training and the held-out ones; None is its first.
         tasks: subset of the benchmark's tasks; None is all of them.
         robots: embodiments of the source; None is all of them.
         heldout_tasks: those of `tasks` that training never sees; None are the benchmark's.
@@ -102,7 +102,7 @@ def generate(
     root = Path(out)
     parameters = {
         "source": source,
-        "benchmark": plan.source.benchmark,
+        "benchmark": plan.benchmark,
         "tasks": plan.tasks,
         "episodes": counts,
         "seed": seed,
@@ -153,6 +153,7 @@ class Plan:
     """What goes into which shard: each holds episodes of one split, task and robot."""
 
     source: Source
+    benchmark: str
     tasks: list[str]
     robots: list[str]
     heldout_tasks: list[str]
@@ -212,10 +213,14 @@ def make_plan(
     if name not in SOURCES:
         raise ConfigError(f"unknown source {name!r}; known: {', '.join(SOURCES)}")
     source = SOURCES[name]
-    if benchmark not in (None, source.benchmark):
-        raise ConfigError(f"unknown benchmark {benchmark!r}; {name} has {source.benchmark}")
-    if unknown := sorted(set([*(tasks or ()), *(heldout_tasks or ())]) - set(source.tasks)):
-        raise ConfigError(f"unknown tasks {unknown}; {source.benchmark} has {', '.join(source.tasks)}")
+    benchmark = next(iter(source.benchmarks)) if benchmark is None else benchmark
+    if benchmark not in source.benchmarks:
+        raise ConfigError(f"unknown benchmark {benchmark!r}; {name} has {', '.join(source.benchmarks)}")
+    listed = source.benchmarks[benchmark]
+    if unknown := sorted(set([*(tasks or ()), *(heldout_tasks or ())]) - set(listed.tasks)):
+        elsewhere = [other for other, has in source.benchmarks.items() if set(unknown) <= set(has.tasks)]
+        hint = f"; benchmark {' or '.join(elsewhere)} has them" if elsewhere else ""
+        raise ConfigError(f"unknown tasks {unknown}{hint}; {benchmark} has {', '.join(listed.tasks)}")
     if unknown := sorted(set([*(robots or ()), *(heldout_robots or ())]) - set(source.robots)):
         raise ConfigError(f"unknown robots {unknown}; {name} has {', '.join(source.robots)}")
     if min(counts.values()) < 0 or not any(counts.values()):
@@ -233,14 +238,15 @@ def make_plan(
     held = _in_order(source.robots, heldout_robots or [])
     if astray := [robot for robot in held if robot not in chosen]:
         raise ConfigError(f"held-out robots {astray} are not among the robots {chosen}; name them there too")
-    asked = _in_order(source.tasks, tasks)
+    asked = _in_order(listed.tasks, tasks)
     if astray := [task for task in heldout_tasks or () if task not in asked]:
         raise ConfigError(f"held-out tasks {astray} are not among the tasks {asked}; name them there too")
     return Plan(
         source=source,
+        benchmark=benchmark,
         tasks=asked,
         robots=chosen,
-        heldout_tasks=_in_order(asked, list(source.heldout_tasks) if heldout_tasks is None else heldout_tasks),
+        heldout_tasks=_in_order(asked, list(listed.heldout_tasks) if heldout_tasks is None else heldout_tasks),
         heldout_robots=held,
         counts=counts,
         seed=seed,

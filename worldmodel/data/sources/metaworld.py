@@ -48,7 +48,7 @@ class MetaworldScene(MujocoScene):
     """One Meta-World task with cameras, touch and proprioception; reuse it across episodes of the task.
 
     Args:
-        task: one of the 15 ML10 names, for example `reach-v3`.
+        task: a name of `metaworld_tasks.TASKS`, for example `reach-v3`.
         pixels: height and width of both images.
         cameras: which of `front` and `wrist` to render.
 
@@ -65,11 +65,12 @@ class MetaworldScene(MujocoScene):
             raise ConfigError(f"unknown Meta-World task {task!r}; known: {', '.join(TASKS)}")
         super().__init__("Meta-World", base="base", pixels=pixels, cameras=cameras)
         self.task = task
-        self.instruction, self.coloured, self.things = TASKS[task].instruction, TASKS[task].coloured, TASKS[task].things
+        info = TASKS[task]
+        self.instruction, self.coloured, self.things = info.instruction, info.coloured, info.things
         self._env = build_environment(task)
         self.model, self.data = self._env.model, self._env.data
         self._pristine = {name: getattr(self.model, name).copy() for name in _RESTORED}
-        self.appearance = make_appearance(self.model, self.coloured)
+        self.appearance = make_appearance(self.model, info.coloured, bodies=info.bodies, goals=info.goals)
         self._touch = make_touch(self.model)
         self._joints = [self.model.joint(f"right_j{j}") for j in range(7)]
         self._wrench, self._taxels = self._touch.read(self.data)
@@ -191,5 +192,6 @@ class Expert:
         """Action (4,) float32 in [-1, 1]."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "constants may be too high": clipped below
-            action = self._policy.get_action(self._scene._raw)
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
+            action = np.clip(self._policy.get_action(self._scene._raw), -1.0, 1.0).astype(np.float32)
+        action[:3] *= TASKS[self._scene.task].pace
+        return action

@@ -1,6 +1,6 @@
 """The MuJoCo side of a Meta-World scene: cameras and wrist sensor in its model, their placement, its fingers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,16 +71,28 @@ def place_cameras(model: Any, rng: np.random.Generator) -> np.ndarray:
     return target
 
 
-def make_appearance(model: Any, flat: Sequence[str]) -> Appearance:
-    """What belongs to which element: everything that moves and is not the arm is the task's one object."""
-    roots = {}
+def make_appearance(model: Any, flat: Sequence[str], *, bodies: Mapping[str, str], goals: Sequence[str]) -> Appearance:
+    """What belongs to which element: everything that moves and is not the arm is the task's object.
+
+    Args:
+        model: MuJoCo model.
+        flat: elements whose colour the instruction names.
+        bodies: elements of bodies, and of all that hangs on them, which are others.
+        goals: names of sites that mark the goal.
+    """
+    roots: dict[int, str] = {}
+    told: set[int] = set()
     for body in range(1, model.nbody):
         name, mother = model.body(body).name, int(model.body_rootid[body])
-        if name in _BODIES:
+        if name in bodies or int(model.body_parentid[body]) in told:
+            told.add(body)
+            if name in bodies:
+                roots[body] = bodies[name]
+        elif name in _BODIES:
             roots[body] = _BODIES[name]
         elif model.body_weldid[body] != 0 and model.body(mother).name not in _BODIES:
             roots[body] = "object"
-    return Appearance(model, elements_of_bodies(model, roots), goals=("goal",), flat=flat)
+    return Appearance(model, elements_of_bodies(model, roots), goals=goals, flat=flat)
 
 
 def make_touch(model: Any) -> Touch:

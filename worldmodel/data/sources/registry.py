@@ -1,7 +1,8 @@
 """The sources of demonstrations by name; nothing heavy is imported before a scene is built."""
 
 from worldmodel.data.sources import metaworld_tasks, robosuite_tasks
-from worldmodel.data.sources.scene import Scene, Source
+from worldmodel.data.sources.metaworld_benchmarks import BENCHMARKS
+from worldmodel.data.sources.scene import Benchmark, Scene, Source
 
 
 def _metaworld(task: str, robot: str, pixels: int) -> Scene:
@@ -21,17 +22,17 @@ SOURCES: dict[str, Source] = {
     for source in (
         Source(
             name="metaworld",
-            benchmark="ml10",
-            train_tasks=tuple(metaworld_tasks.TRAIN_TASKS),
-            heldout_tasks=tuple(metaworld_tasks.HELDOUT_TASKS),
+            tasks=tuple(metaworld_tasks.TASKS),
+            benchmarks=BENCHMARKS,
             robots=("sawyer",),
             make_scene=_metaworld,
         ),
         Source(
             name="robosuite",
-            benchmark="single_arm",
-            train_tasks=tuple(robosuite_tasks.TRAIN_TASKS),
-            heldout_tasks=tuple(robosuite_tasks.HELDOUT_TASKS),
+            tasks=tuple(robosuite_tasks.TASKS),
+            benchmarks={
+                "single_arm": Benchmark(tuple(robosuite_tasks.TRAIN_TASKS), tuple(robosuite_tasks.HELDOUT_TASKS))
+            },
             robots=tuple(robosuite_tasks.ROBOTS),
             make_scene=_robosuite,
         ),

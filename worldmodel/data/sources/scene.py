@@ -1,6 +1,6 @@
 """What a simulator must offer to become a source of demonstrations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -73,21 +73,29 @@ class Scene(Protocol):
         ...
 
 
+class Benchmark(NamedTuple):
+    """A list of tasks."""
+
+    train_tasks: tuple[str, ...]
+    heldout_tasks: tuple[str, ...] = ()
+    """Tasks that training never sees."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All of the list."""
+        return self.train_tasks + self.heldout_tasks
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A simulator: its tasks, which of them training never sees, and its robots."""
+    """A simulator: its tasks and robots, and which of the tasks training never sees."""
 
     name: str
-    benchmark: str
-    """Name of the list of tasks."""
-    train_tasks: tuple[str, ...]
-    heldout_tasks: tuple[str, ...]
+    tasks: tuple[str, ...]
+    """All; an episode's random stream depends on its task's place here, so new ones go to the end."""
+    benchmarks: Mapping[str, Benchmark]
+    """Lists of some or all of them by name, the default first."""
     robots: tuple[str, ...]
     """Names of embodiments."""
     make_scene: Callable[[str, str, int], Scene]
     """Builds the scene of (task, robot, pixels)."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """All tasks; an episode's random stream depends on its task's place here."""
-        return self.train_tasks + self.heldout_tasks
