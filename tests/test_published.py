@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from worldmodel import published
 from worldmodel.checkpoint import describe, save_model
 from worldmodel.data.shards import ShardReader
+from worldmodel.data.sources.registry import SOURCES
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.model_card import compose_card
@@ -59,10 +60,13 @@ def test_every_protocol_settles_all_settings_and_its_tasks_exist(name: str) -> N
     assert all(config[key] == protocol[key] for key in published.SETTINGS)
     assert published.stamp(config)["departures"] == {} and protocol["name"] == (None if name == "free" else name)
     if name != "free":
-        from worldmodel.data.sources.metaworld_tasks import HELDOUT_TASKS, TRAIN_TASKS
-
-        assert set(protocol["train_tasks"]) == set(TRAIN_TASKS) and set(protocol["heldout_tasks"]) == set(HELDOUT_TASKS)
+        source = SOURCES[protocol["generated"]["source"]]
+        assert set(protocol["train_tasks"]) <= set(source.train_tasks)
+        assert set(protocol["heldout_tasks"]) == set(source.heldout_tasks)
+        assert name == "robosuite_arms" or set(protocol["train_tasks"]) == set(source.train_tasks)
         assert protocol["trials"] >= 50
+        arms = [*(protocol["train_robots"] or ()), *(protocol["heldout_robots"] or ())]
+        assert set(arms) <= set(source.robots) and (protocol["robots"] or []) == arms
 
 
 def test_departures_are_stamped() -> None:
