@@ -34,7 +34,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     """Measures and prints."""
     from worldmodel.checkpoint import load_model
-    from worldmodel.closed_loop import MetaworldScenes
+    from worldmodel.closed_loop import SourceScenes
     from worldmodel.comparison import Contender, Protocol, compare
     from worldmodel.controllers import CheckpointFactory
     from worldmodel.errors import WorldModelError
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         model = load_model(given.run)
         factory = CheckpointFactory(given.run, mask=tuple(given.mask), seed=given.seed)
-        scenes = MetaworldScenes(model.spec.height, model.spec.cameras)
+        scenes = SourceScenes(model.spec.height, model.spec.cameras)
         print("| delay, steps (ms) | chunks | success | 95 % interval | trials |\n| ---: | --- | ---: | ---: | ---: |")
         for delay in given.delays:
             protocol = Protocol(

@@ -224,7 +224,7 @@ def latency(contenders: list[Contender], ticks: int) -> list[tuple[float, float]
 
 def drive(contender: Contender, given: argparse.Namespace) -> dict[str, Any]:
     """Closed-loop success of the policy with the contender's number of steps."""
-    from worldmodel.closed_loop import MetaworldScenes, run_closed_loop
+    from worldmodel.closed_loop import SourceScenes, run_closed_loop
     from worldmodel.controllers import CheckpointFactory
 
     spec = contender.model.spec
@@ -236,7 +236,7 @@ def drive(contender: Contender, given: argparse.Namespace) -> dict[str, Any]:
         seed=given.seed,
         image_every=spec.stride,
         workers=given.workers,
-        make_scene=MetaworldScenes(spec.height, spec.cameras),
+        make_scene=SourceScenes(spec.height, spec.cameras),
     ).to_json()
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     """Measures and prints."""
     from export.drill import FAULTS, Drilled, drill_trial
     from export.runtime import OnnxPolicy
-    from worldmodel.closed_loop import MetaworldScenes, Rollout
+    from worldmodel.closed_loop import Rollout, SourceScenes
     from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
     from worldmodel.errors import WorldModelError
 
@@ -48,7 +48,7 @@ def main() -> None:
         patient = OnnxPolicy(given.artefact, seed=given.seed, allow_missing=needy.cameras)
         stride = needy.stride
         rollout = Rollout(seed=given.seed, max_steps=given.max_steps, image_every=stride, delay=given.delay)
-        scenes = MetaworldScenes(needy.manifest["spec"]["height"], tuple(needy.cameras))
+        scenes = SourceScenes(needy.manifest["spec"]["height"], tuple(needy.cameras))
         policies = {fault: patient for fault in FAULTS}
         policies |= {f"{fault}, needed": needy for fault in ("camera dropped", "camera frozen")}
         results: dict[str, list[Drilled]] = {name: [] for name in policies}

@@ -104,7 +104,7 @@ def measure(given: argparse.Namespace, task: str) -> list[dict[str, Any]]:
     import torch
 
     from worldmodel.checkpoint import load_model
-    from worldmodel.closed_loop import MetaworldScenes
+    from worldmodel.closed_loop import SourceScenes
     from worldmodel.controllers import EagerPolicy
     from worldmodel.errors import ContractError
     from worldmodel.imagination import Candidates, compare_state, horizon, reach
@@ -112,7 +112,7 @@ def measure(given: argparse.Namespace, task: str) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     model = load_model(given.run)
     spec = model.spec
-    scene: Any = MetaworldScenes(spec.height, spec.cameras)(task)
+    scene: Any = SourceScenes(spec.height, spec.cameras)(task)
     policy = EagerPolicy(model, seed=given.seed)
     candidates = Candidates(count=given.candidates, spread=given.spread)
     rows = []

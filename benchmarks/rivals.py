@@ -80,7 +80,7 @@ def main() -> None:
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table."""
     from export.drive import OnnxPolicyFactory
-    from worldmodel.closed_loop import MetaworldScenes
+    from worldmodel.closed_loop import SourceScenes
     from worldmodel.comparison import Contender, Protocol, compare
     from worldmodel.data.shards import ShardReader
     from worldmodel.errors import ConfigError
@@ -115,7 +115,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         image_every=1,
         record=0,
     )
-    scenes = MetaworldScenes(about["pixels"], tuple(about["cameras"]))
+    scenes = SourceScenes(about["pixels"], tuple(about["cameras"]))
     tried = [contender for _, _, contender in contenders]
     results = compare(tried, protocol, given.out / "closed_loop", make_scene=scenes, workers=given.workers)
     return [{"name": name, **said, **result} for (name, said, _), result in zip(contenders, results, strict=True)]
@@ -280,8 +280,8 @@ class LeRobotFactory:
     instructions: tuple[str, ...]
     state: int
 
-    def __call__(self) -> LeRobotPolicy:
-        """The policy saved in `folder`."""
+    def __call__(self, robot: str) -> LeRobotPolicy:
+        """The policy saved in `folder`, which knows one robot."""
         return LeRobotPolicy(self.python, self.folder, self.instructions, self.state)
 
 

@@ -39,15 +39,19 @@ written. A further precision must stay within its bound: mean difference of acti
 outputs: over their size), relative growth of the error against the demonstrators, and, with `trials`, success in the
 closed loop; one that does not is left out, or kept and marked (keep_failed). The manifest records what was found.
 
+`robots` adds robots that were not trained on: each is read with the statistics of the robots alike that were, as many
+numbers of the same names in state and action, taken together, and with the mean of what was learnt of them.
+
 Settings and their defaults:
 """
 
 DRIVE_HELP = """\
-Let an exported policy drive the simulated Meta-World arm from start states that no demonstration used; prints success
-per task with 95 % Wilson intervals and writes the same as JSON.
+Let an exported policy drive the simulated arms that it knows from start states that no demonstration used; prints
+success per task and robot with 95 % Wilson intervals and writes the same as JSON.
 
   python -m export drive artefacts/tiny trials=20
   python -m export drive artefacts/tiny tasks=[reach-v3,push-v3] mask=[camera,points,touch]
+  python -m export drive artefacts/arms robots=[panda,kinova3] tasks=[Lift]
 
 Settings and their defaults:
 """
@@ -104,7 +108,7 @@ def _build(settings: dict[str, Any]) -> None:
     from worldmodel.checkpoint import load_model
     from worldmodel.data.shards import ShardReader
 
-    model = load_model(settings.pop("checkpoint"))
+    model = load_model(settings.pop("checkpoint"), settings.pop("robots"))
     reader, out = ShardReader(settings.pop("data")), settings.pop("out")
     count, ticks, clips = (settings.pop(name) for name in ("observations", "ticks", "clips"))
     trials, tasks, drop = (settings.pop(name) for name in ("trials", "tasks", "success_drop"))
@@ -138,14 +142,14 @@ def _drive(settings: dict[str, Any]) -> None:
     """Runs the closed loop and prints its table."""
     from export.drive import OnnxPolicyFactory
     from export.runtime import load_manifest
-    from worldmodel.closed_loop import MetaworldScenes, PolicyFactory, run_closed_loop
-    from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
+    from worldmodel.closed_loop import PolicyFactory, SourceScenes, run_closed_loop
+    from worldmodel.data.sources.registry import simulated
     from worldmodel.ensemble import EnsembleFactory
     from worldmodel.errors import ConfigError
 
     folder = Path(settings["artefact"])
     spec = load_manifest(folder)["spec"]
-    policy: PolicyFactory = OnnxPolicyFactory(
+    exported = OnnxPolicyFactory(
         folder,
         mask=tuple(settings["mask"]),
         seed=settings["seed"],
@@ -153,6 +157,13 @@ def _drive(settings: dict[str, Any]) -> None:
         unproven=settings["unproven"],
         stepping=settings["stepping"],
     )
+    source, robots = simulated(settings["robots"] or exported.robots)
+    if unknown := sorted(set(settings["robots"] or ()) - (set(robots) & set(exported.robots))):
+        raise ConfigError(
+            f"drive: robots {unknown}: the artefact knows {list(exported.robots)}, {source.name} has "
+            f"{list(source.robots)}"
+        )
+    policy: PolicyFactory = exported
     if settings["stepping"] and settings["replan"] != spec["stride"]:
         raise ConfigError(
             f"drive: replan {settings['replan']}; a policy that steps is asked every {spec['stride']} control steps"
@@ -163,7 +174,8 @@ def _drive(settings: dict[str, Any]) -> None:
         policy = EnsembleFactory(policy, settings["ensemble"])
     result = run_closed_loop(
         policy,
-        settings["tasks"] or list(TRAIN_TASKS),
+        settings["tasks"] or source.train_tasks,
+        robots=source.told_apart(robots),
         trials=settings["trials"],
         seed=settings["seed"],
         replan=settings["replan"],
@@ -171,7 +183,7 @@ def _drive(settings: dict[str, Any]) -> None:
         realtime=settings["realtime"],
         image_every=math.gcd(spec["stride"], settings["replan"]),
         workers=settings["workers"],
-        make_scene=MetaworldScenes(spec["height"], tuple(spec["cameras"])),
+        make_scene=SourceScenes(spec["height"], tuple(spec["cameras"]), source.name),
     )
     out = Path(settings["out"] or folder / "closed_loop.json")
     result.write(out)

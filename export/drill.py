@@ -151,7 +151,7 @@ def drill_trial(
     observation, answer = scene.reset(rng, images=True), None
     states = {"run": 0, "hold": 0, "stop": 0}
     success, step = False, 0
-    for step in range(rollout.max_steps):
+    for step in range(rollout.limit(scene)):
         now = step / fps
         line.send(step, observation)
         for sent, message in line.due(step):

@@ -28,13 +28,19 @@ class OnnxPolicyFactory:
         if self.blind and self.stepping:
             raise ExportError("a policy without some of the cameras reads whole histories: leave `stepping` out")
 
-    def __call__(self) -> OnnxPolicy:
-        """The policy, on one thread by default since every worker has its own."""
+    @property
+    def robots(self) -> tuple[str, ...]:
+        """Those that the artefact knows."""
+        return tuple(entry["name"] for entry in load_manifest(self.folder)["embodiments"])
+
+    def __call__(self, robot: str | None = None) -> OnnxPolicy:
+        """The policy for a robot, the only one by default; on one thread since every worker has its own."""
         whole = partial(_BlindPolicy, blind=self.blind) if self.blind else OnnxPolicy
         kind = StepPolicy if self.stepping else whole
         return kind(
             self.folder,
             mask=self.mask,
+            embodiment=robot,
             seed=self.seed,
             threads=self.threads,
             precision=self.precision,
@@ -51,6 +57,7 @@ class _BlindPolicy(OnnxPolicy):
         *,
         blind: tuple[str, ...],
         mask: tuple[str, ...],
+        embodiment: str | None,
         seed: int,
         threads: int,
         precision: str,
@@ -59,6 +66,7 @@ class _BlindPolicy(OnnxPolicy):
         super().__init__(
             folder,
             mask=mask,
+            embodiment=embodiment,
             seed=seed,
             threads=threads,
             precision=precision,
@@ -74,7 +82,10 @@ class _BlindPolicy(OnnxPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class DrivenCheck:
-    """Holds the closed-loop success of one precision against that of fp32, on the same start states."""
+    """Holds the closed-loop success of one precision against that of fp32, on the same start states.
+
+    The arms are those of the artefact that a simulator has; no `tasks` are all that it has for training.
+    """
 
     trials: int
     tasks: tuple[str, ...]
@@ -83,17 +94,20 @@ class DrivenCheck:
 
     def __call__(self, folder: Path, precision: str) -> dict[str, Any]:
         """Successes and trials of a precision in the artefact `folder`."""
-        from worldmodel.closed_loop import MetaworldScenes, run_closed_loop
-        from worldmodel.data.sources.metaworld_tasks import TRAIN_TASKS
+        from worldmodel.closed_loop import SourceScenes, run_closed_loop
+        from worldmodel.data.sources.registry import simulated
 
         spec = load_manifest(folder)["spec"]
+        factory = OnnxPolicyFactory(folder, precision=precision, unproven=True)
+        source, robots = simulated(factory.robots)
         result = run_closed_loop(
-            OnnxPolicyFactory(folder, precision=precision, unproven=True),
-            list(self.tasks or TRAIN_TASKS),
+            factory,
+            self.tasks or source.train_tasks,
+            robots=source.told_apart(robots),
             trials=self.trials,
             image_every=spec["stride"],
             workers=self.workers,
-            make_scene=MetaworldScenes(spec["height"], tuple(spec["cameras"])),
+            make_scene=SourceScenes(spec["height"], tuple(spec["cameras"]), source.name),
             progress=False,
         )
         return {"successes": sum(t.successes for t in result.tasks), "trials": sum(t.trials for t in result.tasks)}

@@ -45,8 +45,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
 
 
 def test_samples_are_padded_and_failures_left_out(reader: ShardReader) -> None:
-    samples, instructions = gather_samples(reader, SPEC)
-    assert instructions == ("push", "lift") and len(samples.state) == 9 * LENGTH
+    samples, instructions, robots = gather_samples(reader, SPEC)
+    assert robots == {"gantry": 3} and instructions == ("push", "lift") and len(samples.state) == 9 * LENGTH
     assert samples.state.shape[1] == 3 + 3 * SPEC.points
     push = samples.task == 0
     assert samples.present[push].sum(0).tolist() == [5 * LENGTH, 0, 0]
@@ -58,11 +58,11 @@ def test_samples_are_padded_and_failures_left_out(reader: ShardReader) -> None:
 def test_baseline_learns_and_survives_saving(reader: ShardReader, tmp_path: Path) -> None:
     before = train_bc_mlp(reader, SPEC, steps=1, batch=64, progress=False)
     model = train_bc_mlp(reader, SPEC, steps=150, batch=64, progress=False)
-    samples, _ = gather_samples(reader, SPEC)
+    samples, *_ = gather_samples(reader, SPEC)
 
     def error(one: torch.nn.Module) -> float:
         with torch.inference_mode():
-            return (one(*samples[:3]) - samples.actions)[:, 0].abs().mean().item()
+            return (one(*samples[:4]) - samples.actions)[:, 0].abs().mean().item()
 
     assert error(model) < 0.5 * error(before)
     model.save(tmp_path / "bc")

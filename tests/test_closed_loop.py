@@ -17,8 +17,11 @@ from worldmodel.trials import CLOSED_LOOP_STREAM, wilson_interval
 class LineScene:
     """A point on a line that must reach 0; it starts between -1 and 1, so some starts are solved already."""
 
-    def __init__(self, task: str, solved_within: float = 0.1) -> None:
-        self.task, self.solved_within = task, solved_within
+    hold = np.zeros(4, np.float32)
+    max_steps = 125
+
+    def __init__(self, task: str, solved_within: float = 0.1, embodiment: str = "sawyer") -> None:
+        self.task, self.solved_within, self.embodiment = task, solved_within, embodiment
         self.position = 0.0
         self.log: list[tuple[str, bool]] = []
 
@@ -63,7 +66,7 @@ class TowardsZero:
 class TowardsZeroFactory:
     """Picklable, so that spawned workers can build the policy."""
 
-    def __call__(self) -> Policy:
+    def __call__(self, robot: str) -> Policy:
         return TowardsZero()
 
 
@@ -71,7 +74,7 @@ class TowardsZeroFactory:
 class LineScenes:
     """Picklable, so that spawned workers can build the scene."""
 
-    def __call__(self, task: str) -> Scene:
+    def __call__(self, task: str, robot: str | None) -> Scene:
         return LineScene(task)
 
 
@@ -101,6 +104,7 @@ def test_success_is_counted_per_task_and_already_solved_starts_are_redrawn() -> 
     assert 1 <= easy.mean_steps < 25 and hopeless.mean_steps == 25
     assert easy.interval == wilson_interval(40, 40)
     plain = json.loads(json.dumps(result.to_json()))
+    assert plain["max_steps"] == 25 and "robots" not in plain and "robot" not in plain["tasks"][0]
     assert plain["tasks"][0]["successes"] == 40 and len(plain["tasks"][1]["outcomes"]) == 40
     assert "| easy | 100% |" in result.table()
 

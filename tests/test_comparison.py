@@ -18,7 +18,7 @@ class Still:
     folder: Path
     chunk: int = 4
 
-    def __call__(self) -> "Still":
+    def __call__(self, robot: str) -> "Still":
         return self
 
     def reset(self) -> None: ...
@@ -33,6 +33,7 @@ class Room:
     """A scene that is solved after six steps, and counts how often it starts."""
 
     starts = 0
+    embodiment, hold, max_steps = "sawyer", np.zeros(4, np.float32), 125
 
     def reset(self, rng: np.random.Generator, images: bool = True) -> dict[str, Any]:
         Room.starts += 1
@@ -52,7 +53,7 @@ def test_closed_loop_results_are_kept_until_something_changes(tmp_path: Path) ->
     protocol = Protocol(tasks=("a", "b"), trials=2)
 
     def run() -> list[dict]:
-        return compare([contender], protocol, tmp_path / "kept", make_scene=lambda task: Room(), workers=0)
+        return compare([contender], protocol, tmp_path / "kept", make_scene=lambda *_: Room(), workers=0)
 
     first = run()[0]
     starts = Room.starts
@@ -77,4 +78,4 @@ def test_comparison_needs_weights_and_names(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no weights"):
         result_key(contender, Protocol(tasks=("a",)))
     with pytest.raises(ConfigError, match="names must differ"):
-        compare([contender, contender], Protocol(tasks=("a",)), tmp_path, make_scene=lambda task: Room())
+        compare([contender, contender], Protocol(tasks=("a",)), tmp_path, make_scene=lambda *_: Room())

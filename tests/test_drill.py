@@ -22,6 +22,8 @@ STEPS = 60
 class Hand:
     """A hand without inertia that is never done; keeps what it was told."""
 
+    embodiment, hold, max_steps = "sawyer", np.zeros(4, np.float32), 125
+
     def __init__(self) -> None:
         self.told: list[np.ndarray] = []
 

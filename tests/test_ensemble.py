@@ -25,7 +25,7 @@ class Counting:
 
 
 def test_every_step_is_the_weighted_mean_of_what_was_said_of_it():
-    policy = EnsembleFactory(Counting, math.log(2))()
+    policy = EnsembleFactory(lambda _: Counting(), math.log(2))("arm")
     for _ in range(2):
         policy.reset()
         policy.observe({})
@@ -41,11 +41,11 @@ def test_every_step_is_the_weighted_mean_of_what_was_said_of_it():
 
 def test_decay_decides_which_chunk_counts():
     for decay, expected in ((math.inf, 2.0), (0.0, 6.5), (-10.0, 11.0)):
-        policy = EnsembleFactory(Counting, decay)()
+        policy = EnsembleFactory(lambda _: Counting(), decay)("arm")
         policy.observe({})
         policy.act()
         policy.observe({})
         assert policy.act()[0, 0] == pytest.approx(expected, abs=1e-3)
     for wrong in (math.nan, -math.inf):
         with pytest.raises(ConfigError, match="decay"):
-            EnsembleFactory(Counting, wrong)()
+            EnsembleFactory(lambda _: Counting(), wrong)("arm")

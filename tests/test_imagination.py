@@ -30,6 +30,8 @@ from worldmodel.imagination import (
 class PushScene:
     """A hand on a line that pushes an object before it; with `drift` no episode repeats another."""
 
+    embodiment, hold, max_steps = "sawyer", np.zeros(4, np.float32), 125
+
     def __init__(self, drift: float = 0.0) -> None:
         self.drift, self.resets = drift, 0
 

@@ -107,7 +107,7 @@ class Hiding:
     mask: tuple[str, ...] = ()
     blind: tuple[str, ...] = ()
 
-    def __call__(self) -> object: ...
+    def __call__(self, robot: str) -> object: ...
 
 
 def contender(factory: object) -> Contender:

@@ -10,6 +10,8 @@ import pytest
 from scene_checks import check_depends_on_generator_alone, check_reprojection, check_rotations
 from test_data_generate import digests
 
+from worldmodel.closed_loop import SourceScenes, run_closed_loop
+from worldmodel.controllers import ExpertFactory
 from worldmodel.data.embodiments import load_embodiments
 from worldmodel.data.generate import generate, make_plan
 from worldmodel.data.shards import ShardReader
@@ -154,6 +156,26 @@ def test_pictures_can_be_taken_again_in_another_look_with_masks_of_the_task(task
         assert (changed & other_things).mean() < 0.01  # seen through the glassy marks of the grasp site
         assert other_things.all() or changed[~other_things].mean() > 0.9
     scene.close()
+
+
+@installed
+def test_the_closed_loop_drives_every_arm_of_a_task_from_start_states_of_its_own() -> None:
+    scenes = SourceScenes(32, ("front",), "robosuite")
+    how: dict[str, Any] = {"robots": ["panda", "kinova3"], "trials": 1, "replan": 1, "image_every": 0, "record": 1}
+    result = run_closed_loop(ExpertFactory(), ["Lift"], **how, workers=0, make_scene=scenes, progress=False)
+    assert [(row.name, row.success) for row in result.tasks] == [("Lift by panda", 1), ("Lift by kinova3", 1)]
+    assert result.max_steps == TASKS["Lift"].max_steps
+    first, second = (frames[0][0] for frames in result.frames.values())
+    assert first.shape == (32, 32, 3) and np.abs(first.astype(int) - second).mean() > 1
+
+
+@installed
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_an_arm_that_holds_stays_where_it_is(robot: str) -> None:
+    scene = RobosuiteScene("Lift", robot=robot, cameras=())
+    before = scene.reset(np.random.default_rng(0))["proprio"][:3]
+    after = [scene.step(scene.hold) for _ in range(10)]
+    assert np.linalg.norm(after[-1][0]["proprio"][:3] - before) < 0.01 and not after[-1][1]
 
 
 @installed

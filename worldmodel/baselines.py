@@ -1,11 +1,12 @@
 """A plain behaviour-cloning baseline: what a small network reaches on the low-dimensional state alone.
 
-It reads proprioception, object points and the task of one moment and answers a chunk of actions. A policy that sees
-the same senses and more has no excuse to succeed less often.
+It reads proprioception, object points, the task and the robot of one moment and answers a chunk of actions. A policy
+that sees the same senses and more has no excuse to succeed less often.
 """
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +30,10 @@ class BCMLP(nn.Module):
 
     Args:
         instructions: of the tasks it knows; their order is that of the one-hot input.
+        robots: that it knows, with the width of the state of each; their order is that of the input that tells them
+            apart, where there are several.
         points: most tracked points of any task (K).
-        proprio: width of the state vector (P).
+        proprio: width of the state vector (P), the widest of any robot.
         action: action dimensions (D).
         chunk: actions per chunk (A).
         hidden: width of the hidden layers; 512 makes 0.57 M parameters.
@@ -40,33 +43,43 @@ class BCMLP(nn.Module):
     std: Tensor
 
     def __init__(
-        self, instructions: tuple[str, ...], *, points: int, proprio: int, action: int, chunk: int, hidden: int = 512
+        self,
+        instructions: tuple[str, ...],
+        *,
+        robots: Mapping[str, int],
+        points: int,
+        proprio: int,
+        action: int,
+        chunk: int,
+        hidden: int = 512,
     ) -> None:
         super().__init__()
-        self.instructions = instructions
+        self.instructions, self.robots = instructions, dict(robots)
         self.sizes = {"points": points, "proprio": proprio, "action": action, "chunk": chunk, "hidden": hidden}
         state = proprio + 3 * points
         self.register_buffer("mean", torch.zeros(state))
         self.register_buffer("std", torch.ones(state))
         layers: list[nn.Module] = []
-        width = state + points + len(instructions)
+        width = state + points + len(instructions) + (len(robots) if len(robots) > 1 else 0)
         for _ in range(3):
             layers += [nn.Linear(width, hidden), nn.GELU()]
             width = hidden
         self.net = nn.Sequential(*layers, nn.Linear(width, chunk * action))
 
-    def forward(self, state: Tensor, present: Tensor, task: Tensor) -> Tensor:
+    def forward(self, state: Tensor, present: Tensor, task: Tensor, robot: Tensor) -> Tensor:
         """Actions (B, A, D).
 
         Args:
-            state: (B, P + 3 K) proprioception, then points in the base frame.
+            state: (B, P + 3 K) proprioception, padded with zeros, then points in the base frame.
             present: (B, K) which points the task has.
             task: (B,) index into `instructions`.
+            robot: (B, R) share of each of `robots`; read only where there are several.
         """
         known = torch.cat([torch.ones_like(state[:, : self.sizes["proprio"]]), present.repeat_interleave(3, 1)], 1)
         state = (state - self.mean) / self.std * known
         one_hot = nn.functional.one_hot(task, len(self.instructions))
-        answer = self.net(torch.cat([state, present.to(state.dtype), one_hot.to(state.dtype)], 1))
+        told = [robot.to(state.dtype)] if len(self.robots) > 1 else []
+        answer = self.net(torch.cat([state, present.to(state.dtype), one_hot.to(state.dtype), *told], 1))
         return answer.unflatten(1, (self.sizes["chunk"], self.sizes["action"]))
 
     def save(self, folder: str | Path) -> None:
@@ -74,7 +87,12 @@ class BCMLP(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), folder / WEIGHTS)
-        text = {"schema_version": SCHEMA_VERSION, "instructions": list(self.instructions), "sizes": self.sizes}
+        text = {
+            "schema_version": SCHEMA_VERSION,
+            "instructions": list(self.instructions),
+            "robots": self.robots,
+            "sizes": self.sizes,
+        }
         (folder / DESCRIPTION).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
 
@@ -91,7 +109,7 @@ def load_bc_mlp(folder: str | Path) -> BCMLP:
             raise DataError(
                 f"{folder / DESCRIPTION}: schema_version {text.get('schema_version')!r}, expected {SCHEMA_VERSION}"
             )
-        model = BCMLP(tuple(text["instructions"]), **text["sizes"])
+        model = BCMLP(tuple(text["instructions"]), robots=text["robots"], **text["sizes"])
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise DataError(f"{folder}: no readable behaviour-cloning baseline: {error}") from error
@@ -104,6 +122,7 @@ class Samples(NamedTuple):
     state: Tensor  # (N, P + 3 K)
     present: Tensor  # (N, K) bool
     task: Tensor  # (N,) int64
+    robot: Tensor  # (N, R) bool
     actions: Tensor  # (N, A, D)
     valid: Tensor  # (N, A) bool, False past the end of the episode
 
@@ -132,13 +151,14 @@ def train_bc_mlp(
         progress: shows a bar.
 
     Raises:
-        DataError: no usable demonstrations; they lack actions, points or proprioception, or have more points than
-            the spec.
+        DataError: no usable demonstrations; they lack actions, points or proprioception, have more points than the
+            spec, or robots with actions of several widths.
     """
-    samples, instructions = gather_samples(reader, spec)
+    samples, instructions, robots = gather_samples(reader, spec)
     torch.manual_seed(seed)
     model = BCMLP(
         instructions,
+        robots=robots,
         points=spec.points,
         proprio=samples.state.shape[1] - 3 * spec.points,
         action=samples.actions.shape[-1],
@@ -159,8 +179,8 @@ def train_bc_mlp(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * 0.5 * (1 + np.cos(np.pi * done))
             rows = torch.randint(len(samples.state), (batch,), generator=generator)
-            state, present, task, actions, valid = (tensor[rows] for tensor in samples)
-            error = (model(state, present, task) - actions).abs().mean(-1)
+            *told, actions, valid = (tensor[rows] for tensor in samples)
+            error = (model(*told) - actions).abs().mean(-1)
             loss = (error * valid).sum() / valid.sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -172,8 +192,9 @@ def train_bc_mlp(
     return model.eval()
 
 
-def gather_samples(reader: ShardReader, spec: ClipSpec) -> tuple[Samples, tuple[str, ...]]:
-    """All steps of the successful training demonstrations, and the instructions in one-hot order.
+def gather_samples(reader: ShardReader, spec: ClipSpec) -> tuple[Samples, tuple[str, ...], dict[str, int]]:
+    """All steps of the successful training demonstrations, the instructions in one-hot order, and the robots in theirs
+    with the width of the state of each.
 
     Raises:
         DataError: see `train_bc_mlp`.
@@ -184,9 +205,15 @@ def gather_samples(reader: ShardReader, spec: ClipSpec) -> tuple[Samples, tuple[
     if not numbers:
         raise DataError(f"{reader.root}: no successful episodes in the split 'train'")
     instructions: dict[str, int] = {}
+    episodes = [reader.read(number, images=False) for number in numbers]
+    robots = {e.meta["embodiment"]: e.proprio.shape[1] for e in episodes if e.proprio is not None}
+    if len(widths := {e.action.shape[1] for e in episodes if e.action is not None}) > 1:
+        raise DataError(
+            f"{reader.root}: actions of {sorted(widths)} dimensions; the behaviour-cloning baseline answers one width "
+            "for all robots: leave it out of `policies`"
+        )
     parts: list[tuple[np.ndarray, ...]] = []
-    for number in numbers:
-        episode = reader.read(number, images=False)
+    for number, episode in zip(numbers, episodes, strict=True):
         if episode.points is None or episode.proprio is None or episode.action is None:
             raise DataError(f"{reader.root}: {reader.entries[number].key}: needs points, proprioception and actions")
         length, count = episode.points.shape[:2]
@@ -194,22 +221,29 @@ def gather_samples(reader: ShardReader, spec: ClipSpec) -> tuple[Samples, tuple[
             raise DataError(
                 f"{reader.root}: {reader.entries[number].key}: {count} points, expected at most {spec.points}"
             )
-        state = np.zeros((length, episode.proprio.shape[1] + 3 * spec.points), np.float32)
+        wide = max(robots.values())
+        state = np.zeros((length, wide + 3 * spec.points), np.float32)
         state[:, : episode.proprio.shape[1]] = episode.proprio
-        state[:, episode.proprio.shape[1] :][:, : 3 * count] = episode.points.reshape(length, -1)
+        state[:, wide:][:, : 3 * count] = episode.points.reshape(length, -1)
         present = np.broadcast_to(np.arange(spec.points) < count, (length, spec.points))
         task = np.full(length, instructions.setdefault(episode.meta["instruction"], len(instructions)), np.int64)
+        robot = np.tile([name == episode.meta["embodiment"] for name in robots], (length, 1))
         ahead = np.arange(length)[:, None] + np.arange(spec.chunk)
-        parts.append((state, present, task, episode.action[np.minimum(ahead, length - 1)], ahead < length))
+        parts.append((state, present, task, robot, episode.action[np.minimum(ahead, length - 1)], ahead < length))
     columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
-    return Samples(*columns), tuple(instructions)
+    return Samples(*columns), tuple(instructions), robots
 
 
 class BCMLPPolicy:
-    """The baseline behind `contracts.Policy`: it needs `points`, `proprio` and, once per episode, `instruction`."""
+    """The baseline behind `contracts.Policy`: it needs `points`, `proprio` and, once per episode, `instruction`.
 
-    def __init__(self, model: BCMLP) -> None:
-        self.model = model
+    Args:
+        model: what drives.
+        robot: which of those that it knows; one that it does not know is in equal shares all with as wide a state.
+    """
+
+    def __init__(self, model: BCMLP, robot: str | None = None) -> None:
+        self.model, self.robot = model, robot
         self.reset()
 
     def reset(self) -> None:
@@ -240,15 +274,18 @@ class BCMLPPolicy:
         size = self.model.sizes["points"]
         if points.ndim != 2 or points.shape[1] != 3 or len(points) > size:
             raise ContractError(f"points: got {list(points.shape)}, expected [at most {size}, 3]")
-        if proprio.shape != (self.model.sizes["proprio"],):
-            raise ContractError(f"proprio: got {list(proprio.shape)}, expected [{self.model.sizes['proprio']}]")
-        padded = np.zeros((size, 3), np.float32)
-        padded[: len(points)] = points
-        state = torch.from_numpy(np.concatenate([proprio, padded.ravel()]))[None]
+        wide, robots = self.model.sizes["proprio"], self.model.robots
+        able = {self.robot: robots[self.robot]} if self.robot in robots else robots
+        alike = [able.get(name) == proprio.size for name in robots]
+        if proprio.ndim != 1 or not any(alike):
+            raise ContractError(f"proprio: got {list(proprio.shape)}, expected {[[width] for width in able.values()]}")
+        state = np.zeros(wide + 3 * size, np.float32)
+        state[: len(proprio)], state[wide : wide + points.size] = proprio, points.ravel()
+        shares = torch.tensor([alike]) / sum(alike)
         present = (torch.arange(size) < len(points))[None]
         task = torch.tensor([self.model.instructions.index(instruction)])
         with torch.inference_mode():
-            return self.model(state, present, task)[0].numpy()
+            return self.model(torch.from_numpy(state)[None], present, task, shares)[0].numpy()
 
 
 @dataclass(frozen=True)
@@ -257,9 +294,9 @@ class BCMLPFactory:
 
     folder: Path
 
-    def __call__(self) -> BCMLPPolicy:
-        """The policy read from `folder`."""
-        return BCMLPPolicy(load_bc_mlp(self.folder))
+    def __call__(self, robot: str | None = None) -> BCMLPPolicy:
+        """The policy read from `folder`, for a robot."""
+        return BCMLPPolicy(load_bc_mlp(self.folder), robot)
 
 
 def _share_done(step: int, steps: int, started: float, seconds: float | None) -> float:

@@ -3,16 +3,18 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from worldmodel.config import with_tuples
 from worldmodel.contracts import SCHEMA_VERSION, ClipSpec
+from worldmodel.data.embodiments import load_embodiments
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.model import WorldModel
 
@@ -157,18 +159,71 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def load_model(folder: str | Path) -> WorldModel:
-    """Loads a checkpoint folder, in evaluation mode.
+def load_model(folder: str | Path, robots: Sequence[str] = ()) -> WorldModel:
+    """Loads a checkpoint folder, in evaluation mode; those of `robots` that it does not know are added (`add_robots`).
 
     Raises `DataError` for missing files, another schema version, statistics that are not those the weights were
     trained with, or tensors that do not fit.
     """
     folder = Path(folder)
     metadata = read_description(folder)
+    weights = load_file(folder / WEIGHTS)
+    new = [robot for robot in dict.fromkeys(robots) if robot not in metadata["spec"]["embodiments"]]
+    if new:
+        metadata, weights = add_robots(metadata, weights, new)
     model = build_model(metadata["config"], make_spec(metadata["spec"]), metadata["statistics"])
+    if new:
+        weights |= {name: value for name, value in model.state_dict().items() if name.startswith("normaliser.")}
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise DataError(f"{folder / WEIGHTS} does not fit the model that {DESCRIPTION} describes: {error}") from error
     model.metadata = metadata
     return model.eval()
+
+
+def add_robots(
+    metadata: Mapping[str, Any], weights: Mapping[str, Tensor], new: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights of a checkpoint that knows also robots which nothing was trained on.
+
+    Each gets the statistics of the union of the known robots alike, whose state and action have the same names in the
+    registry of embodiments, and in every table of robots the mean of their rows.
+
+    Raises:
+        ConfigError: no known robot is alike.
+    """
+    from worldmodel.data.statistics import merge_statistics, statistics_hash
+
+    def channels(robot: str) -> Any:
+        entry = load_embodiments().get(robot)
+        return None if entry is None else (entry.action, entry.proprio)
+
+    known, weights = list(metadata["spec"]["embodiments"]), dict(weights)
+    fields = dict(metadata["statistics"]["embodiments"])
+    for robot in new:
+        alike = [i for i, name in enumerate(known) if channels(robot) is not None and channels(name) == channels(robot)]
+        if not alike:
+            raise ConfigError(
+                f"robot {robot!r}: the checkpoint was trained on {known}, and by configs/embodiments none of them has "
+                "its state and its actions"
+            )
+        each = [{"embodiments": {robot: fields[known[i]]}} for i in alike]
+        fields[robot] = merge_statistics(each)["embodiments"][robot]
+        for name in [name for name in weights if name.endswith("embodiment.weight")]:
+            weights[name] = torch.cat([weights[name], weights[name][alike].mean(0, keepdim=True)])
+    statistics = {**metadata["statistics"], "embodiments": fields}
+    added = {
+        "spec": {**metadata["spec"], "embodiments": [*known, *new]},
+        "config": resize(metadata["config"], len(known) + len(new)),
+        "statistics": statistics,
+        "statistics_hash": statistics_hash(statistics),
+    }
+    return {**metadata, **added}, weights
+
+
+def resize(config: Any, embodiments: int) -> Any:
+    """A configuration of a model with tables for so many robots."""
+    if isinstance(config, Mapping):
+        return {k: embodiments if k == "embodiments" else resize(v, embodiments) for k, v in config.items()}
+    return [resize(value, embodiments) for value in config] if isinstance(config, list) else config

@@ -1,9 +1,9 @@
 """Closed-loop success: a policy drives the simulated arm, many trials in parallel processes.
 
-Start states come from `SeedSequence([seed, CLOSED_LOOP_STREAM, crc32(task), trial, attempt])`. Generation draws from
-`SeedSequence([seed, split, task, episode])`, four words with a small second one, so no trial can ever start from the
-random stream of a recorded episode; and a trial is the same whichever other tasks run and however many workers there
-are.
+Start states come from `SeedSequence([seed, CLOSED_LOOP_STREAM, crc32(task), trial, attempt])`, with crc32(robot) as a
+sixth word where the simulator has several robots. Generation draws from `SeedSequence([seed, split, task, episode])`,
+and the robot, words with a small second one, so no trial can ever start from the random stream of a recorded episode;
+and a trial is the same whichever other tasks and robots run and however many workers there are.
 """
 
 import multiprocessing
@@ -13,23 +13,28 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
 
 from worldmodel.contracts import Policy, RealtimePolicy
+from worldmodel.data.sources.registry import SOURCES
 from worldmodel.errors import ConfigError, ContractError
 from worldmodel.trials import CLOSED_LOOP_STREAM, ClosedLoopResult, Trial, summarise
-
-MAX_STEPS = 125
-"""Control steps of a trial at 20 Hz: the benchmark's 500 simulator steps at 80 Hz."""
 
 MAX_REDRAWS = 50
 
 
 class Scene(Protocol):
-    """A simulated task, `worldmodel.data.sources.metaworld.MetaworldScene` for one."""
+    """A simulated task with a robot, `worldmodel.data.sources.metaworld.MetaworldScene` for one."""
+
+    embodiment: str
+    hold: np.ndarray
+    """(D,) the action that leaves the arm where it is; a start state that it solves is drawn again."""
+    max_steps: int
+    """Control steps after which a trial has failed, unless something else is asked for."""
 
     def reset(self, rng: np.random.Generator, images: bool = True) -> dict[str, Any]:
         """Draws a start state and observes it, names as in `contracts.Policy`."""
@@ -49,30 +54,32 @@ class ScenePolicy(Protocol):
         ...
 
 
-PolicyFactory = Callable[[], Policy]
-"""Builds the policy inside a worker. Must be picklable: a frozen dataclass with `__call__`, or a function."""
+PolicyFactory = Callable[[str], Policy]
+"""Builds the policy that drives an embodiment, by its name, inside a worker. Must be picklable: a frozen dataclass with
+`__call__`, or a function."""
 
-SceneFactory = Callable[[str], Scene]
-"""Builds the scene of a task inside a worker. Must be picklable."""
+SceneFactory = Callable[[str, str | None], Scene]
+"""Builds the scene of a task and a robot, None where there is but one, inside a worker. Must be picklable."""
 
 
 @dataclass(frozen=True)
-class MetaworldScenes:
-    """Scene factory for Meta-World tasks."""
+class SourceScenes:
+    """Scene factory for the tasks and robots of a source of demonstrations."""
 
     pixels: int = 64
     cameras: tuple[str, ...] = ("front", "wrist")
+    source: str = "metaworld"
 
-    def __call__(self, task: str) -> Scene:
-        """The scene of one task, by its Meta-World name."""
-        from worldmodel.data.sources.metaworld import MetaworldScene
+    def __call__(self, task: str, robot: str | None = None) -> Scene:
+        """The scene of one task with a robot, by their names in the source; its first robot by default."""
+        source = SOURCES[self.source]
+        return source.make_scene(task, robot or source.robots[0], self.pixels, self.cameras)
 
-        return MetaworldScene(task, pixels=self.pixels, cameras=self.cameras)
 
-
-def trial_generator(seed: int, task: str, trial: int, attempt: int) -> np.random.Generator:
+def trial_generator(seed: int, task: str, trial: int, attempt: int, robot: str | None = None) -> np.random.Generator:
     """The random stream of one start state; see the top of this file."""
     words = [seed, CLOSED_LOOP_STREAM, zlib.crc32(task.encode()), trial, attempt]
+    words += [] if robot is None else [zlib.crc32(robot.encode())]
     return np.random.default_rng(np.random.SeedSequence(words))
 
 
@@ -83,13 +90,12 @@ class Rollout:
     seed: int = 0
     replan: int = 4
     """Actions of a chunk that are executed before the policy is asked again."""
-    max_steps: int = MAX_STEPS
+    max_steps: int | None = None
+    """Control steps after which a trial has failed; None is the scene's own number."""
     image_every: int = 4
     """Images are rendered on every that many steps from the start; 0 for a policy that needs none."""
     record: int = 0
-    """Trials per task whose images are kept."""
-    hold: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
-    """The action that leaves the arm where it is; a start state that it solves is drawn again."""
+    """Trials per task and robot whose images are kept."""
     delay: int = 0
     """Control steps that the policy thinks: its chunk is there that much later than what it answers to. Meanwhile the
     robot goes on with the chunk before, or holds still where there is none yet."""
@@ -97,7 +103,7 @@ class Rollout:
     """Tells the policy what is done meanwhile (`contracts.RealtimePolicy`), so that its chunk continues it."""
 
     def __post_init__(self) -> None:
-        if self.replan < 1 or self.max_steps < 1:
+        if self.replan < 1 or (self.max_steps is not None and self.max_steps < 1):
             raise ConfigError(f"closed loop: replan {self.replan}, max_steps {self.max_steps}; expected at least 1")
         if not 0 <= self.delay <= self.replan:
             raise ConfigError(
@@ -110,22 +116,23 @@ class Rollout:
                 "the policy would act without an image of now"
             )
 
-    def __call__(self, scene: Scene, policy: Policy, task: str, trial: int) -> Trial:
+    def __call__(self, scene: Scene, policy: Policy, task: str, trial: int, robot: str | None = None) -> Trial:
         """Runs one trial.
 
         Raises:
             ContractError: the policy answers a chunk of the wrong shape or non-finite actions; or every start state
                 drawn was solved already.
         """
-        rng, redrawn = self.start(scene, task, trial)
+        rng, redrawn = self.start(scene, task, trial, robot)
+        limit = self.limit(scene)
         frames: list[np.ndarray] = []
         recording = trial < self.record
         policy.reset()
         observation = scene.reset(rng, images=bool(self.image_every) or recording)
         if isinstance(policy, ScenePolicy):
             policy.attach(scene)
-        schedule = Schedule(np.array(self.hold, np.float32), self.delay)
-        for step in range(self.max_steps):
+        schedule = Schedule(scene.hold, self.delay)
+        for step in range(limit):
             if recording:
                 frames += [value for key, value in observation.items() if key.startswith("rgb.")][:1]
             policy.observe(observation)
@@ -144,17 +151,21 @@ class Rollout:
             wanted |= recording and (step + 1) % self.replan == 0
             observation, success = scene.step(schedule.action(step), images=wanted)
             if success:
-                return Trial(task, trial, True, step + 1, redrawn, frames)
-        return Trial(task, trial, False, self.max_steps, redrawn, frames)
+                return Trial(task, trial, True, step + 1, redrawn, limit, robot, frames)
+        return Trial(task, trial, False, limit, redrawn, limit, robot, frames)
 
-    def start(self, scene: Scene, task: str, trial: int) -> tuple[np.random.Generator, int]:
+    def limit(self, scene: Scene) -> int:
+        """Control steps after which a trial in this scene has failed."""
+        return scene.max_steps if self.max_steps is None else self.max_steps
+
+    def start(self, scene: Scene, task: str, trial: int, robot: str | None = None) -> tuple[np.random.Generator, int]:
         """A generator whose start state is not solved yet, and how many were rejected before it."""
         for attempt in range(MAX_REDRAWS):
-            scene.reset(trial_generator(self.seed, task, trial, attempt), images=False)
+            scene.reset(trial_generator(self.seed, task, trial, attempt, robot), images=False)
             # Standing still must not solve the task. The scene tells only after a step, so this state is drawn twice.
-            _, solved = scene.step(np.array(self.hold, np.float32), images=False)
+            _, solved = scene.step(scene.hold, images=False)
             if not solved:
-                return trial_generator(self.seed, task, trial, attempt), attempt
+                return trial_generator(self.seed, task, trial, attempt, robot), attempt
         raise ContractError(f"{task}, trial {trial}: all of {MAX_REDRAWS} start states were solved already")
 
 
@@ -186,10 +197,11 @@ def run_closed_loop(
     make_policy: PolicyFactory,
     tasks: Sequence[str],
     *,
+    robots: Sequence[str | None] = (None,),
     trials: int = 20,
     seed: int = 0,
     replan: int = 4,
-    max_steps: int = MAX_STEPS,
+    max_steps: int | None = None,
     image_every: int = 4,
     record: int = 0,
     workers: int | None = None,
@@ -198,29 +210,31 @@ def run_closed_loop(
     realtime: bool = False,
     progress: bool = True,
 ) -> ClosedLoopResult:
-    """Runs `trials` rollouts of every task, in parallel processes.
+    """Runs `trials` rollouts of every task with every robot, in parallel processes.
 
     Args:
         make_policy: builds the policy in each worker; must be picklable.
         tasks: names of the tasks.
-        trials: rollouts per task.
+        robots: names of the robots, None alone for a simulator that has but one (see `Source.told_apart`).
+        trials: rollouts per task and robot.
         seed: of the start states.
         replan: control steps between two calls of the policy.
-        max_steps: control steps after which a trial has failed.
+        max_steps: see `Rollout.max_steps`.
         image_every: see `Rollout.image_every`.
-        record: trials per task whose images come back in `frames`.
+        record: trials per task and robot whose images come back in `frames`.
         workers: processes, one per core by default; 0 runs everything in this process.
-        make_scene: builds the scene of a task; Meta-World at 64 pixels by default.
+        make_scene: builds the scene of a task and robot; Meta-World at 64 pixels by default.
         delay: see `Rollout.delay`.
         realtime: see `Rollout.realtime`.
         progress: shows a bar.
 
     Raises:
-        ConfigError: no tasks or trials, or settings that do not fit together.
+        ConfigError: no tasks, robots or trials, or settings that do not fit together.
         ContractError: see `Rollout`.
     """
-    if not tasks or trials < 1:
-        raise ConfigError(f"closed loop: {len(tasks)} tasks, {trials} trials; expected at least one of each")
+    if not tasks or not robots or trials < 1:
+        counts = f"{len(tasks)} tasks, {len(robots)} robots, {trials} trials"
+        raise ConfigError(f"closed loop: {counts}; expected at least one of each")
     rollout = Rollout(
         seed=seed,
         replan=replan,
@@ -230,8 +244,9 @@ def run_closed_loop(
         delay=delay,
         realtime=realtime,
     )
-    factory = make_scene or MetaworldScenes()
-    jobs = [(task, trial) for task in tasks for trial in range(trials)]
+    factory = make_scene or SourceScenes()
+    # Robots one after the other, since a policy is built anew for each.
+    jobs = [(task, trial, robot) for robot, task, trial in product(robots, tasks, range(trials))]
     workers = min(len(jobs), (os.cpu_count() or 1) if workers is None else workers)
     results: list[Trial] = []
     with tqdm(total=len(jobs), desc="closed loop", unit="trial", disable=not progress) as bar:
@@ -239,22 +254,26 @@ def run_closed_loop(
             results.append(result)
             bar.update()
             bar.set_postfix(success=f"{sum(r.success for r in results) / len(results):.0%}")
-    return summarise(results, tasks, seed=seed, replan=replan, max_steps=max_steps)
+    return summarise(results, tasks, robots, seed=seed, replan=replan)
 
 
 def _run(
-    jobs: list[tuple[str, int]], rollout: Rollout, make_policy: PolicyFactory, make_scene: SceneFactory, workers: int
+    jobs: list[tuple[str, int, str | None]],
+    rollout: Rollout,
+    make_policy: PolicyFactory,
+    make_scene: SceneFactory,
+    workers: int,
 ) -> Iterator[Trial]:
     """Trials in the order they finish."""
     if workers == 0:
         worker = _Worker(rollout, make_policy, make_scene)
-        yield from (worker(task, trial) for task, trial in jobs)
+        yield from (worker(*job) for job in jobs)
         return
     # Spawned, since GL contexts and the threads of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
     arguments = (rollout, make_policy, make_scene)
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
-        futures = [pool.submit(_run_in_worker, task, trial) for task, trial in jobs]
+        futures = [pool.submit(_run_in_worker, *job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -263,21 +282,24 @@ def _run(
 
 
 class _Worker:
-    """A policy and the scene of the task it last ran."""
+    """The scene that it last ran in, and the policy of the robot there."""
 
     def __init__(self, rollout: Rollout, make_policy: PolicyFactory, make_scene: SceneFactory) -> None:
-        self.rollout = rollout
-        self.policy = make_policy()
-        self.make_scene = make_scene
-        self.task: str | None = None
+        self.rollout, self.make_policy, self.make_scene = rollout, make_policy, make_scene
+        self.place: tuple[str, str | None] | None = None
         self.scene: Scene | None = None
+        self.driven: str | None = None
+        self.policy: Policy | None = None
 
-    def __call__(self, task: str, trial: int) -> Trial:
-        """Runs one trial; the scene is built anew only when the task changes."""
-        if self.scene is None or self.task != task:
-            self.scene, self.task = None, task
-            self.scene = self.make_scene(task)
-        return self.rollout(self.scene, self.policy, task, trial)
+    def __call__(self, task: str, trial: int, robot: str | None) -> Trial:
+        """Runs one trial; the scene is built anew only when task or robot change, the policy when the robot does."""
+        if self.scene is None or self.place != (task, robot):
+            self.scene, self.place = None, (task, robot)
+            self.scene = self.make_scene(task, robot)
+        if self.policy is None or self.driven != self.scene.embodiment:
+            self.policy, self.driven = None, self.scene.embodiment
+            self.policy = self.make_policy(self.driven)
+        return self.rollout(self.scene, self.policy, task, trial, robot)
 
 
 _worker: _Worker | None = None
@@ -292,7 +314,7 @@ def _start_worker(rollout: Rollout, make_policy: PolicyFactory, make_scene: Scen
     _worker = _Worker(rollout, make_policy, make_scene)
 
 
-def _run_in_worker(task: str, trial: int) -> Trial:
+def _run_in_worker(task: str, trial: int, robot: str | None) -> Trial:
     """Runs one trial in a worker process."""
     assert _worker is not None
-    return _worker(task, trial)
+    return _worker(task, trial, robot)

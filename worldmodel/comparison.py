@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldmodel.baselines import train_bc_mlp
-from worldmodel.closed_loop import MAX_STEPS, PolicyFactory, SceneFactory, run_closed_loop
+from worldmodel.closed_loop import PolicyFactory, SceneFactory, run_closed_loop
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.index import INDEX
 from worldmodel.data.shard_writer import write_json
@@ -30,14 +30,16 @@ class Contender:
     policy: str
     observes: str
     factory: PolicyFactory
-    weights: Path
-    """Folder with its weights; their content decides whether a kept result is still its result."""
+    weights: Path | None
+    """Folder with its weights, None for a scripted one; their content decides whether a kept result still holds."""
     images: bool = True
     """False for a policy that reads no pictures: none are rendered for it."""
     realtime: bool = False
     """Whether it is told what is done while it thinks; see `closed_loop.Rollout`."""
     trials: int | None = None
-    """At most so many per task, for a control that need not be known as closely as the rest."""
+    """At most so many per task and robot, for a control that need not be known as closely as the rest."""
+    replan: int | None = None
+    """Control steps between two calls, where not the protocol's: a scripted expert answers one action at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +47,15 @@ class Protocol:
     """How every policy of a comparison is tried."""
 
     tasks: tuple[str, ...]
+    robots: tuple[str | None, ...] = (None,)
     trials: int = 20
     seed: int = 0
     replan: int = 4
     delay: int = 0
-    max_steps: int = MAX_STEPS
+    max_steps: int | None = None
     image_every: int = 4
     record: int = 1
-    """Trials per task whose pictures are kept for the report."""
+    """Trials per task and robot whose pictures are kept for the report."""
 
 
 def compare(
@@ -65,8 +68,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Try each policy, or read its kept result from `folder`; one dict of plain values per policy.
 
-    Each holds what `ClosedLoopResult.to_json` gives, with `policy`, `observes`, `reused` and `rollouts` (per task a
-    list of `success` and `video`, a data URI). Raises ConfigError if two policies have one name or weights are absent.
+    Each holds what `ClosedLoopResult.to_json` gives, with `policy`, `observes`, `reused` and `rollouts` (per row of
+    `tasks`, by its `trials.row_name`, a list of `success` and `video`, a data URI). Raises ConfigError if two policies
+    have one name or weights are absent.
     """
     names = [contender.policy for contender in contenders]
     if len(set(names)) < len(names):
@@ -74,7 +78,11 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for contender in contenders:
-        own = replace(protocol, trials=min(protocol.trials, contender.trials or protocol.trials))
+        own = replace(
+            protocol,
+            trials=min(protocol.trials, contender.trials or protocol.trials),
+            replan=contender.replan or protocol.replan,
+        )
         path = folder / f"{result_key(contender, own)}.json"
         reused = path.is_file()
         if not reused:
@@ -89,8 +97,8 @@ def compare(
 
 def result_key(contender: Contender, protocol: Protocol) -> str:
     """Digest of the weights, the policy's settings, the protocol and the simulator's version."""
-    files = sorted(path for path in contender.weights.glob("*") if path.suffix in WEIGHTS)
-    if not files:
+    files = sorted(path for path in contender.weights.glob("*") if path.suffix in WEIGHTS) if contender.weights else []
+    if contender.weights and not files:
         raise ConfigError(f"{contender.policy}: no weights ({', '.join(WEIGHTS)}) in {contender.weights}")
     how = (contender.factory, contender.images, contender.realtime, protocol)
     digest = sha256(repr((*how, sorted(package_versions().items()))).encode())
@@ -103,6 +111,7 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
     result = run_closed_loop(
         contender.factory,
         protocol.tasks,
+        robots=protocol.robots,
         trials=protocol.trials,
         seed=protocol.seed,
         replan=protocol.replan,
@@ -114,14 +123,14 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
         workers=workers,
         make_scene=make_scene,
     )
-    outcomes = {task.task: task.outcomes for task in result.tasks}
+    outcomes = {task.name: task.outcomes for task in result.tasks}
     rollouts = {
-        task: [
-            {"success": outcomes[task][trial], "video": _video(frames)}
+        name: [
+            {"success": outcomes[name][trial], "video": _video(frames)}
             for trial, frames in enumerate(recorded)
             if frames
         ]
-        for task, recorded in result.frames.items()
+        for name, recorded in result.frames.items()
     }
     return result.to_json() | {"rollouts": rollouts}
 
@@ -134,7 +143,8 @@ def _video(frames: list[np.ndarray]) -> str:
 
 def train_baseline(reader: ShardReader, spec: ClipSpec, folder: Path, *, steps: int, seed: int) -> None:
     """Train the behaviour-cloning baseline into `folder`, unless it holds one of the same data and settings."""
-    wanted = {"data": sha256((reader.root / INDEX).read_bytes()).hexdigest(), "steps": steps, "seed": seed}
+    data = sha256((reader.root / INDEX).read_bytes()).hexdigest()
+    wanted = {"data": data, "steps": steps, "seed": seed, "points": spec.points, "chunk": spec.chunk}
     note = folder / "trained_on.json"
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
         return

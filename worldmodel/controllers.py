@@ -30,6 +30,7 @@ class EagerPolicy:
         mask: senses to hide although they are observed, of `transforms.PRESENCE`.
         seed: of the noise that the flow starts from; every `reset` starts the same noise again.
         action_dims: real action dimensions of the robot; the padding after them is cut off.
+        proprio_dims: real dimensions of its state; None is all of the spec's.
         embodiment: name of the robot; the first of the spec by default.
         stateful: keeps the memory of stage 2 from one `act` to the next and reads only the frames that are new, so
             that actions know all of the episode and not only its newest frames.
@@ -42,12 +43,14 @@ class EagerPolicy:
         mask: Sequence[str] = (),
         seed: int = 0,
         action_dims: int | None = None,
+        proprio_dims: int | None = None,
         embodiment: str | None = None,
         stateful: bool = False,
     ) -> None:
         self.model, self.mask, self.seed, self.stateful = model, tuple(mask), seed, stateful
         self.embodiment = model.spec.embodiments[0] if embodiment is None else embodiment
         self.action_dims = action_dims or len(model.statistics[self.embodiment]["action"]["mean"])
+        self.proprio_dims = proprio_dims
         self.reset()
 
     def reset(self) -> None:
@@ -83,7 +86,9 @@ class EagerPolicy:
         spec = self.model.spec
         if len(decided) > spec.chunk:
             raise ContractError(f"act_after: {len(decided)} decided actions, the chunk has {spec.chunk}")
-        observation = observation_from_history(list(self._history), spec, embodiment=self.embodiment)
+        observation = observation_from_history(
+            list(self._history), spec, embodiment=self.embodiment, proprio=self.proprio_dims
+        )
         observation = hide(observation, self.mask)
         noise = torch.from_numpy(self._random.standard_normal((1, spec.chunk, spec.action), dtype=np.float32))
         known: Decided | None = None
@@ -116,7 +121,10 @@ class EagerPolicy:
 
 @dataclass(frozen=True)
 class CheckpointFactory:
-    """Builds the eager policy of a run folder, with its own number of flow steps or with another."""
+    """Builds the eager policy of a run folder, with its own number of flow steps or with another.
+
+    It drives robots too that were not trained on, see `checkpoint.add_robots`.
+    """
 
     folder: Path
     mask: tuple[str, ...] = ()
@@ -124,13 +132,21 @@ class CheckpointFactory:
     stateful: bool = False
     action_steps: int | None = None
 
-    def __call__(self) -> Policy:
-        """The policy with the weights in `folder`."""
+    def __call__(self, robot: str | None = None) -> Policy:
+        """The policy with the weights in `folder` for a robot, its first by default."""
         from worldmodel.checkpoint import load_model
 
-        model = load_model(self.folder)
+        model = load_model(self.folder, () if robot is None else (robot,))
         model.action_steps = self.action_steps or model.action_steps
-        return EagerPolicy(model, mask=self.mask, seed=self.seed, stateful=self.stateful)
+        state = model.statistics[robot or model.spec.embodiments[0]].get("proprio")
+        return EagerPolicy(
+            model,
+            mask=self.mask,
+            seed=self.seed,
+            proprio_dims=len(state["mean"]) if state else None,
+            embodiment=robot,
+            stateful=self.stateful,
+        )
 
 
 class ExpertPolicy:
@@ -165,6 +181,6 @@ class ExpertPolicy:
 class ExpertFactory:
     """Builds `ExpertPolicy`; run it with `replan=1, image_every=0`."""
 
-    def __call__(self) -> Policy:
-        """The policy, of any task."""
+    def __call__(self, robot: str | None = None) -> Policy:
+        """The policy, of any task and robot."""
         return ExpertPolicy()

@@ -60,9 +60,9 @@ class EnsemblePolicy:
 class EnsembleFactory:
     """Builds `EnsemblePolicy` around what another factory builds, in a worker of the closed loop."""
 
-    make: Callable[[], Policy]
+    make: Callable[[str], Policy]
     decay: float
 
-    def __call__(self) -> EnsemblePolicy:
-        """The policy."""
-        return EnsemblePolicy(self.make(), self.decay)
+    def __call__(self, robot: str) -> EnsemblePolicy:
+        """The policy for a robot."""
+        return EnsemblePolicy(self.make(robot), self.decay)

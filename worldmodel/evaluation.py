@@ -25,7 +25,7 @@ from worldmodel.metrics import Rows, Sums
 from worldmodel.model import WorldModel
 from worldmodel.motion_evaluation import Overlay, has_masks, motion_means, score_motion
 
-SPLITS = ("heldout_episodes", "heldout_tasks")
+SPLITS = ("heldout_episodes", "heldout_tasks", "heldout_robots")
 
 
 class Evaluated(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worldmodel.checkpoint import DESCRIPTION, make_spec, read_description
+from worldmodel.checkpoint import DESCRIPTION, make_spec, read_description, resize
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.align import suggest_cameras
 from worldmodel.data.schema import Episode
@@ -78,7 +78,7 @@ def inherit(training: Mapping[str, Any], init: str | Path) -> dict[str, Any]:
     if not (Path(init) / DESCRIPTION).is_file():
         return dict(training)
     before = read_description(init)["training"]
-    union = {name: sorted({*training[name], *before.get(name, ())}) for name in ("tasks", "episodes")}
+    union = {name: sorted({*training[name], *before.get(name, ())}) for name in ("tasks", "robots", "episodes")}
     return {**training, **union, "started_from": {**before, "folder": str(init), "episodes": len(before["episodes"])}}
 
 
@@ -158,10 +158,3 @@ def in_order_of(spec: ClipSpec, episode: Episode, fields: Mapping[str, Any]) -> 
             empty = [neutral.get(measure, 0.0)] * len(rows[0])
             wrench[measure] = [rows[names.index(s)] if s in names else empty for s in spec.sensors]
     return {**fields, "wrench": wrench}
-
-
-def resize(config: Any, embodiments: int) -> Any:
-    """A configuration of a model with tables for so many robots."""
-    if isinstance(config, Mapping):
-        return {k: embodiments if k == "embodiments" else resize(v, embodiments) for k, v in config.items()}
-    return [resize(value, embodiments) for value in config] if isinstance(config, list) else config

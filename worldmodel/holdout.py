@@ -44,17 +44,19 @@ class TrainingMeans(NamedTuple):
 
 
 def check_unseen(metadata: dict[str, Any], reader: ShardReader, split: str) -> None:
-    """Raise DataError if the model was trained on an episode, or in `heldout_tasks` on a task, of this split.
+    """Raise DataError if the model was trained on an episode of this split, in `heldout_tasks` on a task of it, or in
+    `heldout_robots` on a robot.
 
-    Compares the checkpoint's `training` record (`episodes`, `tasks`) with the index: episodes by their keys, and start
-    states with those of the train split, so that a recording under a second name is found too.
+    Compares the checkpoint's `training` record (`episodes`, `tasks`, `robots`) with the index: episodes by their keys,
+    and start states with those of the train split, so that a recording under a second name is found too.
     """
     evaluated = [entry for entry in reader.entries if entry.split == split]
     if not evaluated:
         known = sorted({entry.split for entry in reader.entries})
         raise DataError(f"{reader.root}: no episode of split {split!r}; the index has {known}")
     record = metadata.get("training", {})
-    if missing := [name for name in ("episodes", "tasks") if name not in record]:
+    kept = ("episodes", "tasks", "robots") if split == "heldout_robots" else ("episodes", "tasks")
+    if missing := [name for name in kept if name not in record]:
         raise DataError(
             f"the checkpoint does not say what it was trained on (training.{missing[0]} is missing), so nothing can be "
             "called held out; train again with this version"
@@ -68,6 +70,8 @@ def check_unseen(metadata: dict[str, Any], reader: ShardReader, split: str) -> N
             raise DataError(f"{split}: episode {entry.key!r} starts exactly like a training episode")
     if split == "heldout_tasks" and (shared := sorted({e.task for e in evaluated} & set(record["tasks"]))):
         raise DataError(f"{split}: tasks {shared} were trained on; they are not held out")
+    if split == "heldout_robots" and (shared := sorted({e.embodiment for e in evaluated} & set(record["robots"]))):
+        raise DataError(f"{split}: robots {shared} were trained on; they are not held out")
 
 
 def choose_clips(dataset: ClipDataset, clips_per_episode: int, max_clips: int, seed: int) -> list[Clip]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from worldmodel.closed_loop import MAX_STEPS, Scene, trial_generator
+from worldmodel.closed_loop import Scene, trial_generator
 from worldmodel.contracts import ClipSpec, Observation, Policy
 from worldmodel.data.live import observation_from_history
 from worldmodel.errors import ConfigError, ContractError
@@ -90,7 +90,7 @@ def reach(
     history = [scene.reset(trial_generator(seed, task, trial, 0))]
     chunks: list[np.ndarray] = []
     done: list[np.ndarray] = []
-    for step in range(MAX_STEPS // 2):
+    for step in range(scene.max_steps // 2):
         policy.observe(history[-1])
         if step % replan == 0:
             chunks.append(np.asarray(policy.act(), np.float32))

@@ -17,6 +17,7 @@ from worldmodel.evaluation import Evaluated, counted, measure
 from worldmodel.figures import summarise
 from worldmodel.metrics import Rows, Sums, bootstrap, resampling_counts, summary
 from worldmodel.model import WorldModel
+from worldmodel.trials import row_name
 
 ONE_CAMERA = "one_camera"
 """Stands for a row per camera, with that one alone."""
@@ -202,11 +203,11 @@ def compare_success(
     """
     rows = []
     for name, result in lesser.items():
-        met = {task["task"]: task["outcomes"] for task in results[0]["tasks"]}
+        met = {row_name(task): task["outcomes"] for task in results[0]["tasks"]}
         pairs = [
-            (f"{task['task']} {trial}", float(ours), float(theirs))
+            (f"{row_name(task)} {trial}", float(ours), float(theirs))
             for task in result["tasks"]
-            for trial, (ours, theirs) in enumerate(zip(task["outcomes"], met[task["task"]], strict=False))
+            for trial, (ours, theirs) in enumerate(zip(task["outcomes"], met[row_name(task)], strict=False))
         ]
         counts, owner = resampling_counts([start for start, *_ in pairs], config["seed"])
         ours, theirs = (

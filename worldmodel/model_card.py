@@ -7,6 +7,8 @@ from typing import Any
 
 from worldmodel.plots import number
 from worldmodel.report import SPLIT_NAMES
+from worldmodel.report_closed_loop import horizon
+from worldmodel.trials import row_name
 
 MODEL_CARD = "MODEL_CARD.md"
 
@@ -37,6 +39,8 @@ def _training(stamp: Mapping[str, Any]) -> Iterable[str]:
     seen = stamp["trained_on"]
     yield f"{stamp['parameters']} parameters; weights sha256 `{stamp['weights_sha256'][:16]}`"
     yield f"{seen['episodes']} training episodes of {len(seen['tasks'])} tasks: {', '.join(seen['tasks'])}"
+    if len(seen.get("robots", ())) > 1:
+        yield f"robots trained on: {', '.join(seen['robots'])}"
     yield f"steps per phase: {_pairs(stamp['training_steps'])}; seed {stamp['training_seed']}"
     same = "the same dataset" if stamp["trained_on_the_same_index"] else "another dataset"
     yield f"evaluated on {same} (index sha256 `{stamp['data_index_sha256'][:16]}`), on episodes nobody trained on"
@@ -54,8 +58,8 @@ def _protocol(report: Mapping[str, Any]) -> Iterable[str]:
     for result in report["closed_loop"][:1]:
         most = max(task["trials"] for task in result["tasks"])
         yield (
-            f"closed loop: up to {most} trials a task, failure after {result['max_steps']} control steps, a new chunk "
-            f"every {result['replan']}, seed {result['seed']}"
+            f"closed loop: up to {most} trials a task{' and robot' if 'robots' in result else ''}, failure after "
+            f"{horizon(result)} control steps, a new chunk every {result['replan']}, seed {result['seed']}"
         )
     yield f"{_pairs(stamp['versions'])}; {stamp['machine']}; revision {stamp['git_revision']}"
 
@@ -131,11 +135,11 @@ def _limits(report: Mapping[str, Any]) -> Iterable[str]:
                     f"{first['policy']} ({first['mean_success']:.1%}) does no better than {other['policy']} "
                     f"({other['mean_success']:.1%}) in the closed loop"
                 )
-        for task in first["tasks"]:
+        for task in (*first["tasks"], *first.get("robots", ())):
             if task["interval"][0] < 0.5:
                 yield (
-                    f"{task['task']}: {task['successes']} of {task['trials']} trials ({_share(task['interval'])}) for "
-                    f"{first['policy']}"
+                    f"{row_name(task)}: {task['successes']} of {task['trials']} trials ({_share(task['interval'])}) "
+                    f"for {first['policy']}"
                 )
     else:
         yield "not tried in the closed loop"

@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from worldmodel import published
-from worldmodel.checkpoint import WEIGHTS, load_model
-from worldmodel.closed_loop import MetaworldScenes
+from worldmodel.checkpoint import WEIGHTS, load_model, read_description
+from worldmodel.closed_loop import SourceScenes
 from worldmodel.comparison import Contender, Protocol, compare, result_key, train_baseline
 from worldmodel.data.shards import ShardReader
 from worldmodel.edit_evaluation import evaluate_edits
@@ -37,14 +37,18 @@ def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
         raise ConfigError(f"splits: unknown {unknown}; valid: {list(SPLITS)}")
     if config["threads"]:
         torch.set_num_threads(config["threads"])
-    model, out = load_model(config["checkpoint"]), Path(config["out"])
-    training = model.metadata["training"]
+    out, training = Path(config["out"]), read_description(config["checkpoint"])["training"]
     reader = ShardReader(config["data"] or training["data_root"])
     published.check(config, training, reader)
+    heldout = {entry.embodiment for entry in reader.entries if entry.split == "heldout_robots"}
+    model = load_model(config["checkpoint"], sorted(heldout) if "heldout_robots" in config["splits"] else ())
     missing = absences(config["missing"], model.spec.cameras)
     hidden = published.hidden_senses(config)
+    contenders = make_contenders(config["policies"], hidden) if config["closed_loop"] else []
+    source, robots = published.driven(config, training, reader) if contenders else (None, [])
     protocol = Protocol(
         tasks=tuple(config["tasks"] or training["tasks"]),
+        robots=source.told_apart(robots) if source else (None,),
         trials=config["trials"],
         seed=config["seed"],
         replan=config["replan"],
@@ -52,12 +56,12 @@ def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
         max_steps=config["max_steps"],
         image_every=model.spec.stride,
     )
-    contenders = make_contenders(config["policies"], hidden) if config["closed_loop"] else []
     lesser = lesser_contenders(contenders, missing, config["missing_trials"])
     baseline = out / "bc_mlp"
     for contender in [*contenders, *lesser.values()]:
         if contender.weights != baseline:
             result_key(contender, protocol)
+            check_robots(contender, robots)
     how = {name: config[name] for name in ("clips_per_episode", "batch_size", "seed", "sampler_steps")}
     seeing = Without(model, Absent(senses=hidden)) if hidden else model
     offline = [
@@ -71,17 +75,21 @@ def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
     ]
     edits = _edits(model, reader, config)
     tried = []
-    if contenders:
+    if source:
         if any(contender.weights == baseline for contender in contenders):
             train_baseline(reader, model.spec, baseline, steps=config["baseline_steps"], seed=config["seed"])
-        scenes = MetaworldScenes(model.spec.height, model.spec.cameras)
+        scenes = SourceScenes(model.spec.height, model.spec.cameras, source.name)
         everyone = [*contenders, *lesser.values()]
         tried = compare(everyone, protocol, out / "closed_loop", make_scene=scenes, workers=config["workers"])
     stamp = {
         "protocol": published.stamp(config),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "weights_sha256": sha256((Path(config["checkpoint"]) / WEIGHTS).read_bytes()).hexdigest(),
-        "trained_on": {"tasks": training["tasks"], "episodes": len(training["episodes"])},
+        "trained_on": {
+            "tasks": training["tasks"],
+            "robots": training.get("robots", []),
+            "episodes": len(training["episodes"]),
+        },
         **protocol_stamp(model.metadata, reader, settings),
     }
     results = {
@@ -120,8 +128,9 @@ def _edits(model: WorldModel, reader: ShardReader, config: Mapping[str, Any]) ->
 def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> list[Contender]:
     """Build the policies of a comparison from their YAML entries.
 
-    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime` and `trials` (see `Contender`). A
-    factory is a Hydra `_target_` with a `folder` that holds the weights. One with a `mask` is also denied `hidden`.
+    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime`, `trials` and `replan` (see
+    `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, if it has any. One with a
+    `mask` is also denied `hidden`.
     """
     contenders = []
     for entry in policies:
@@ -133,13 +142,24 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
                 policy=entry["policy"],
                 observes=entry["observes"],
                 factory=factory,
-                weights=Path(factory.folder),
+                weights=Path(factory.folder) if hasattr(factory, "folder") else None,
                 images=entry.get("images", True),
                 realtime=entry.get("realtime", False),
                 trials=entry.get("trials"),
+                replan=entry.get("replan"),
             )
         )
     return contenders
+
+
+def check_robots(contender: Contender, robots: Sequence[str]) -> None:
+    """Raise ConfigError if a policy that names the `robots` that it knows lacks one of those that it shall drive."""
+    known = getattr(contender.factory, "robots", None)
+    if known is not None and (unknown := sorted(set(robots) - set(known))):
+        raise ConfigError(
+            f"{contender.policy}: {contender.weights} knows {list(known)} and not {unknown}; an artefact that drives "
+            f"robots which nothing was trained on is built with `python -m export build ... robots=[{unknown[0]}]`"
+        )
 
 
 def lesser_contenders(

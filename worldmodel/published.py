@@ -8,15 +8,17 @@ from hashlib import sha256
 from typing import Any
 
 from worldmodel.data.shards import ShardReader
-from worldmodel.data.sources.registry import SOURCES
+from worldmodel.data.sources.registry import SOURCES, simulated
+from worldmodel.data.sources.scene import Source
 from worldmodel.data.transforms import PRESENCE, presence_masks
 from worldmodel.errors import ConfigError, DataError
 
 SETTINGS = (
-    "senses", "splits", "clips_per_episode", "max_clips", "seed", "tasks", "trials", "max_steps", "replan", "delay",
+    "senses", "splits", "clips_per_episode", "max_clips", "seed", "tasks", "robots", "trials", "max_steps", "replan",
+    "delay",
 )  # fmt: skip
 """What a protocol settles for `eval.py`; configs/eval/eval.yaml takes each from it."""
-DEMANDS = ("generated", "train_tasks", "heldout_tasks", "demonstrations")
+DEMANDS = ("generated", "train_tasks", "heldout_tasks", "train_robots", "heldout_robots", "demonstrations")
 """What a protocol demands of the data and of what was trained on them."""
 
 
@@ -45,15 +47,36 @@ def check(config: Mapping[str, Any], training: Mapping[str, Any], reader: ShardR
         presence_masks(sense)
     name = protocol["name"]
     _check_data(name, protocol, reader)
-    if protocol["train_tasks"] is not None and set(training["tasks"]) != set(protocol["train_tasks"]):
-        raise DataError(
-            f"protocol {name}: the checkpoint must be trained on {sorted(protocol['train_tasks'])}, it was on "
-            f"{sorted(training['tasks'])}"
-        )
+    if "robots" not in training and (protocol["train_robots"] or protocol["heldout_robots"]):
+        raise DataError(f"protocol {name}: the checkpoint does not say on which robots it was trained; train it again")
+    for kind in ("tasks", "robots"):
+        wanted = protocol[f"train_{kind}"]
+        if wanted is not None and set(training[kind]) != set(wanted):
+            raise DataError(
+                f"protocol {name}: the checkpoint must be trained on {sorted(wanted)}, it was on "
+                f"{sorted(training[kind])}"
+            )
+    if known := sorted(set(protocol["heldout_robots"] or ()) & set(training.get("robots", ()))):
+        raise DataError(f"protocol {name}: robots {known} must be held out, the checkpoint was trained on them")
     if protocol["demonstrations"] is not None:
         _check_demonstrations(name, protocol["demonstrations"], training["episodes"], reader)
     if config["closed_loop"]:
-        _check_simulator(name, protocol["generated"].get("source", "metaworld"), config["tasks"] or training["tasks"])
+        source, robots = driven(config, training, reader)
+        _check_simulator(name, source, config["tasks"] or training["tasks"], robots)
+
+
+def driven(config: Mapping[str, Any], training: Mapping[str, Any], reader: ShardReader) -> tuple[Source, list[str]]:
+    """The simulator of the closed loop, and the robots there: those of `robots`, or those trained on.
+
+    It is the one that the data were made in or, where they do not say, the first that has such robots. Raises
+    ConfigError if there is none.
+    """
+    robots = config["robots"] or training.get("robots") or reader.index["embodiments"]
+    made = reader.index.get("generated", {}).get("source")
+    if made not in (None, *SOURCES):
+        raise ConfigError(f"closed loop: the data were made in {made!r}; simulated here are {', '.join(SOURCES)}")
+    source = simulated(robots)[0] if made is None else SOURCES[made]
+    return source, list(config["robots"] or [robot for robot in robots if robot in source.robots])
 
 
 def hidden_senses(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -70,12 +93,12 @@ def _check_data(name: str, protocol: Mapping[str, Any], reader: ShardReader) -> 
             f"protocol {name}: {reader.root} is not its data: {'; '.join(wrong)}. They are made by `python -m "
             f"worldmodel.data {command}`"
         )
-    held = sorted({entry.task for entry in reader.entries if entry.split == "heldout_tasks"})
-    if protocol["heldout_tasks"] is not None and held != sorted(protocol["heldout_tasks"]):
-        raise DataError(
-            f"protocol {name}: split heldout_tasks of {reader.root} must hold {sorted(protocol['heldout_tasks'])}, it "
-            f"holds {held}"
-        )
+    for split, kind in (("heldout_tasks", "task"), ("heldout_robots", "embodiment")):
+        held = sorted({getattr(entry, kind) for entry in reader.entries if entry.split == split})
+        if protocol[split] is not None and held != sorted(protocol[split]):
+            raise DataError(
+                f"protocol {name}: split {split} of {reader.root} must hold {sorted(protocol[split])}, it holds {held}"
+            )
 
 
 def _unlike(wanted: Mapping[str, Any], said: Mapping[str, Any]) -> list[str]:
@@ -105,13 +128,12 @@ def _check_demonstrations(name: str, most: int, trained: list[str], reader: Shar
         )
 
 
-def _check_simulator(name: str | None, source: str, tasks: list[str]) -> None:
+def _check_simulator(name: str | None, source: Source, tasks: list[str], robots: list[str]) -> None:
     named = f"protocol {name}: " if name else ""
-    if source != "metaworld":
-        raise ConfigError(f"{named}closed_loop=true drives Meta-World's arm only; {source} is evaluated offline")
-    if importlib.util.find_spec("metaworld") is None:
-        raise ConfigError(f"{named}closed_loop=true needs the simulator: pip install 'worldmodel[sim]'")
-    if unknown := sorted(set(tasks) - set(SOURCES[source].tasks)):
-        raise ConfigError(
-            f"{named}closed loop: tasks {unknown} are not simulated here; {', '.join(SOURCES[source].tasks)} are"
-        )
+    if importlib.util.find_spec(source.name) is None:
+        raise ConfigError(f"{named}closed_loop=true needs the simulator: pip install 'worldmodel[{source.extra}]'")
+    for kind, asked, known in (("tasks", tasks, source.tasks), ("robots", robots, source.robots)):
+        if unknown := sorted(set(asked) - set(known)):
+            raise ConfigError(f"{named}closed loop: {kind} {unknown} are not simulated here; {', '.join(known)} are")
+    if not robots:
+        raise ConfigError(f"{named}closed loop: no robot that was trained on is simulated by {source.name}; set robots")

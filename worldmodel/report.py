@@ -21,6 +21,7 @@ from worldmodel.report_samples import sample_sections
 SPLIT_NAMES = {
     "heldout_episodes": "Held-out episodes of training tasks",
     "heldout_tasks": "Held-out tasks",
+    "heldout_robots": "Held-out robots",
 }
 STREAM_NAMES = {
     "video": "video", "camera": "camera pose", "points": "object trajectories", "force": "touch and force",

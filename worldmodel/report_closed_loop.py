@@ -1,13 +1,16 @@
 """The part of the report that shows policies driving the arm."""
 
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 from worldmodel.plots import interval_chart
+from worldmodel.trials import row_name
 from worldmodel.viz import video_tag
 
 
 def closed_loop_section(closed: list[dict]) -> str:
-    """Show what `comparison.compare` returned: rates with intervals, per task, and recorded rollouts."""
+    """Show what `comparison.compare` returned: rates with intervals, per task and robot, and recorded rollouts."""
     rows = "".join(
         f'<tr><td>{escape(r["policy"])}</td><td>{escape(r["observes"])}</td><td class="n">{r["mean_success"]:.1%}</td>'
         f'<td class="n">{r["interval"][0]:.0%}–{r["interval"][1]:.0%}</td>'
@@ -15,8 +18,8 @@ def closed_loop_section(closed: list[dict]) -> str:
         f'<td class="n">{r["seed"]}</td></tr>'
         for r in closed
     )
-    tasks = list(dict.fromkeys(task["task"] for r in closed for task in r["tasks"]))
-    of = {r["policy"]: {t["task"]: t for t in r["tasks"]} for r in closed}
+    of = {r["policy"]: {row_name(t): t for t in (*r["tasks"], *r.get("robots", ()))} for r in closed}
+    tasks = list(dict.fromkeys(name for rows in of.values() for name in rows))
     chart = interval_chart(
         {
             task: {name: (t[task]["success"], *t[task]["interval"]) for name, t in of.items() if task in t}
@@ -35,13 +38,19 @@ def closed_loop_section(closed: list[dict]) -> str:
     return (
         "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same "
         f"start states; start states that are solved already are drawn again. A new chunk every {first['replan']} "
-        f"control steps, failure after {first['max_steps']}. Intervals are 95 % Wilson intervals.</p>"
+        f"control steps, failure after {horizon(first)}. Intervals are 95 % Wilson intervals.</p>"
         '<div class="wide"><table><thead><tr><th>Policy</th><th>Observes</th><th class="n">Mean success</th>'
         '<th class="n">Interval</th><th class="n">Trials</th><th class="n">Seed</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div><h3>Success by task</h3>{chart}"
         f'<details><summary>Table</summary><div class="wide"><table><thead><tr><th>Task</th>{heads}</tr></thead>'
         f"<tbody>{cells}</tbody></table></div></details>{''.join(map(_rollouts, closed))}"
     )
+
+
+def horizon(result: Mapping[str, Any]) -> str:
+    """Control steps after which a trial has failed, by task where they differ."""
+    steps = result["max_steps"]
+    return ", ".join(f"{n} ({task})" for task, n in steps.items()) if isinstance(steps, dict) else str(steps)
 
 
 def _trials(task: dict) -> str:

@@ -11,6 +11,7 @@ from worldmodel.data.index import INDEX
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.protocol import evaluate
+from worldmodel.trials import row_name
 
 PLACES = ("checkpoint", "data", "artefact", "out", "workers")
 """Settings that say where things are and how many work on them, and so may differ from the stamp's."""
@@ -84,5 +85,7 @@ def differences(before: Any, after: Any, where: str) -> list[str]:
 
 def _name(item: Any, number: int) -> str:
     """What an item of a list is called, if it says so."""
+    if isinstance(item, dict) and item.get("robot"):
+        return row_name(item)
     keys = ("split", "policy", "task", "missing", "name")
     return next((str(item[key]) for key in keys if isinstance(item, dict) and key in item), str(number))

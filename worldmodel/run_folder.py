@@ -76,5 +76,6 @@ def training_record(config: Mapping[str, Any], readers: Sequence[ShardReader]) -
         "other_data": {str(r.root): hashlib.sha256((r.root / INDEX).read_bytes()).hexdigest() for r in readers[1:]},
         "split": "train",
         "tasks": sorted({e.task for e in entries}),
+        "robots": sorted({e.embodiment for e in entries}),
         "episodes": [e.key for e in entries],
     }

@@ -10,7 +10,9 @@ from worldmodel.errors import ConfigError
 from worldmodel.page import compose
 from worldmodel.plots import number
 from worldmodel.report import SPLIT_NAMES, STREAM_NAMES
+from worldmodel.report_closed_loop import horizon
 from worldmodel.rerun import read_report
+from worldmodel.trials import row_name
 
 ALIKE = {
     "protocol": ("stamp", "protocol", "name"),
@@ -19,7 +21,7 @@ ALIKE = {
     "data": ("stamp", "data_index_sha256"),
 }
 """What reports must agree in for their figures to compare, by where it stands in them."""
-VERSIONS = {name: ("stamp", "versions", name) for name in ("torch", "metaworld", "mujoco")}
+VERSIONS = {name: ("stamp", "versions", name) for name in ("torch", "metaworld", "robosuite", "mujoco")}
 """What may explain small differences."""
 EVERYTHING, CLOSED_LOOP = "everything", "closed_loop"
 
@@ -100,18 +102,23 @@ def _closed_loop(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> 
     """Columns are the policies of all runs; the first row is the mean over tasks."""
     tried = [(name, result) for name, r in zip(names, reports, strict=True) for result in r["closed_loop"]]
     rows = []
-    for task in [None, *dict.fromkeys(task["task"] for _, result in tried for task in result["tasks"])]:
+    for task in [None, *dict.fromkeys(row_name(row) for _, result in tried for row in _rows(result))]:
         values = [_rate(result, task) for _, result in tried]
         rows.append({"task": task, "values": values, "best": best_of(values, True)})
     columns = [{"run": name, "policy": result["policy"], "seed": result["seed"]} for name, result in tried]
     return {"columns": columns, "rows": rows if tried else []}
 
 
+def _rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """By task and robot, then by robot where there are several."""
+    return [*result["tasks"], *result.get("robots", ())]
+
+
 def _rate(result: Mapping[str, Any], task: str | None) -> dict[str, Any] | None:
     if task is None:
         rate, (low, high), count = result["mean_success"], result["interval"], sum(t["trials"] for t in result["tasks"])
     else:
-        found = next((t for t in result["tasks"] if t["task"] == task), None)
+        found = next((row for row in _rows(result) if row_name(row) == task), None)
         if found is None:
             return None
         rate, (low, high), count = found["success"], found["interval"], found["trials"]
@@ -131,7 +138,9 @@ def _settings(splits: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> di
         found[split] = {f"{name.replace('_', ' ')} on {where}": [s.get(name) for s in settings] for name in names}
     found[CLOSED_LOOP] = {
         f"{name.replace('_', ' ')} of the closed loop": [
-            sorted({result[name] for result in report["closed_loop"]}) or None for report in reports
+            sorted({horizon(result) if name == "max_steps" else result[name] for result in report["closed_loop"]})
+            or None
+            for report in reports
         ]
         for name in ("seed", "replan", "max_steps")
     }

@@ -271,6 +271,7 @@ def _prepare() -> None:
 def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
     """The demonstrations of `chunk` from the source `name` with their keys, each followed by its variants."""
     from worldmodel.data.sources.collect import collect_episode
+    from worldmodel.data.sources.mujoco_scene import CAMERAS
     from worldmodel.data.sources.variants import collect_family
 
     source = SOURCES[name]
@@ -278,7 +279,7 @@ def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
     robot = chunk.what.get("robot")
     place = [chunk.what["seed"], SPLITS.index(split), source.tasks.index(task)]
     words = [] if robot is None else [source.robots.index(robot)]
-    scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"])
+    scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"], CAMERAS)
     variants, vary = chunk.what.get("variants", 0), chunk.what.get("vary", [EVERYTHING])
     try:
         for number in range(first, first + chunk.count // (1 + variants)):

@@ -13,7 +13,11 @@ from worldmodel.errors import ContractError
 
 
 def observation_from_history(
-    history: Sequence[Mapping[str, Any]], spec: ClipSpec, *, embodiment: str | None = None
+    history: Sequence[Mapping[str, Any]],
+    spec: ClipSpec,
+    *,
+    embodiment: str | None = None,
+    proprio: int | None = None,
 ) -> Observation:
     """An `Observation` of batch size 1 from consecutive control steps.
 
@@ -24,6 +28,7 @@ def observation_from_history(
             `has_points` (K,), `has_wrench` (S,) and `has_taxels` (S,) mark single points and sensors as absent.
         spec: names and sizes of the model.
         embodiment: which of `spec.embodiments`; None is the first.
+        proprio: how wide its state is, the rest is padding; None is all of the spec's.
 
     Raises:
         ContractError: empty history, or a field of the wrong shape; the message names the field and the right shape.
@@ -79,9 +84,9 @@ def observation_from_history(
 
     wrench, has_wrench = touch("wrench", np.maximum(layout.touch + newest, 0), (s, 6))
     taxels, has_taxels = touch("taxels", frames, (s, *spec.taxels))
-    proprio = np.zeros((h, spec.proprio), np.float32)
+    state, width = np.zeros((h, spec.proprio), np.float32), spec.proprio if proprio is None else proprio
     if "proprio" in now:
-        proprio = series("proprio", frames, (spec.proprio,), np.float32)
+        state[:, :width] = series("proprio", frames, (width,), np.float32)
     instruction = str(now.get("instruction", ""))
     fields = {
         "rgb": rgb,
@@ -91,7 +96,7 @@ def observation_from_history(
         "visible": visible,
         "wrench": wrench.reshape(h, spec.stride, s, 6),
         "taxels": taxels,
-        "proprio": proprio,
+        "proprio": state,
         "text": text_ids(instruction, spec.text),
         "embodiment": np.array(spec.embodiments.index(embodiment), np.int64),
         "has_rgb": has_rgb,

@@ -58,6 +58,7 @@ class MetaworldScene(MujocoScene):
     """
 
     embodiment = "sawyer"
+    hold = np.zeros(len(ACTION_NAMES), np.float32)
     max_steps = MAX_STEPS
 
     def __init__(self, task: str, *, pixels: int = 64, cameras: tuple[str, ...] = CAMERAS) -> None:

@@ -1,20 +1,23 @@
 """The sources of demonstrations by name; nothing heavy is imported before a scene is built."""
 
+from collections.abc import Sequence
+
 from worldmodel.data.sources import metaworld_tasks, robosuite_tasks
 from worldmodel.data.sources.metaworld_benchmarks import BENCHMARKS
 from worldmodel.data.sources.scene import Benchmark, Scene, Source
+from worldmodel.errors import ConfigError
 
 
-def _metaworld(task: str, robot: str, pixels: int) -> Scene:
+def _metaworld(task: str, robot: str, pixels: int, cameras: tuple[str, ...]) -> Scene:
     from worldmodel.data.sources.metaworld import MetaworldScene
 
-    return MetaworldScene(task, pixels=pixels)
+    return MetaworldScene(task, pixels=pixels, cameras=cameras)
 
 
-def _robosuite(task: str, robot: str, pixels: int) -> Scene:
+def _robosuite(task: str, robot: str, pixels: int, cameras: tuple[str, ...]) -> Scene:
     from worldmodel.data.sources.robosuite import RobosuiteScene
 
-    return RobosuiteScene(task, robot=robot, pixels=pixels)
+    return RobosuiteScene(task, robot=robot, pixels=pixels, cameras=cameras)
 
 
 SOURCES: dict[str, Source] = {
@@ -26,6 +29,7 @@ SOURCES: dict[str, Source] = {
             benchmarks=BENCHMARKS,
             robots=("sawyer",),
             make_scene=_metaworld,
+            extra="sim",
         ),
         Source(
             name="robosuite",
@@ -35,6 +39,20 @@ SOURCES: dict[str, Source] = {
             },
             robots=tuple(robosuite_tasks.ROBOTS),
             make_scene=_robosuite,
+            extra="robosuite",
         ),
     )
 }
+
+
+def simulated(robots: Sequence[str]) -> tuple[Source, list[str]]:
+    """The first source that has any of `robots`, and those of them that it has.
+
+    Raises:
+        ConfigError: none has any.
+    """
+    for source in SOURCES.values():
+        if found := [robot for robot in robots if robot in source.robots]:
+            return source, found
+    known = "; ".join(f"{source.name}: {', '.join(source.robots)}" for source in SOURCES.values())
+    raise ConfigError(f"closed loop: robots {list(robots)} are not simulated here ({known})")

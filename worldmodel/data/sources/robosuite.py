@@ -73,6 +73,7 @@ class RobosuiteScene(MujocoScene):
     """
 
     hidden_groups = (0,)
+    hold = np.zeros(len(ACTION_NAMES), np.float32)
 
     def __init__(
         self, task: str, *, robot: str = "panda", pixels: int = 64, cameras: tuple[str, ...] = CAMERAS

@@ -31,6 +31,9 @@ class Scene(Protocol):
     """One task with one robot; used for many episodes."""
 
     cameras: tuple[str, ...]
+    embodiment: str
+    hold: "np.ndarray"
+    """(D,) the action that leaves the arm where it is."""
     max_steps: int
     """Control steps after which an episode has failed."""
     elements: tuple[str, ...]
@@ -97,5 +100,16 @@ class Source:
     """Lists of some or all of them by name, the default first."""
     robots: tuple[str, ...]
     """Names of embodiments."""
-    make_scene: Callable[[str, str, int], Scene]
-    """Builds the scene of (task, robot, pixels)."""
+    make_scene: Callable[[str, str, int, tuple[str, ...]], Scene]
+    """Builds the scene of (task, robot, pixels, cameras)."""
+    extra: str
+    """What `pip install 'worldmodel[...]'` brings it with."""
+
+    @property
+    def train_tasks(self) -> tuple[str, ...]:
+        """Those that training sees, of the default list."""
+        return next(iter(self.benchmarks.values())).train_tasks
+
+    def told_apart(self, robots: Sequence[str]) -> tuple[str | None, ...]:
+        """`robots` as closed-loop trials name them: None where there is but one, which needs no name."""
+        return tuple(robots) if len(self.robots) > 1 else (None,)
