@@ -216,7 +216,9 @@ def train(given: argparse.Namespace, policy: str, folder: Path, about: dict[str,
     }
     if (folder / "rivals.json").is_file():
         known = json.loads((folder / "rivals.json").read_text())
-        if other := {name: known.get(name) for name, value in settings.items() if known.get(name) != value}:
+        # What it took stands in place of the budget, which is in the name of the folder.
+        same = {name: value for name, value in settings.items() if name not in ("seconds", "steps")}
+        if other := {name: known.get(name) for name, value in same.items() if known.get(name) != value}:
             raise ConfigError(f"{folder} was trained with {other}: choose another OUT")
         return known
     done = subprocess.run(

@@ -77,6 +77,19 @@ def test_the_policy_sees_what_it_would_see_step_by_step(robot_artefact: Path) ->
         np.testing.assert_array_equal(controller.policy.inputs()[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("thinks", [0, 1, 2])
+def test_the_first_chunk_continues_what_is_done_while_it_is_awaited(robot_artefact: Path, thinks: int) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact), realtime=True, thinks=thinks)
+    controller.reset(0.0)
+    controller.receive(0.0, observed(0), 0.0)
+    question = controller.ask(0.0)
+    assert question is not None and len(question.decided) == thinks
+    for row in question.decided:
+        assert np.array_equal(controller.command((question.begun + len(question.decided) - 1) / FPS), row)
+    with pytest.raises(RuntimeContractError, match="thinks 99; expected 0 to"):
+        Controller(OnnxPolicy(robot_artefact), thinks=99)
+
+
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_the_row_for_now_is_commanded_and_chunks_continue_it(robot_artefact: Path, delay: int) -> None:
     controller = Controller(OnnxPolicy(robot_artefact), realtime=True)

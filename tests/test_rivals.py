@@ -71,8 +71,8 @@ def test_what_was_trained_otherwise_is_not_taken_for_it(tmp_path):
     folder.mkdir()
     done = {
         **{"data": str(tmp_path / "demos"), "init": None, "out": str(folder), "policy": "act", "small": True},
-        **{"cameras": ["front"], "pixels": 64, "state": 28, "action": 4, "chunk": 8, "replan": 4, "seconds": None},
-        **{"steps": 5, "clock": "wall", "batch": 8, "threads": 2, "seed": 0, "parameters": 7},
+        **{"cameras": ["front"], "pixels": 64, "state": 28, "action": 4, "chunk": 8, "replan": 4, "seconds": 228.2},
+        **{"steps": 437, "clock": "wall", "batch": 8, "threads": 2, "seed": 0, "parameters": 7},
     }
     (folder / "rivals.json").write_text(json.dumps(done))
     assert train(settings(tmp_path), "act", folder, about)["parameters"] == 7

@@ -57,6 +57,8 @@ class Controller:
         policy: used by this controller alone.
         replan: control steps between two questions; half a chunk by default.
         realtime: tells the policy what is commanded while it thinks; for models trained with a rate `decided`.
+        thinks: control steps that the first answer is expected to take, later ones what the last took; a chunk that
+            comes later than was expected does not continue what the robot did, and success suffers.
         deadline: seconds from the picture that a chunk answers to, after which no row of it is commanded; at most, and
             by default, the length of a chunk.
         stop_after: seconds of holding.
@@ -74,6 +76,7 @@ class Controller:
         *,
         replan: int | None = None,
         realtime: bool = False,
+        thinks: int = 1,
         deadline: float | None = None,
         stop_after: float = 1.0,
         stale_after: dict[str, float] | None = None,
@@ -82,13 +85,15 @@ class Controller:
     ) -> None:
         control = policy.manifest["control"]
         self.policy, self.fps, self.realtime, self.stop_after = policy, policy.fps, realtime, stop_after
-        self.replan = policy.horizon // 2 if replan is None else replan
+        self.replan, self.thinks = policy.horizon // 2 if replan is None else replan, thinks
         self.deadline = policy.horizon / self.fps if deadline is None else deadline
         if not (1 <= self.replan <= policy.horizon and 0 < self.deadline <= policy.horizon / self.fps):
             raise RuntimeContractError(
                 f"controller: replan {self.replan}, deadline {self.deadline:g} s; expected 1 to {policy.horizon} steps "
                 f"and at most {policy.horizon / self.fps:g} s, the length of a chunk"
             )
+        if not 0 <= thinks <= policy.horizon // 2:
+            raise RuntimeContractError(f"controller: thinks {thinks}; expected 0 to {policy.horizon // 2} steps")
         self.stale_after = {**control["stale_after"], **(stale_after or {})}
         if set(self.stale_after) != {"images", "sensors"} or not min(self.stale_after.values()) > 0:
             raise RuntimeContractError(
@@ -124,7 +129,7 @@ class Controller:
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
             self._chunk: np.ndarray | None = None
             self._instruction: str | None = None
-            self._thought = [0] * PATIENCE
+            self._thought = [self.thinks] * PATIENCE
             self._answers, self._heavy, self._peak = 0, 0.0, 0.0
             self._heavy_at = self._measured_at = -math.inf
 
@@ -230,6 +235,8 @@ class Controller:
                 return
             self._open = False
             took = self._number(now) - question.asked
+            if not self._answers:
+                self._thought = [0] * PATIENCE
             self._thought[self._answers % PATIENCE] = max(0, took)
             self._answers += 1
             if chunk is None or chunk.shape != (self.policy.horizon, len(self._out)) or not np.isfinite(chunk).all():
