@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldmodel.baselines import train_bc_mlp
-from worldmodel.closed_loop import PolicyFactory, SceneFactory, run_closed_loop
+from worldmodel.closed_loop import PolicyFactory, Rollout, SceneFactory, run_closed_loop
 from worldmodel.contracts import ClipSpec
 from worldmodel.data.index import INDEX
 from worldmodel.data.shard_writer import write_json
@@ -39,7 +39,8 @@ class Contender:
     trials: int | None = None
     """At most so many per task and robot, for a control that need not be known as closely as the rest."""
     replan: int | None = None
-    """Control steps between two calls, where not the protocol's: a scripted expert answers one action at a time."""
+    """Control steps between two calls, where not the protocol's: a scripted expert answers one action at a time, and
+    at once, whatever the protocol says of delay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for contender in contenders:
-        own = replace(
-            protocol,
-            trials=min(protocol.trials, contender.trials or protocol.trials),
-            replan=contender.replan or protocol.replan,
-        )
+        own = own_protocol(contender, protocol)
         path = folder / f"{result_key(contender, own)}.json"
         reused = path.is_file()
         if not reused:
@@ -93,6 +90,19 @@ def compare(
             | {"policy": contender.policy, "observes": contender.observes, "reused": reused}
         )
     return results
+
+
+def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
+    """The protocol as one policy is tried by it; raises ConfigError if its settings do not fit together."""
+    own = replace(
+        protocol,
+        trials=min(protocol.trials, contender.trials or protocol.trials),
+        replan=contender.replan or protocol.replan,
+        delay=0 if contender.replan else protocol.delay,
+    )
+    how = {"seed": own.seed, "replan": own.replan, "max_steps": own.max_steps, "delay": own.delay}
+    Rollout(**how, image_every=own.image_every if contender.images else 0)
+    return own
 
 
 def result_key(contender: Contender, protocol: Protocol) -> str:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -180,6 +180,9 @@ class ExpertPolicy:
 @dataclass(frozen=True)
 class ExpertFactory:
     """Builds `ExpertPolicy`; run it with `replan=1, image_every=0`."""
+
+    scripted: ClassVar[bool] = True
+    """It has no weights."""
 
     def __call__(self, robot: str | None = None) -> Policy:
         """The policy, of any task and robot."""

@@ -77,8 +77,11 @@ def inherit(training: Mapping[str, Any], init: str | Path) -> dict[str, Any]:
     """
     if not (Path(init) / DESCRIPTION).is_file():
         return dict(training)
-    before = read_description(init)["training"]
-    union = {name: sorted({*training[name], *before.get(name, ())}) for name in ("tasks", "robots", "episodes")}
+    description = read_description(init)
+    before = description["training"]
+    # A run that does not say may have been trained on every robot that it knows.
+    known = {"robots": description["spec"]["embodiments"], **before}
+    union = {name: sorted({*training[name], *known.get(name, ())}) for name in ("tasks", "robots", "episodes")}
     return {**training, **union, "started_from": {**before, "folder": str(init), "episodes": len(before["episodes"])}}
 
 

@@ -13,12 +13,13 @@ from omegaconf import OmegaConf
 from worldmodel import published
 from worldmodel.checkpoint import WEIGHTS, load_model, read_description
 from worldmodel.closed_loop import SourceScenes
-from worldmodel.comparison import Contender, Protocol, compare, result_key, train_baseline
+from worldmodel.comparison import Contender, Protocol, compare, own_protocol, result_key, train_baseline
 from worldmodel.data.shards import ShardReader
 from worldmodel.edit_evaluation import evaluate_edits
 from worldmodel.errors import ConfigError
 from worldmodel.evaluation import SPLITS, evaluate_offline
 from worldmodel.figures import text_table
+from worldmodel.holdout import check_unseen
 from worldmodel.missing import Absent, Without, absences, compare_success, drop_rootless, evaluate_missing
 from worldmodel.model import WorldModel
 from worldmodel.model_card import write_card
@@ -59,9 +60,12 @@ def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
     lesser = lesser_contenders(contenders, missing, config["missing_trials"])
     baseline = out / "bc_mlp"
     for contender in [*contenders, *lesser.values()]:
+        own = own_protocol(contender, protocol)
         if contender.weights != baseline:
-            result_key(contender, protocol)
+            result_key(contender, own)
             check_robots(contender, robots)
+    for split in config["splits"]:
+        check_unseen(model.metadata, reader, split)
     how = {name: config[name] for name in ("clips_per_episode", "batch_size", "seed", "sampler_steps")}
     seeing = Without(model, Absent(senses=hidden)) if hidden else model
     offline = [
@@ -129,12 +133,15 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
     """Build the policies of a comparison from their YAML entries.
 
     Each has `policy`, `observes` and `factory`, and may have `images`, `realtime`, `trials` and `replan` (see
-    `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, if it has any. One with a
-    `mask` is also denied `hidden`.
+    `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, unless it says that it is
+    `scripted`. One with a `mask` is also denied `hidden`. Raises ConfigError for a factory that is neither.
     """
     contenders = []
     for entry in policies:
         factory = instantiate(entry["factory"], _convert_="all")
+        scripted = getattr(factory, "scripted", False)
+        if not scripted and not hasattr(factory, "folder"):
+            raise ConfigError(f"policies: {type(factory).__name__} of {entry['policy']!r} has no folder with weights")
         if hidden and hasattr(factory, "mask"):
             factory = replace(factory, mask=tuple(dict.fromkeys([*factory.mask, *hidden])))
         contenders.append(
@@ -142,7 +149,7 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
                 policy=entry["policy"],
                 observes=entry["observes"],
                 factory=factory,
-                weights=Path(factory.folder) if hasattr(factory, "folder") else None,
+                weights=None if scripted else Path(factory.folder),
                 images=entry.get("images", True),
                 realtime=entry.get("realtime", False),
                 trials=entry.get("trials"),

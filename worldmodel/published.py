@@ -71,7 +71,8 @@ def driven(config: Mapping[str, Any], training: Mapping[str, Any], reader: Shard
     It is the one that the data were made in or, where they do not say, the first that has such robots. Raises
     ConfigError if there is none.
     """
-    robots = config["robots"] or training.get("robots") or reader.index["embodiments"]
+    seen = sorted({entry.embodiment for entry in reader.entries if entry.split == "train"})
+    robots = config["robots"] or training.get("robots") or seen
     made = reader.index.get("generated", {}).get("source")
     if made not in (None, *SOURCES):
         raise ConfigError(f"closed loop: the data were made in {made!r}; simulated here are {', '.join(SOURCES)}")

@@ -51,6 +51,8 @@ def rerun(path: str | Path, places: Mapping[str, Any]) -> list[str]:
     stamp = report["stamp"]
     if lacking := [name for name in ("config", "protocol", "weights_sha256", "threads") if name not in stamp]:
         raise DataError(f"{report['path']}: its stamp has no {lacking}; evaluate once more with this version")
+    if "robots" not in stamp["config"]:
+        raise DataError(f"{report['path']}: its stamp says nothing of robots; evaluate once more with this version")
     settings = {
         **stamp["config"],
         "data": stamp["data"],
