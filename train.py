@@ -11,7 +11,8 @@ usage: python train.py experiment=NAME [KEY=VALUE ...]
                            kairos_base (the published shape, a cluster); on top of a finished kairos_tiny:
                            kairos_tiny_scene (what moves and what stands), kairos_tiny_edit (edits of recorded clips),
                            kairos_tiny_distilled (a student that needs fewer sampling steps); from any finished run
-                           to new data: finetune_full, finetune_lora, finetune_frozen
+                           to new data: finetune_full, finetune_lora, finetune_frozen, finetune_images;
+                           kairos_small_demo and kairos_tiny_images train on the demo's data
   data.root=DIR            shards to train on (made by `python -m worldmodel.data generate ...`)
   run_dir=DIR              where the run goes; the same folder again resumes it, or does nothing when it is done
   init=FILE                weights to start from: a run folder, or what `python -m worldmodel.convert` wrote
@@ -60,7 +61,20 @@ def main() -> None:
 
         print(f"checkpoint: {train({str(k): v for k, v in resolved.items()})}")
 
-    run()
+    try:
+        run()
+    except SystemExit as stop:
+        if stop.code != 143:  # all were stopped together; after an error others may never come
+            raise
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    from worldmodel.ranks import leave
+
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import json, sys, warnings
 import lightning as L
 import torch
 from test_data_ranks import STEPS, Recorder, module
+from worldmodel.ranks import leave
 
 root, out = sys.argv[1:]
 warnings.filterwarnings("ignore")
@@ -33,6 +34,7 @@ trainer.fit(model, data)
 state = data.state_dict()
 with open(f"{out}/{trainer.global_rank}.json", "w") as file:
     json.dump({"keys": model.keys, "state": state, "weight": float(model.weight)}, file)
+leave()
 """
 
 

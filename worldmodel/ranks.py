@@ -24,6 +24,14 @@ def barrier() -> None:
         dist.barrier(_patient())
 
 
+def leave() -> None:
+    """Takes this process out of the group once all have come; else a thread of gloo's may abort it on its way out."""
+    if world_size() > 1:
+        barrier()
+        _patient.cache_clear()
+        dist.destroy_process_group()
+
+
 @cache
 def _patient() -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
