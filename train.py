@@ -64,17 +64,17 @@ def main() -> None:
     try:
         run()
     except SystemExit as stop:
-        if stop.code != 143:  # all were stopped together; after an error others may never come
-            raise
-        _leave()
+        if stop.code == 143:  # all were stopped together; after an error others may never come
+            _leave()
         raise
     _leave()
 
 
 def _leave() -> None:
-    from worldmodel.ranks import leave
+    if "torch" in sys.modules:  # not where the configuration was only printed
+        from worldmodel.ranks import leave
 
-    leave()
+        leave()
 
 
 if __name__ == "__main__":

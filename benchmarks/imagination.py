@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 STEP = 0.04
 """Metres that an action of 1 asks for in a control step of Meta-World."""
-GRASP = ("hand to object", "object to goal")
+OUTCOMES = ("hand to object", "object to goal")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -138,9 +138,9 @@ def figures(found: Any, asked: np.ndarray, goal: int | None) -> dict[str, Any]:
     still = np.broadcast_to(found.before.points, found.real.points.shape)
 
     def outcomes(hand: np.ndarray, points: np.ndarray) -> dict[str, list[float]]:
-        values = {GRASP[0]: np.linalg.norm(hand - points[:, 0], axis=-1)}
+        values = {OUTCOMES[0]: np.linalg.norm(hand - points[:, 0], axis=-1)}
         if goal is not None:
-            values[GRASP[1]] = np.linalg.norm(points[:, 0] - points[:, goal], axis=-1)
+            values[OUTCOMES[1]] = np.linalg.norm(points[:, 0] - points[:, goal], axis=-1)
         return {name: value.tolist() for name, value in values.items()}
 
     def off(hand: np.ndarray, points: np.ndarray) -> dict[str, float]:
@@ -185,7 +185,7 @@ def order(found: list[dict[str, Any]], least: float) -> str:
         "| outcome | told by | pairs in order | 95 % interval | rank correlation | 95 % interval | pairs | states |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name in GRASP:
+    for name in OUTCOMES:
         for kind in ("imagined", "integrated actions"):
             pairs, ranks = [], []
             for state in found:

@@ -99,9 +99,10 @@ def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
         trials=min(protocol.trials, contender.trials or protocol.trials),
         replan=contender.replan or protocol.replan,
         delay=0 if contender.replan else protocol.delay,
+        image_every=protocol.image_every if contender.images else 0,
     )
-    how = {"seed": own.seed, "replan": own.replan, "max_steps": own.max_steps, "delay": own.delay}
-    Rollout(**how, image_every=own.image_every if contender.images else 0)
+    # Refuses what does not fit together before anything runs.
+    Rollout(replan=own.replan, max_steps=own.max_steps, image_every=own.image_every, delay=own.delay)
     return own
 
 
@@ -128,7 +129,7 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
         delay=protocol.delay,
         max_steps=protocol.max_steps,
         realtime=contender.realtime,
-        image_every=protocol.image_every if contender.images else 0,
+        image_every=protocol.image_every,
         record=protocol.record,
         workers=workers,
         make_scene=make_scene,

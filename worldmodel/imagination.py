@@ -21,7 +21,7 @@ from worldmodel.nn import repeat_rows
 from worldmodel.streaming import future_of_actions
 
 CANDIDATE_STREAM = 0x1A61
-"""Last seed word of what candidates are drawn from, beside those of the start state."""
+"""Second seed word of the moment that is taken and of its candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
