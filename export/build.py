@@ -21,6 +21,7 @@ from export.program import ProgramRunner, compiler, write_program
 from export.runtime.doctor import CPU, machine, open_session
 from export.runtime.golden import Golden, golden_file
 from export.runtime.latency import Loop, measure
+from export.still import still_pictures
 from export.torchscript import TorchScriptRunner, write_golden_tensors, write_torchscript
 from export.trust import Trust
 from export.wrappers import PATHS, ActionModel, ActionPath, Path, RolloutPath, StepPath, UnderstandingPath
@@ -161,13 +162,14 @@ def write_path(
         dynamic = options.dynamic_batch
         entry: dict[str, Any] = {"path": path.name, "format": form, "precision": "fp32", "file": file.name}
         entry |= {"batch": "any" if dynamic else 1, "accepted": True, "written": True, "reason": None}
-        if form == "onnx":
-            write_onnx(path, file, opset=options.opset, dynamic=dynamic)
-            entry["opset"] = options.opset
-        elif form == "torchscript":
-            write_torchscript(path, file)
-        else:
-            write_program(path, file, dynamic=dynamic, compiled=form == "aotinductor")
+        with still_pictures(path.model):
+            if form == "onnx":
+                write_onnx(path, file, opset=options.opset, dynamic=dynamic)
+                entry["opset"] = options.opset
+            elif form == "torchscript":
+                write_torchscript(path, file)
+            else:
+                write_program(path, file, dynamic=dynamic, compiled=form == "aotinductor")
         runners[file.name] = graph_runner(folder, entry)
         entries.append(entry)
     batches = (1, 3) if options.dynamic_batch else (1,)

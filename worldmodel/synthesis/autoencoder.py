@@ -102,6 +102,8 @@ class VideoAutoencoder(nn.Module):
         if name not in known:
             raise ConfigError(f"diffusers has no autoencoder {name!r}; it has {', '.join(known)}")
         self.channels, self.spatial, self.temporal = channels, spatial, temporal
+        self.still: nn.Module | None = None
+        """What encodes single pictures instead while the model is exported, see `export.still`."""
         with torch.device("cpu"):  # importing makes constants that all models share, one on the meta device too
             kind = getattr(diffusers, name)
         if path is None:
@@ -164,6 +166,8 @@ class VideoAutoencoder(nn.Module):
 
     def encode_frames(self, rgb: Tensor) -> Tensor:
         """Single images (N, 3, h, w) in [-1, 1] -> standardised latents (N, C, h', w')."""
+        if self.still is not None:
+            return self.still(rgb)
         return self.standardise(self.encode_raw(rgb.unsqueeze(2)))[:, 0]
 
     def encode_future(self, last: Tensor, future: Tensor) -> Tensor:
