@@ -132,6 +132,7 @@ def compiled(path: "ExportedPath", feed: Sequence["Tensor"], scratch: Path, pack
     import torch
 
     from export.program import ProgramRunner, write_program
+    from export.still import still_pictures
     from worldmodel.errors import ConfigError, ExportError
 
     made: Runners = {f"{path.name} torch.compile": partial(without_gradients, torch.compile(path), feed)}
@@ -143,7 +144,8 @@ def compiled(path: "ExportedPath", feed: Sequence["Tensor"], scratch: Path, pack
     if package:
         file = scratch / f"{path.name}.aoti.pt2"
         try:
-            write_program(path, file, dynamic=False, compiled=True)
+            with still_pictures(path.model):
+                write_program(path, file, dynamic=False, compiled=True)
             made[f"{path.name} aotinductor fp32"] = partial(ProgramRunner(file, compiled=True), feed)
         except (ConfigError, ExportError) as error:
             print(f"{path.name}: AOTInductor does not build: {error}", file=sys.stderr)

@@ -56,7 +56,9 @@ class StillResidual(nn.Module):
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.norms = nn.ModuleList([block.norm1.norm, block.norm2.norm])
-        self.layers = nn.ModuleList([projection(block.conv1).module(padding=1), projection(block.conv2).module(padding=1)])
+        self.layers = nn.ModuleList(
+            [projection(block.conv1).module(padding=1), projection(block.conv2).module(padding=1)]
+        )
         short = block.conv_shortcut
         self.shortcut = still(short).module() if isinstance(short, nn.Conv3d) else nn.Identity()
 
@@ -122,10 +124,13 @@ class StillCosmos(nn.Module):
         for block in encoder.down_blocks:
             for resnet, spatial, temporal in zip(block.resnets, block.attentions, block.temp_attentions, strict=True):
                 layers += [StillResidual(resnet)] + ([] if spatial is None else [StillAttention(spatial, temporal)])
-            layers += [StillDown(layer) for layer in block.downsamplers or ()]
+            for layer in block.downsamplers or ():
+                layers += [StillDown(layer)] if layer.spatial_downsample or layer.temporal_downsample else []
         middle = encoder.mid_block
         layers.append(StillResidual(middle.resnets[0]))
-        for spatial, temporal, resnet in zip(middle.attentions, middle.temp_attentions, middle.resnets[1:], strict=True):
+        for spatial, temporal, resnet in zip(
+            middle.attentions, middle.temp_attentions, middle.resnets[1:], strict=True
+        ):
             layers += [StillAttention(spatial, temporal), StillResidual(resnet)]
         mean, std = autoencoder.mean, autoencoder.std
         scale = Affine(torch.diag(1 / std)[:, :, None, None], -mean / std)
