@@ -15,6 +15,8 @@ by seed, with their 95 % t-intervals over seeds.
   no camera        without the stream of camera poses; likewise: no points, no force
   no conditions    nothing of the future can be given (but actions, as tokens)
   no co-training   the policy phase trains on actions alone
+  blind to camera  is shown no camera poses, neither in these phases nor when evaluated; likewise: to points, to touch.
+                   What it starts from was trained with them, and predicts without them where they are absent
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 STREAMS = ("video", "camera", "points", "force")
+SENSES = ("camera", "points", "touch")
 PATTERN = "synthesis.denoiser.pattern="
 POLICY = "[{mode: policy, weight: 0.2, drop: [rgb]}, {mode: policy, weight: 0.27, rows: 32, draws: 2}, "
 POLICY += "{mode: policy, weight: 0.53, drop: [camera, points, touch], rows: 32, draws: 2}]"
@@ -46,6 +49,10 @@ VARIANTS: dict[str, list[str]] = {
     **{f"no {name}": without(name) for name in STREAMS[1:]},
     "no conditions": ["synthesis.denoiser.conditions=null"],
     "no co-training": [f"phases.policy.mixture={POLICY}"],
+    **{
+        f"blind to {sense}": [f"phases.{phase}.dropout.{sense}=1.0" for phase in ("synthesis", "policy")]
+        for sense in SENSES
+    },
 }
 FIGURES = {
     "video_psnr": "video PSNR, dB",
@@ -123,6 +130,7 @@ def measure(given: argparse.Namespace, variant: str, seed: int) -> dict[str, flo
     from worldmodel.curriculum import train
     from worldmodel.data.shards import ShardReader
     from worldmodel.evaluation import evaluate_offline
+    from worldmodel.missing import Absent, Without
 
     run = given.out / f"{variant.replace(' ', '_')}-{seed}"
     found = run / "ablation.json"
@@ -141,7 +149,9 @@ def measure(given: argparse.Namespace, variant: str, seed: int) -> dict[str, flo
         train(compose(given, run, f"seed={seed}", *start, *steps, *VARIANTS[variant]))
         (run / "latents.safetensors").unlink(missing_ok=True)
         model = load_model(run)
-        result = evaluate_offline(model, ShardReader(given.data), "heldout_episodes", max_clips=given.clips)
+        blind = tuple(sense for sense in SENSES if variant == f"blind to {sense}")
+        shown = Without(model, Absent(senses=blind)) if blind else model
+        result = evaluate_offline(shown, ShardReader(given.data), "heldout_episodes", max_clips=given.clips)
         values = {f["name"]: f["ours"]["value"] for f in result["figures"]}
         values["parameters"] = sum(p.numel() for p in model.parameters())
         found.write_text(json.dumps(values, indent=1))
