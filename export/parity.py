@@ -217,10 +217,8 @@ def write_golden(file: FilePath, path: Path, examples: Sequence[Example]) -> Non
 
     for i, row in enumerate(path.inputs[: len(examples[0].ticks[0])]):
         arrays[row.name] = stack([[tick[i].numpy() for tick in example.ticks] for example in examples])
-    # A path may read and answer something of the same name, camera poses for one.
     for i, row in enumerate(path.outputs[: len(answers[0][0])]):
         if isinstance(path, ActionPath) and row.name.startswith("next_"):
             break
-        name = row.name if row.name not in arrays else f"answer_{row.name}"
-        arrays[name] = stack([[tick[i] for tick in answer] for answer in answers])
+        arrays[row.name] = stack([[tick[i] for tick in answer] for answer in answers])
     np.savez_compressed(file, allow_pickle=False, **arrays)

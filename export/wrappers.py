@@ -1,7 +1,7 @@
 """What is exported: paths through the model as modules with a flat tensor signature, which every exporter accepts.
 
 Shapes: see the legend in `worldmodel.contracts`. Every path has `inputs` and `outputs`, which name its tensors in the
-order of its signature.
+order of its signature; no two tensors of a path have the same name.
 """
 
 from collections.abc import Sequence
@@ -198,10 +198,10 @@ class UnderstandingPath(Path):
         v, k, s = len(spec.cameras), spec.points, len(spec.sensors)
         self.inputs = observation_specs(spec, min(spec.history, model.encoder.frames + 1), images=1)
         self.outputs = [
-            TensorSpec("camera_to_base", (v, 4, 4), F32, "m", "base", "of each view, from its newest image alone"),
-            TensorSpec("fov", (v,), F32, "rad", "", "vertical field of view of each view"),
-            TensorSpec("points", (k, 3), F32, "m", "base", "where the objects are"),
-            TensorSpec("wrench", (s, 6), F32, "N, N·m", "sensor", "contact: [fx fy fz tx ty tz] of each sensor"),
+            TensorSpec("estimated_camera_to_base", (v, 4, 4), F32, "m", "base", "of each view, from its newest image alone"),
+            TensorSpec("estimated_fov", (v,), F32, "rad", "", "vertical field of view of each view"),
+            TensorSpec("estimated_points", (k, 3), F32, "m", "base", "where the objects are"),
+            TensorSpec("estimated_wrench", (s, 6), F32, "N, N·m", "sensor", "contact: [fx fy fz tx ty tz] of each sensor"),
         ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -231,10 +231,10 @@ class RolloutPath(Path):
             *(TensorSpec(f"noise_{n}", shapes[n], F32, "", "", f"standard normal start of {n}") for n in self.streams),
         ]
         self.outputs = [
-            TensorSpec("rgb", (f * spec.stride, v, 3, spec.height, spec.width), F32, "0..1", "image", "step by step"),
-            TensorSpec("camera_to_base", (f, v, 4, 4), F32, "m", "base", "every `stride` steps"),
-            TensorSpec("points", (f, k, 3), F32, "m", "base", "every `stride` steps"),
-            TensorSpec("wrench", (f, s, 6), F32, "N, N·m", "sensor", "mean over `stride` steps"),
+            TensorSpec("predicted_rgb", (f * spec.stride, v, 3, spec.height, spec.width), F32, "0..1", "image", "step by step"),
+            TensorSpec("predicted_camera_to_base", (f, v, 4, 4), F32, "m", "base", "every `stride` steps"),
+            TensorSpec("predicted_points", (f, k, 3), F32, "m", "base", "every `stride` steps"),
+            TensorSpec("predicted_wrench", (f, s, 6), F32, "N, N·m", "sensor", "mean over `stride` steps"),
         ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ from export.parity import (
 )
 from export.runtime.doctor import CPU, open_session
 from export.runtime.golden import Golden, signature_faults
+from export.still import still_pictures
 from export.torchscript import TorchScriptRunner, write_torchscript
 from export.trust import Trust, no_trust
 from export.wrappers import ActionPath, RolloutPath, StepPath
@@ -141,13 +142,23 @@ def test_an_exported_step_goes_through_every_state_of_its_cache(model: WorldMode
 @pytest.mark.parametrize("name", ["understanding", "rollout"])
 def test_understanding_and_rollout_are_the_models(model: WorldModel, tmp_path: Path, name: str) -> None:
     envelope, trust = Envelope(model.spec, model.statistics), Trust(no_trust(128, model.spec.proprio))
+    model.stream_steps = 1  # each is a copy of the network in the graph
     path = make_path(name, model, envelope, trust).eval()
-    write_torchscript(path, tmp_path / "graph.pt")
+    with still_pictures(model):
+        write_torchscript(path, tmp_path / "graph.pt")
+        write_onnx(path, tmp_path / "graph.onnx", opset=18, dynamic=True)
     moments = [("a", ticks(model, 2)), ("b", ticks(model, 1, missing=True))]
     examples = make_examples(path, moments)
-    runner = TorchScriptRunner(tmp_path / "graph.pt")
-    result = check_parity(path, {"graph.pt": runner}, examples, batches=(1, 2))["graph.pt"]
-    assert set(result.max_error) == {row.name for row in path.outputs}
+    runners = {"graph.pt": TorchScriptRunner(tmp_path / "graph.pt"), "graph.onnx": OnnxRunner(tmp_path / "graph.onnx")}
+    results = check_parity(path, runners, examples, batches=(1, 2))
+    for result in results.values():
+        assert set(result.max_error) == {row.name for row in path.outputs}
+    write_golden(tmp_path / f"golden_{name}.npz", path, examples)
+    entry = path_entry(path)
+    golden = Golden(tmp_path / f"golden_{name}.npz", entry)
+    session = open_session(tmp_path / "graph.onnx", 1, [CPU])
+    assert not signature_faults(session, entry)
+    assert max(golden.compare(session, None)["max_error"].values()) < 1e-4
     now = moments[0][1][-1]
     with torch.no_grad():
         if name == "understanding":

@@ -76,7 +76,7 @@ def give(
     if {"camera", "points"} & set(wanted):
         film, moved = moved_pictures(model, observation, poses, tracks, has["camera"], has["points"])
     else:  # no branch on values, which an exported graph cannot have
-        film = (observation.rgb[:, -1:].float() / 127.5 - 1.0).expand(-1, steps, -1, -1, -1, -1)
+        film = None
         moved = poses.new_zeros(b, frames, poses.shape[2], model.autoencoder.channels, *model.grid)
     return Given(
         video=latents,

@@ -43,10 +43,9 @@ class Golden:
         # `policy` fills a cache without reading one.
         pairs: dict[str, str] = (entry["cache"] or {}).get("next", {})
         self.next = {name: after for name, after in pairs.items() if name in reads}
-        outputs = [row["name"] for row in entry["outputs"] if not row["name"].startswith("next_")]
-        # A path may read and answer something of the same name, camera poses for one.
-        self.answers = {name: f"answer_{name}" if name in reads else name for name in outputs}
-        lacking = [n for n in (reads - set(self.next)) | set(self.answers.values()) if n not in self._arrays]
+        self.answers = [row["name"] for row in entry["outputs"] if not row["name"].startswith("next_")]
+        lacking = [n for n in (reads - set(self.next)) | set(self.answers) if n not in self._arrays]
+        lacking += reads & set(self.answers)  # earlier artefacts had inputs and outputs of one name
         if lacking:
             raise RuntimeContractError(f"{file.name}: has no {sorted(lacking)}; export the artefact again")
         self.examples = len(self._arrays["key"])
@@ -64,7 +63,7 @@ class Golden:
 
     def expected(self, example: int, tick: int) -> Feed:
         """What the model answered, by name of the output, without the batch dimension."""
-        stored = {name: self._arrays[key][example] for name, key in self.answers.items()}
+        stored = {name: self._arrays[name][example] for name in self.answers}
         return {name: row[tick] for name, row in stored.items()} if self.next else stored
 
     def empty_cache(self) -> Feed:

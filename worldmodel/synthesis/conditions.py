@@ -32,7 +32,7 @@ class Given(NamedTuple):
     actions: Tensor  # (B, F, R D) standardised, the R control steps of each latent frame
     rays: Tensor  # (B, F, V, 6, h', w') of the given path
     moved: Tensor  # (B, F, V, C, h', w') latents of the newest picture, moved along path and tracks, less its own
-    film: Tensor  # (B, F R, V, 3, h, w) in [-1, 1], the newest picture moved along path and tracks
+    film: Tensor | None  # (B, F R, V, 3, h, w) in [-1, 1], the newest picture so moved, None where nothing moves it
     heat: Tensor  # (B, F, V, 2 (K + V), h', w') where a view sees given points and cameras: now, then
     embodiment: Tensor  # (B,)
     has_video: Tensor  # (B, V) bool
