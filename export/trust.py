@@ -16,6 +16,10 @@ PENALTY = 30.0
 """Of the ridge regression that expects the error, whose inputs have unit variance."""
 SHRINK = 0.02
 """Share by which covariances are drawn towards their mean variance: there are hardly more clips than dimensions."""
+NARROWEST = 0.03
+"""Least deviation, of the root mean square of the numbers, in any direction: of one instruction there is but rounding."""
+NEAREST = 0.25
+"""Least threshold of a distance, in deviations: what hardly varied in training is not unfamiliar by a hair."""
 PARTS = ("features", "instruction", "proprio")
 """What is held against the training data, each by a distance of its own."""
 
@@ -143,13 +147,14 @@ def calibrate(
         return np.stack([familiar[name].distance(getattr(samples, name)) for name in PARTS], 1) * there
 
     own = distances(held_out)
-    thresholds = np.maximum(np.quantile(own, quantile, axis=0), TINY)
+    thresholds = np.maximum(np.quantile(own, quantile, axis=0), NEAREST)
     # Every second clip calibrates the others: figures on clips that the curve has not seen.
     scores, flags = np.zeros(len(good)), np.zeros(len(own), bool)
     for half in (0, 1):
         inside, chosen = np.arange(len(good)) % 2 == half, np.arange(len(own)) % 2 == half
         scores[~inside] = np.interp(expected[~inside], *isotonic(expected[inside], good[inside]))
-        flags[~chosen] = (own[~chosen] > np.quantile(own[chosen], quantile, axis=0)).any(1)
+        limits = np.maximum(np.quantile(own[chosen], quantile, axis=0), NEAREST)
+        flags[~chosen] = (own[~chosen] > limits).any(1)
     knots, values = isotonic(expected, good)
     report: dict[str, Any] = {
         "clips": len(good),
@@ -223,9 +228,9 @@ def familiarity(x: np.ndarray, pattern: np.ndarray) -> Familiar:
     means = np.stack([x[pattern == kind].mean(0) for kind in kinds]).astype(np.float64)
     centred = x - means[np.searchsorted(kinds, pattern)]
     covariance = centred.T @ centred / max(1, len(x) - len(means))
-    covariance += (SHRINK * np.trace(covariance) / len(covariance) + TINY) * np.eye(len(covariance))
+    covariance += (SHRINK * np.trace(covariance) / len(covariance)) * np.eye(len(covariance))
     variance, axes = np.linalg.eigh(covariance)
-    matrix = axes / np.sqrt(variance)
+    matrix = axes / np.sqrt(np.maximum(variance, NARROWEST**2 * np.square(x).mean() + TINY))
     return Familiar(whiten=matrix, centres=means @ matrix)
 
 

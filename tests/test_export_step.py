@@ -146,13 +146,12 @@ def test_understanding_and_rollout_are_the_models(model: WorldModel, tmp_path: P
     path = make_path(name, model, envelope, trust).eval()
     with still_pictures(model):
         write_torchscript(path, tmp_path / "graph.pt")
-        write_onnx(path, tmp_path / "graph.onnx", opset=18, dynamic=True)
+        write_onnx(path, tmp_path / "graph.onnx", opset=18, dynamic=False)
     moments = [("a", ticks(model, 2)), ("b", ticks(model, 1, missing=True))]
     examples = make_examples(path, moments)
-    runners = {"graph.pt": TorchScriptRunner(tmp_path / "graph.pt"), "graph.onnx": OnnxRunner(tmp_path / "graph.onnx")}
-    results = check_parity(path, runners, examples, batches=(1, 2))
-    for result in results.values():
-        assert set(result.max_error) == {row.name for row in path.outputs}
+    runner = TorchScriptRunner(tmp_path / "graph.pt")
+    result = check_parity(path, {"graph.pt": runner}, examples, batches=(1, 2))["graph.pt"]
+    assert set(result.max_error) == {row.name for row in path.outputs}
     write_golden(tmp_path / f"golden_{name}.npz", path, examples)
     entry = path_entry(path)
     golden = Golden(tmp_path / f"golden_{name}.npz", entry)

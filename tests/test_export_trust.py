@@ -67,6 +67,20 @@ def test_what_is_absent_is_not_unfamiliar() -> None:
     assert (ask(trust, replace(strange, presence=presence))[1] > 1).mean() < 0.2
 
 
+def test_a_single_instruction_is_familiar_whatever_the_rounding() -> None:
+    told = np.random.default_rng(3).normal(size=W)
+
+    def alike(n: int, seed: int, noise: float = 1e-6) -> Samples:
+        rounding = noise * np.random.default_rng(seed).normal(size=(n, W))
+        return replace(samples(n, seed), instruction=told + rounding)
+
+    trust = Trust(calibrate(alike(200, 0), alike(200, 1), {}, good_error=0.2, quantile=0.99))
+    exact = ask(trust, alike(80, 4, 0.0))[1]
+    np.testing.assert_allclose(ask(trust, alike(80, 4))[1], exact, atol=2e-4)
+    assert (exact > 1).mean() < 0.1
+    assert (ask(trust, replace(alike(80, 4), instruction=np.roll(told, 1)[None].repeat(80, 0)))[1] > 1).all()
+
+
 def test_isotonic_curves_never_rise_and_pool_what_would() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=300)
