@@ -198,10 +198,14 @@ class UnderstandingPath(Path):
         v, k, s = len(spec.cameras), spec.points, len(spec.sensors)
         self.inputs = observation_specs(spec, min(spec.history, model.encoder.frames + 1), images=1)
         self.outputs = [
-            TensorSpec("estimated_camera_to_base", (v, 4, 4), F32, "m", "base", "of each view, from its newest image alone"),
+            TensorSpec(
+                "estimated_camera_to_base", (v, 4, 4), F32, "m", "base", "of each view, from its newest image alone"
+            ),
             TensorSpec("estimated_fov", (v,), F32, "rad", "", "vertical field of view of each view"),
             TensorSpec("estimated_points", (k, 3), F32, "m", "base", "where the objects are"),
-            TensorSpec("estimated_wrench", (s, 6), F32, "N, N·m", "sensor", "contact: [fx fy fz tx ty tz] of each sensor"),
+            TensorSpec(
+                "estimated_wrench", (s, 6), F32, "N, N·m", "sensor", "contact: [fx fy fz tx ty tz] of each sensor"
+            ),
         ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -231,7 +235,9 @@ class RolloutPath(Path):
             *(TensorSpec(f"noise_{n}", shapes[n], F32, "", "", f"standard normal start of {n}") for n in self.streams),
         ]
         self.outputs = [
-            TensorSpec("predicted_rgb", (f * spec.stride, v, 3, spec.height, spec.width), F32, "0..1", "image", "step by step"),
+            TensorSpec(
+                "predicted_rgb", (f * spec.stride, v, 3, spec.height, spec.width), F32, "0..1", "image", "step by step"
+            ),
             TensorSpec("predicted_camera_to_base", (f, v, 4, 4), F32, "m", "base", "every `stride` steps"),
             TensorSpec("predicted_points", (f, k, 3), F32, "m", "base", "every `stride` steps"),
             TensorSpec("predicted_wrench", (f, s, 6), F32, "N, N·m", "sensor", "mean over `stride` steps"),
