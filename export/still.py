@@ -7,6 +7,7 @@ convolution: less than half of the operators, none of them in three dimensions. 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class StillResidual(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([block.norm1.norm, block.norm2.norm])
+        self.norms = nn.ModuleList([deepcopy(block.norm1.norm), deepcopy(block.norm2.norm)])
         self.layers = nn.ModuleList(
             [projection(block.conv1).module(padding=1), projection(block.conv2).module(padding=1)]
         )
@@ -75,11 +76,11 @@ class StillAttention(nn.Module):
 
     def __init__(self, spatial: Any, temporal: Any) -> None:
         super().__init__()
-        self.norm, self.heads = spatial.norm.norm, spatial.num_attention_heads
+        self.norm, self.heads = deepcopy(spatial.norm.norm), spatial.num_attention_heads
         parts = [still(layer) for layer in (spatial.to_q, spatial.to_k, spatial.to_v)]
         self.qkv = Affine(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])).module()
         self.out = still(spatial.to_out[0]).module()
-        self.norm_time = temporal.norm.norm
+        self.norm_time = deepcopy(temporal.norm.norm)
         self.time = still(temporal.to_v).then(still(temporal.to_out[0])).module()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class StillDown(nn.Module):
 
 
 class StillCosmos(nn.Module):
-    """`VideoAutoencoder.encode_frames` of an `AutoencoderKLCosmos` as it is now; later training does not change it."""
+    """`VideoAutoencoder.encode_frames` of an `AutoencoderKLCosmos` as it is now: a copy, which later training does not change."""
 
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ class StillCosmos(nn.Module):
         mean, std = autoencoder.mean, autoencoder.std
         scale = Affine(torch.diag(1 / std)[:, :, None, None], -mean / std)
         last = projection(encoder.conv_out).then(still(autoencoder.net.quant_conv)).then(scale)
-        self.layers = nn.Sequential(*layers, encoder.norm_out.norm, nn.SiLU(), last.module(padding=1))
+        self.layers = nn.Sequential(*layers, deepcopy(encoder.norm_out.norm), nn.SiLU(), last.module(padding=1))
         self.shortcut: nn.Module | None = None
         if (short := autoencoder.shortcut) is not None:
             linear, size = short.encoders[0], short.spatial

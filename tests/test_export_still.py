@@ -65,6 +65,7 @@ def test_a_folded_encoder_is_the_encoder(sizes: str, patches: str, shortcut: boo
         assert found.std() > 0.1
         # Nothing of it stays: training goes on with the encoder itself.
         assert coder.still is None and set(coder.state_dict()) == names
+        assert all(parameter.requires_grad for parameter in coder.parameters())
         coder.net.encoder.conv_in.conv_s.weight.mul_(2)
         assert not torch.allclose(coder.encode_frames(rgb), expected, rtol=1e-3)
 
