@@ -111,7 +111,7 @@ class StillDown(nn.Module):
 
 
 class StillCosmos(nn.Module):
-    """`VideoAutoencoder.encode_frames` of an `AutoencoderKLCosmos` as it is now: a copy, which later training does not change."""
+    """A copy of what `VideoAutoencoder.encode_frames` does with an `AutoencoderKLCosmos`, in fewer operators."""
 
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
