@@ -17,7 +17,7 @@ PENALTY = 30.0
 SHRINK = 0.02
 """Share by which covariances are drawn towards their mean variance: there are hardly more clips than dimensions."""
 NARROWEST = 0.03
-"""Least deviation in any direction, of the root mean square of the numbers: one instruction has nothing but rounding."""
+"""Least deviation in any direction, of the root mean square of all numbers: one instruction has but rounding."""
 NEAREST = 0.25
 """Least threshold of a distance, in deviations: what hardly varied in training is not unfamiliar by a hair."""
 PARTS = ("features", "instruction", "proprio")

@@ -93,7 +93,7 @@ def test_a_network_without_corrections_of_its_own_follows_the_moved_picture(tiny
     o, f = clip_of(tiny_model)
     one = torch.tensor([[True, True], [False, False]])
     led = give(tiny_model, o, tiny_model.normaliser(o, tiny_model.grid), f, {"camera": one})
-    assert led is not None and led.led().tolist() == one.tolist()
+    assert led is not None and led.film is not None and led.led().tolist() == one.tolist()
     answer = tiny_model.predict(o, f, "video_prediction", generator=generator(), given={"camera": one})
     torch.testing.assert_close(answer.rgb[0], led.film[0] * 0.5 + 0.5, atol=1e-3, rtol=0)
     newest = o.rgb[:, -1:].float() / 127.5 - 1
