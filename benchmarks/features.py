@@ -109,12 +109,14 @@ def step_of(model: Any, loss: Callable[..., Any]) -> Callable[[Any, int], None]:
     """One optimisation step of stage 1."""
     import torch
 
+    from worldmodel.draws import Draws
+
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.encoder.parameters() if p.requires_grad], lr=1e-4)
 
     def step(batch: Any, number: int) -> None:
         optimiser.zero_grad(set_to_none=True)
-        loss(model, batch, {"points": 0.5, "touch": 0.5}, torch.Generator().manual_seed(number))["loss"].backward()
+        loss(model, batch, {"points": 0.5, "touch": 0.5}, Draws(number, range(len(batch.key))))["loss"].backward()
         optimiser.step()
 
     return step

@@ -18,9 +18,10 @@ from export.onnx import OnnxRunner, write_onnx
 from export.parity import TOLERANCE, Example, Runner, check_handover, check_parity, make_examples, write_golden
 from export.precision import PRECISIONS, bounds_of, judge, write_precision
 from export.program import ProgramRunner, compiler, write_program
-from export.runtime.doctor import CPU, machine, open_session
+from export.runtime.doctor import machine
 from export.runtime.golden import Golden, golden_file
 from export.runtime.latency import Loop, measure
+from export.runtime.session import open_session
 from export.still import still_pictures
 from export.torchscript import TorchScriptRunner, write_golden_tensors, write_torchscript
 from export.trust import Trust
@@ -236,8 +237,9 @@ def drive_reduced(graphs: list[dict[str, Any]], folder: FilePath, drive: DrivenC
             said = f"it succeeds in {found['successes']} of {found['trials']} trials, fp32 in {full['successes']}"
             reasons = [graph["reason"]] if graph["reason"] else []
             graph |= {"accepted": False, "written": keep_failed, "reason": " and ".join([*reasons, said])}
-            if not keep_failed:
-                (folder / graph["file"]).unlink()
+    for graph in reduced:  # when all have been driven: whoever drives reads the manifest, which lists them
+        if not graph["written"]:
+            (folder / graph["file"]).unlink()
 
 
 def measured(folder: FilePath, manifest: Mapping[str, Any], ticks: int) -> dict[str, Any]:
@@ -245,7 +247,7 @@ def measured(folder: FilePath, manifest: Mapping[str, Any], ticks: int) -> dict[
     found: dict[str, Any] = {"machine": machine(), "threads": 1, "graphs": {}}
     for graph in manifest["graphs"]:
         if graph["format"] == "onnx" and graph["path"] in manifest["latency"]["paths"]:
-            session = open_session(folder / graph["file"], 1, [CPU])
+            session = open_session(folder / graph["file"])
             loop = Loop(session, Golden(folder / golden_file(graph["path"]), manifest["paths"][graph["path"]]))
             found["graphs"][graph["file"]] = measure(loop, ticks, max(1, ticks // 10))
     return found

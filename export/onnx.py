@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.runtime.session import open_session
 from export.wrappers import Path
 from worldmodel.errors import ExportError
 
@@ -138,12 +139,7 @@ class OnnxRunner:
     """Runs an exported graph on torch tensors, on one CPU thread."""
 
     def __init__(self, path: FilePath, threads: int = 1) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(path, threads)
         self._inputs = [entry.name for entry in self._session.get_inputs()]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[np.ndarray]:

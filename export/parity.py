@@ -64,7 +64,7 @@ def make_examples(path: Path, moments: Iterable[tuple[str, Sequence[Observation]
                 flags = {"has_previous": torch.full((1, 2), known)}
                 flags["is_decided"] = (torch.arange(path.spec.chunk) < count)[None]
                 more = [
-                    flags[row.name] if row.name in flags else x * (0.3 if row.name != "noise" else 1)
+                    flags[row.name] if row.name in flags else x * (1 if row.name.startswith("noise") else 0.3)
                     for row, x in zip(rest, more, strict=True)
                 ]
                 made.append((*(tensor.contiguous() for tensor in now), *more))

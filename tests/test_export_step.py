@@ -20,8 +20,8 @@ from export.parity import (
     shortened,
     write_golden,
 )
-from export.runtime.doctor import CPU, open_session
 from export.runtime.golden import Golden, signature_faults
+from export.runtime.session import open_session
 from export.still import still_pictures
 from export.torchscript import TorchScriptRunner, write_torchscript
 from export.trust import Trust, no_trust
@@ -125,7 +125,7 @@ def test_an_exported_step_goes_through_every_state_of_its_cache(model: WorldMode
         assert golden["actions"].shape == (4, 5, model.spec.chunk, model.spec.action)
         np.testing.assert_allclose(golden["actions"][0, 0], eager_answers(step, chosen[0])[0][0][0], atol=1e-6)
     entry = path_entry(step)
-    session = open_session(tmp_path / "step.onnx", 1, [CPU])
+    session = open_session(tmp_path / "step.onnx")
     assert not signature_faults(session, entry)
     kept = Golden(tmp_path / "golden.npz", entry)
     assert (kept.examples, kept.ticks) == (4, 5) and set(kept.next) == {row.name for row in step.caches}
@@ -155,7 +155,7 @@ def test_understanding_and_rollout_are_the_models(model: WorldModel, tmp_path: P
     write_golden(tmp_path / f"golden_{name}.npz", path, examples)
     entry = path_entry(path)
     golden = Golden(tmp_path / f"golden_{name}.npz", entry)
-    session = open_session(tmp_path / "graph.onnx", 1, [CPU])
+    session = open_session(tmp_path / "graph.onnx")
     assert not signature_faults(session, entry)
     assert max(golden.compare(session, None)["max_error"].values()) < 1e-4
     now = moments[0][1][-1]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from worldmodel.errors import ConfigError
+from worldmodel.nn import apply_rope, rope_table
 from worldmodel.synthesis.delta import GatedDelta, gated_delta_chunked, gated_delta_recurrent, invert_unit_lower
 from worldmodel.synthesis.hopper import chunk_gradients
 from worldmodel.synthesis.temporal import (
@@ -185,3 +186,13 @@ def test_absent_tokens_leave_no_trace():
         torch.manual_seed(1)
         b = out(other)
         torch.testing.assert_close(a[:, :, [0, 1, 3, 4]], b[:, :, [0, 1, 3, 4]])
+
+
+def test_an_exported_rotation_is_the_rotation() -> None:
+    class Rotation(torch.nn.Module):
+        def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+            return apply_rope(x, rope_table(places, 12))
+
+    x, places = torch.randn(2, 5, 3, 12, generator=torch.Generator().manual_seed(0)), torch.arange(15.0).view(5, 3)
+    exported = torch.export.export(Rotation(), (x, places), strict=False).module()
+    torch.testing.assert_close(exported(x, places), Rotation()(x, places), atol=1e-6, rtol=0)

@@ -26,10 +26,10 @@ import onnxruntime
 from .golden import FLAGS, Golden, golden_file, signature_faults
 from .latency import Loop, measure, progress_bar
 from .manifest import RuntimeContractError, load_manifest
+from .session import CPU, open_session
 
 STATUS = ("ok", "warning", "failure")
 """In the order of exit statuses."""
-CPU = "CPUExecutionProvider"
 SETTINGS = {"ticks": 1000, "warm_up": 50, "threads": 1}
 GROWTH = 8 << 20
 """Bytes by which the process may grow while it is measured: allocators settle, leaks go on."""
@@ -124,19 +124,6 @@ def examine_graph(
     except Exception as error:  # onnxruntime has an exception of its own for each kind of fault
         return [Finding("failure", name, "run", f"{type(error).__name__}: {str(error).splitlines()[0][:300]}", {})]
     return [*findings, latency(name, values, contract), memory(name, values)]
-
-
-def open_session(
-    file: Path, threads: int, providers: list[str], profile: Path | None = None
-) -> onnxruntime.InferenceSession:
-    """A graph ready to run; with `profile`, onnxruntime notes there which provider computes each node."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(str(file), options, providers=providers)
 
 
 def signature(

@@ -12,6 +12,7 @@ import onnxruntime
 
 from .manifest import SENSES, RuntimeContractError, find_graph, load_manifest
 from .observation import checked, encode_instruction, known, observation_shapes
+from .session import open_session
 
 COMMANDS = ("noise", "previous", "has_previous", "decided", "is_decided")
 """Inputs of a graph that are no observation."""
@@ -90,9 +91,7 @@ class OnnxPolicy:
         self._masked = (chosen - {"touch"}) | ({"wrench", "taxels"} if "touch" in chosen else set())
         self._optional = set(self.manifest["optional"]) | self._allowed | self._masked
         self._seed = seed
-        self._options = onnxruntime.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
+        self._threads = threads
         self._precision, self._unproven = precision, unproven
         self._load()
         self.reset()
@@ -104,7 +103,7 @@ class OnnxPolicy:
     def _open(self, path: str) -> Graph:
         """The graph of a path."""
         file = self.folder / find_graph(self.manifest, path, self._precision, unproven=self._unproven)
-        session = onnxruntime.InferenceSession(str(file), self._options, providers=["CPUExecutionProvider"])
+        session = open_session(file, self._threads)
         rows = self.manifest["paths"][path]["inputs"]
         return Graph(session, {row["name"]: ([1, *row["shape"][1:]], row["dtype"]) for row in rows})
 
