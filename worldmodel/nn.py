@@ -59,7 +59,7 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates interleaved pairs of x (..., N, E, d) by the table (N, d / 2) or a shape that broadcasts with it."""
     cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in table)
     if torch.compiler.is_exporting():
-        # The same in a third of the nodes, which are what small graphs spend their time on; a loss for kernels.
+        # The same in a third of the nodes, which cost a small graph more than the larger product does.
         swap = torch.eye(x.shape[-1]).to(x).unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         both, turned = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
         return x * both + (x @ swap) * turned

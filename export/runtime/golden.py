@@ -30,7 +30,7 @@ class Golden:
         entry: what the manifest says of the path.
 
     Raises:
-        RuntimeContractError: the file is missing, or lacks an input or output.
+        RuntimeContractError: the file is missing, lacks an input or output, or one name is both.
     """
 
     def __init__(self, file: Path, entry: Mapping[str, Any]) -> None:
@@ -45,9 +45,10 @@ class Golden:
         self.next = {name: after for name, after in pairs.items() if name in reads}
         self.answers = [row["name"] for row in entry["outputs"] if not row["name"].startswith("next_")]
         lacking = [n for n in (reads - set(self.next)) | set(self.answers) if n not in self._arrays]
-        lacking += reads & set(self.answers)  # earlier artefacts had inputs and outputs of one name
         if lacking:
             raise RuntimeContractError(f"{file.name}: has no {sorted(lacking)}; export the artefact again")
+        if both := sorted(reads & set(self.answers)):  # as in artefacts of earlier versions
+            raise RuntimeContractError(f"{file.name}: {both} are inputs and outputs; export the artefact again")
         self.examples = len(self._arrays["key"])
         """Number of examples; each is one tick, or consecutive ticks where the path has a cache."""
         self.ticks = self._arrays["noise"].shape[1] if self.next else 1
