@@ -1,6 +1,7 @@
 """The PushT source: what is seen, sensed and called solved agrees with gym-pusht, and the planner solves it."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from worldmodel.data.sources.pusht import (
     PushtScene,
 )
 from worldmodel.data.sources.registry import SOURCES, simulated
-from worldmodel.errors import ConfigError, DataError
+from worldmodel.errors import ConfigError
 
 BLOCK = np.array([119, 136, 153])
 """Colour of the T, `LightSlateGray`; its inside is drawn lighter."""
@@ -34,10 +35,9 @@ BLOCK = np.array([119, 136, 153])
 
 @pytest.fixture(scope="module")
 def scene() -> PushtScene:
-    try:
-        return PushtScene("push-t")
-    except DataError as error:
-        pytest.skip(str(error))
+    if find_spec("gym_pusht") is None:
+        pytest.skip("gym-pusht is not installed: pip install 'worldmodel[pusht]'")
+    return PushtScene("push-t")
 
 
 def place(scene: PushtScene, x: float, y: float, angle: float) -> bool:
@@ -61,7 +61,7 @@ def test_the_registry_has_the_names_and_units_that_are_recorded() -> None:
 
 def test_variants_and_masks_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     for asked in ({"variants": 1}, {"vary": [["lights"]]}, {"masks": True}):
-        with pytest.raises(ConfigError, match="pusht shows its scenes in one look.*metaworld, robosuite can"):
+        with pytest.raises(ConfigError, match=r"pusht shows its scenes in one look.*metaworld, robosuite can"):
             generate("pusht", tmp_path / "data", **asked)
     assert not (tmp_path / "data").exists()
 
@@ -84,25 +84,27 @@ def test_corners_of_the_t_are_seen_where_they_are(scene: PushtScene, seed: int) 
     sharp = PushtScene("push-t", pixels=256)
     observation = sharp.reset(np.random.default_rng(seed))
     environment = sharp.environment
-    for body, colour in ((environment.block, BLOCK), (None, None)):
-        if body is None:
-            break
-        for x, y in ((-57, 3), (57, 3), (57, 27), (-57, 27), (12, 117), (-12, 117)):
-            world = body.local_to_world((x, y))
-            column, row, depth = project(observation, "front", np.array([world.x * SCALE, world.y * SCALE, 0.0]))
-            seen = observation["rgb.front"][int(row), int(column)].astype(int)
-            near_pusher = np.hypot(*(np.array(world) - environment.agent.position)) < 20
-            assert depth > 0 and (near_pusher or np.abs(seen - colour).max() < 35), (x, y, seen)
-    outside = environment.block.local_to_world((40, 75))
-    column, row, _ = project(observation, "front", np.array([outside.x * SCALE, outside.y * SCALE, 0.0]))
-    assert np.abs(observation["rgb.front"][int(row), int(column)].astype(int) - BLOCK).max() > 35
+
+    def seen(x: float, y: float) -> tuple[int, bool]:
+        """How far the colour at a point of the T's frame is from the T's, and whether the pusher may hide it."""
+        world = environment.block.local_to_world((x, y))
+        column, row, depth = project(observation, "front", np.array([world.x * SCALE, world.y * SCALE, 0.0]))
+        assert depth > 0
+        colour = observation["rgb.front"][int(row), int(column)].astype(int)
+        return int(np.abs(colour - BLOCK).max()), (world - environment.agent.position).length < 20
+
+    for corner in ((-57, 3), (57, 3), (57, 27), (-57, 27), (12, 117), (-12, 117)):
+        off, hidden = seen(*corner)
+        assert hidden or off < 35, corner
+    for beside in ((-64, -4), (64, -4), (24, 117), (-24, 117)):
+        assert seen(*beside)[0] > 35, beside
 
 
 def test_it_is_solved_above_95_percent_of_its_place_and_not_below(scene: PushtScene) -> None:
     x, y, angle = scene.environment.goal_pose
     assert place(scene, x, y, angle)
     assert place(scene, x + 1.5, y, angle) and scene.environment._get_coverage() > 0.95
-    assert not place(scene, x + 4.0, y, angle) and 0.9 < scene.environment._get_coverage() < 0.95
+    assert not place(scene, x + 3.0, y, angle) and 0.9 < scene.environment._get_coverage() < 0.95
     assert not place(scene, x, y, angle + np.pi)
 
 
