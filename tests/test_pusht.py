@@ -11,6 +11,7 @@ from conftest import compose
 from scene_checks import check_depends_on_generator_alone, project
 from test_published import settings
 
+from worldmodel.checkpoint import build_model, make_spec
 from worldmodel.closed_loop import SourceScenes, run_closed_loop
 from worldmodel.controllers import ExpertFactory
 from worldmodel.data.__main__ import main
@@ -60,7 +61,8 @@ def test_the_registry_has_the_names_and_units_that_are_recorded() -> None:
 
 
 def test_variants_and_masks_are_refused_before_anything_is_made(tmp_path: Path) -> None:
-    for asked in ({"variants": 1}, {"vary": [["lights"]]}, {"masks": True}):
+    refused: list[dict[str, Any]] = [{"variants": 1}, {"vary": [["lights"]]}, {"masks": True}]
+    for asked in refused:
         with pytest.raises(ConfigError, match=r"pusht shows its scenes in one look.*metaworld, robosuite can"):
             generate("pusht", tmp_path / "data", **asked)
     assert not (tmp_path / "data").exists()
@@ -109,7 +111,7 @@ def test_it_is_solved_above_95_percent_of_its_place_and_not_below(scene: PushtSc
 
 
 def test_the_pusher_goes_where_it_is_told_and_holds(scene: PushtScene) -> None:
-    scene.reset(np.random.default_rng(0), images=False)
+    observation = scene.reset(np.random.default_rng(0), images=False)
     for _ in range(15):
         observation, _ = scene.step(np.array([0.05, 9.0]), images=False)
     np.testing.assert_allclose(observation["proprio"], [0.05, 0.512, 0, 0, 0], atol=1e-3)
@@ -153,8 +155,13 @@ def test_the_closed_loop_runs_to_the_tasks_own_success(scene: PushtScene) -> Non
     assert result.tasks[0].success == 1 and result.max_steps == 300
 
 
-def test_configurations_compose() -> None:
-    spec = compose("experiment=kairos_tiny", "data=pusht")["data"]["spec"]
+def test_configurations_compose_to_a_model_without_a_stream_of_forces() -> None:
+    config = compose("experiment=kairos_tiny", "data=pusht")
+    spec = config["data"]["spec"]
+    sizes = {"proprio": 5, "action": 2, "points": 3, "camera_translation": 3}
+    fields = {name: {"mean": [0.1] * size, "std": [0.5] * size} for name, size in sizes.items()}
+    model = build_model(config["model"], make_spec(spec), {"embodiments": {"pusht": fields}})
+    assert model.denoiser.streams == ("video", "camera", "points")
     assert (spec["cameras"], spec["sensors"], spec["fps"], spec["action"]) == (["front"], [], 10.0, 2)
     protocol = settings("protocol=pusht")
     assert (protocol["max_steps"], protocol["trials"], protocol["robots"]) == (300, 50, ["pusht"])

@@ -42,9 +42,7 @@ def _episode(scene: Scene, observations: list[dict[str, Any]], actions: np.ndarr
         return np.stack([observation[name] for observation in observations])
 
     meta = {**scene.metadata(), "schema_version": SCHEMA_VERSION, "length": len(actions), "success": success}
-    touch = {}
-    if "tactile" not in meta["absent"]:
-        touch = {"wrench": series("wrench"), "taxels": series("taxels")[:, observations[0]["has_taxels"]]}
+    feels = "tactile" not in meta["absent"]
     return Episode(
         meta=meta,
         rgb={camera: series(f"rgb.{camera}") for camera in scene.cameras},
@@ -52,7 +50,8 @@ def _episode(scene: Scene, observations: list[dict[str, Any]], actions: np.ndarr
         camera_to_base={camera: series(f"camera_to_base.{camera}") for camera in scene.cameras},
         points=series("points"),
         visible=series("visible"),
-        **touch,
+        wrench=series("wrench") if feels else None,
+        taxels=series("taxels")[:, observations[0]["has_taxels"]] if feels else None,
         proprio=series("proprio"),
         action=actions,
     )

@@ -124,11 +124,11 @@ class Detours:
 
 
 def _inside(points: np.ndarray) -> np.ndarray:
-    return ((points >= MARGIN) & (points <= PLANE - MARGIN)).all(-1)
+    return np.asarray(((points >= MARGIN) & (points <= PLANE - MARGIN)).all(-1))
 
 
 def _distance(points: np.ndarray) -> np.ndarray:
     """(N,) from each of `points` (N, 2) to the T, 0 in it."""
     import shapely
 
-    return shapely.distance(shapely.Polygon(CORNERS), shapely.points(points))
+    return np.asarray(shapely.distance(shapely.Polygon(CORNERS), shapely.points(points)))
