@@ -26,13 +26,14 @@ PACE = 2.0
 TOUCHED = 1.0
 """How far the T has moved at least where a push counts."""
 LONGEST = 150.0
+"""Of a push, its way to the T included."""
 EVERY = 2
 """Simulator steps between two outcomes that are looked at."""
 SECOND = 8
 """First pushes for which a second is looked for."""
-CLOSE, HALVING, FAR = 1.5, 25.0, 4.0
-"""Mean distance of the corners from their places at which the T counts as placed, and control steps that it takes to
-come nearer by a factor e, for what is left to go."""
+CLOSE, NEARER, FAR = 1.5, 25.0, 4.0
+"""What is left to go from a distance (see `Pose.away`): `NEARER` control steps for each factor e above `CLOSE`, where
+the T counts as placed, and one for every `FAR` of it."""
 TURNS = np.radians([-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0])
 """By how much a push is turned when it begins, to end where it was to."""
 
@@ -54,8 +55,10 @@ class Pose(NamedTuple):
         return np.array([[c, -s], [s, c]])
 
     def away(self, poses: np.ndarray) -> np.ndarray:
-        """(N,) root mean square distances of the T's corners in `poses` (N, 3) from where they are in this one."""
-        # Of a rigid body's points it follows from their mean and their spread about it.
+        """(N,) how far the T's corners in `poses` (N, 3) are from where they are in this one, root mean square.
+
+        Turns count by the arcs of the corners about their middle: chords would call half a turn no farther than less.
+        """
         c, s = np.cos(poses[:, 2]), np.sin(poses[:, 2])
         x, y = CORNERS.mean(0)
         centre = poses[:, :2] + np.stack([c * x - s * y, s * x + c * y], axis=1)
@@ -122,7 +125,8 @@ class PushtExpert:
         """Targets on `path` (N, 2), `speed` apart."""
         pieces = np.linalg.norm(np.diff(path, axis=0), axis=1)
         along = np.concatenate([[0.0], np.cumsum(pieces)])
-        for number in range(1, int(np.ceil(along[-1] / speed - 1e-9)) + 1):
+        # At least one, so that a plan that comes to nothing takes time too.
+        for number in range(1, max(1, int(np.ceil(along[-1] / speed - 1e-9))) + 1):
             at = min(number * speed, along[-1])
             yield np.array([np.interp(at, along, path[:, axis]) for axis in range(2)])
 
@@ -161,7 +165,7 @@ class PushtExpert:
     def _left(self, poses: np.ndarray) -> np.ndarray:
         """(N,) control steps that it may take from `poses` (N, 3) on."""
         away = self._goal.away(poses)
-        return away / FAR + HALVING * np.maximum(0.0, np.log(away / CLOSE))
+        return away / FAR + NEARER * np.maximum(0.0, np.log(away / CLOSE))
 
     def _aim(self, pusher: np.ndarray, direction: np.ndarray, wanted: Pose) -> np.ndarray:
         """The line (2, 2) from where the pusher is along which it brings the T closest to `wanted`."""
