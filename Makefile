@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[sim,export,serve,formats,remote,ray,finetune,dev]'
+	$(BIN)/pip install --quiet -e '.[sim,pusht,export,serve,formats,remote,ray,finetune,dev]'
 	@# The server's tests drive it with openpi's own client, whose wish for numpy below 2 is older than its code.
 	$(BIN)/pip install --quiet --no-deps 'openpi-client==0.1.2'
 	touch $@

@@ -93,10 +93,9 @@ def run(source: str, task: str, robot: str, trials: Iterable[int], seed: int) ->
     """The given trials of one task with one robot."""
     import numpy as np
 
-    from worldmodel.data.sources.mujoco_scene import CAMERAS
     from worldmodel.data.sources.registry import SOURCES
 
-    scene, outcomes = SOURCES[source].make_scene(task, robot, 64, CAMERAS), []
+    scene, outcomes = SOURCES[source].make_scene(task, robot, 64, SOURCES[source].cameras), []
     scene.reset(np.random.default_rng(seed), images=False)
     scene.step(scene.expert().act(), images=False)  # compiles what the simulator compiles at first use
     for trial in trials:

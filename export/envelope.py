@@ -36,6 +36,7 @@ class Envelope(nn.Module):
     def __init__(self, spec: ClipSpec, statistics: Mapping[str, Any], registry: Mapping[str, Embodiment] | None = None):
         super().__init__()
         self.dt = 1.0 / spec.fps
+        self.feels = bool(spec.sensors)  # runtimes disagree on whether any of none is true
         known = load_embodiments() if registry is None else registry
         self.sources: dict[str, dict[str, Any]] = {}
         rows: list[dict[str, Tensor]] = []
@@ -59,8 +60,10 @@ class Envelope(nn.Module):
         # An effort has a largest size; the force limit comes before the range of commands, which is often as wide.
         pushed = wanted.clamp(-row["force"].unsqueeze(1), row["force"].unsqueeze(1))
         commanded = self.in_range(pushed, e)
-        heavy = now.wrench[:, -1, :, :, :3].square().sum(-1).amax(1).sqrt()  # (B, S), largest of the newest steps
-        stop = ((heavy > row["contact"]) & now.has_wrench).any(1, keepdim=True) & moves
+        stop = torch.zeros_like(moves)
+        if self.feels:
+            heavy = now.wrench[:, -1, :, :, :3].square().sum(-1).amax(1).sqrt()  # (B, S), largest of the newest steps
+            stop = ((heavy > row["contact"]) & now.has_wrench).any(1, keepdim=True) & moves
         measured = now.proprio[:, -1].gather(1, row["measured"])
         placed = row["has_measured"] & now.has_proprio.unsqueeze(1)
         one, two = has_previous[:, 1:], has_previous.all(1, keepdim=True)

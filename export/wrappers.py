@@ -136,7 +136,9 @@ class ActionPath(Path):
             doubt = (squares * left).sum(1) / left.sum(1).clamp(min=1)
         doubt = ((doubt * own).sum(1) / own.sum(1).clamp(min=1)).sqrt()
         senses = (now.has_rgb, now.has_camera, now.has_points, now.has_wrench, now.has_taxels)
-        shares = [has.float().mean(1) for has in senses] + [now.has_proprio.float(), now.has_text.float()]
+        # Of no sensors at all nothing is there.
+        shares = [has.float().mean(1) if has.shape[1] else torch.zeros_like(doubt) for has in senses]
+        shares += [now.has_proprio.float(), now.has_text.float()]
         proprio = decision.proprio * now.has_proprio.unsqueeze(1)
         return doubt, decision.features, decision.instruction, proprio, torch.stack(shares, 1)
 

@@ -32,7 +32,7 @@ class Scene(Protocol):
 
     embodiment: str
     hold: np.ndarray
-    """(D,) the action that leaves the arm where it is; a start state that it solves is drawn again."""
+    """(D,) the action that leaves the arm where it is now; a start state that it solves is drawn again."""
     max_steps: int
     """Control steps after which a trial has failed, unless something else is asked for."""
 
@@ -67,13 +67,15 @@ class SourceScenes:
     """Scene factory for the tasks and robots of a source of demonstrations."""
 
     pixels: int = 64
-    cameras: tuple[str, ...] = ("front", "wrist")
+    cameras: tuple[str, ...] | None = None
+    """None is all that the source has."""
     source: str = "metaworld"
 
     def __call__(self, task: str, robot: str | None = None) -> Scene:
         """The scene of one task with a robot, by their names in the source; its first robot by default."""
         source = SOURCES[self.source]
-        return source.make_scene(task, robot or source.robots[0], self.pixels, self.cameras)
+        cameras = source.cameras if self.cameras is None else self.cameras
+        return source.make_scene(task, robot or source.robots[0], self.pixels, cameras)
 
 
 def trial_generator(seed: int, task: str, trial: int, attempt: int, robot: str | None = None) -> np.random.Generator:

@@ -131,7 +131,7 @@ def _check_demonstrations(name: str, most: int, trained: list[str], reader: Shar
 
 def _check_simulator(name: str | None, source: Source, tasks: list[str], robots: list[str]) -> None:
     named = f"protocol {name}: " if name else ""
-    if importlib.util.find_spec(source.name) is None:
+    if importlib.util.find_spec(source.package) is None:
         raise ConfigError(f"{named}closed_loop=true needs the simulator: pip install 'worldmodel[{source.extra}]'")
     for kind, asked, known in (("tasks", tasks, source.tasks), ("robots", robots, source.robots)):
         if unknown := sorted(set(asked) - set(known)):

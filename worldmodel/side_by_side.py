@@ -21,7 +21,9 @@ ALIKE = {
     "data": ("stamp", "data_index_sha256"),
 }
 """What reports must agree in for their figures to compare, by where it stands in them."""
-VERSIONS = {name: ("stamp", "versions", name) for name in ("torch", "metaworld", "robosuite", "mujoco")}
+VERSIONS = {
+    name: ("stamp", "versions", name) for name in ("torch", "metaworld", "robosuite", "mujoco", "gym-pusht", "pymunk")
+}
 """What may explain small differences."""
 EVERYTHING, CLOSED_LOOP = "everything", "closed_loop"
 

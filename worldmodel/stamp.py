@@ -13,7 +13,7 @@ import worldmodel
 from worldmodel.data.index import INDEX
 from worldmodel.data.shards import ShardReader
 
-PACKAGES = ("torch", "numpy", "onnxruntime", "metaworld", "robosuite", "mujoco")
+PACKAGES = ("torch", "numpy", "onnxruntime", "metaworld", "robosuite", "mujoco", "gym-pusht", "pymunk")
 
 
 def protocol_stamp(metadata: Mapping[str, Any], reader: ShardReader, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,22 +14,25 @@ USAGE = 64
 DESCRIPTION = """\
 Make, check and look at datasets: folders of WebDataset shards with index.json and stats.json.
 
-  python -m worldmodel.data generate metaworld data/demo      demonstrations with every sense (or robosuite)
+  python -m worldmodel.data generate metaworld data/demo      demonstrations with every sense (or {others})
   python -m worldmodel.data import lerobot SRC data/mine      shards from a dataset in a foreign format
   python -m worldmodel.data export lerobot data/demo OUT      our shards as a LeRobot dataset
   python -m worldmodel.data validate data/demo                read everything and list every fault
   python -m worldmodel.data inspect data/demo --html a.html   what is in it, as a table and as a page to look at
   python -m worldmodel.data stats data/demo                   compute stats.json again, from the train split
-"""
+""".format(others=", ".join(list(SOURCES)[1:]))
 GENERATE = """\
-Run scripted experts in a simulator and record two cameras (images, intrinsics, poses), 3D points of objects and goals,
-wrist force/torque, finger taxels, proprioception, actions and a written instruction at 20 Hz.
+Run scripted experts in a simulator and record cameras (images, intrinsics, poses), 3D points of objects and goals,
+wrist force/torque, finger taxels, proprioception, actions and a written instruction; two cameras at 20 Hz, but for
+pusht.
 
   metaworld   one arm (sawyer); --benchmark ml10 (ten training tasks, five held out; the default), ml45 (45 and five) or
               mt10 (ten, none held out); the same task, split and seed give the same episodes in all of them;
               experts fail often at basketball-v3, lever-pull-v3 and stick-pull-v3
   robosuite   several arms ({robots}) on the same tasks; {heldout} is held out; needs the extra `robosuite`
               experts fail often at PickPlaceCereal with panda and iiwa, at PickPlaceCan with sawyer_osc
+  pusht       a pusher that brings a T to its place, planned in the simulator; one camera from above, no touch, 10 Hz,
+              no variants or masks; needs the extra `pusht`
 
 Splits: train, heldout_episodes (training tasks, different object positions), heldout_tasks (tasks that training refuses
 to see) and heldout_robots (with --heldout-robots). Counts hold for each task and robot, failures included: training

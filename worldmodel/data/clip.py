@@ -90,7 +90,8 @@ def collate(clips: Sequence[Clip]) -> Batch:
 
     def cut(name: str, rows: slice) -> np.ndarray:
         place, shape = layout.columns[name]
-        return steps[:, rows, place].reshape(b, -1, *shape)
+        chosen = steps[:, rows, place]
+        return chosen.reshape(*chosen.shape[:2], *shape)
 
     def pictures(rgb: Sequence[np.ndarray | None], frames: int) -> np.ndarray:
         shown = [images for images in rgb if images is not None]

@@ -1,10 +1,10 @@
 """The registry of robots: what the numbers of an action and of a state mean, one YAML file per embodiment.
 
-`configs/embodiments/NAME.yaml` holds `title`, `action` and `proprio` (`names`, `units`, optional `limits`; null where
-nothing is measured), `gripper` (`names` of the actions that move it, values when `open` and when `closed`) and, for
-what may be commanded, an optional `envelope` (see `Envelope`). Data of an embodiment that has an entry must have these
-names in this order, since episodes of one embodiment share one space; a robot that is driven in another way is another
-embodiment. Data of embodiments without an entry are taken as they are.
+`configs/embodiments/NAME.yaml` holds `title`, `action` and `proprio` (`names`, `units`, optional `limits` and names of
+those that are `fixed`; null where nothing is measured), `gripper` (`names` of the actions that move it, values when
+`open` and when `closed`) and, for what may be commanded, an optional `envelope` (see `Envelope`). Data of an embodiment
+that has an entry must have these names in this order, since episodes of one embodiment share one space; a robot that is
+driven in another way is another embodiment. Data of embodiments without an entry are taken as they are.
 """
 
 import re
@@ -34,6 +34,7 @@ class Channels:
     names: tuple[str, ...]
     units: tuple[str, ...]
     limits: tuple[tuple[float, float], ...] | None = None  # lowest and highest value of each; None where unknown
+    fixed: tuple[str, ...] = ()  # names of those that never change on this robot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +166,8 @@ def _joint(values: Any, proprio: Channels | None, where: str) -> Joint:
 def _channels(values: Any, where: str) -> Channels | None:
     if values is None:
         return None
-    if not isinstance(values, dict) or not {"names", "units"} <= set(values) <= {"names", "units", "limits"}:
-        raise ConfigError(f"{where}: must have names, units and perhaps limits, or be null")
+    if not isinstance(values, dict) or not {"names", "units"} <= set(values) <= {"names", "units", "limits", "fixed"}:
+        raise ConfigError(f"{where}: must have names, units and perhaps limits and fixed, or be null")
     names, units, limits = values["names"], values["units"], values.get("limits")
     if len(set(names)) != len(names) or len(units) != len(names) or len(limits or names) != len(names):
         raise ConfigError(
@@ -176,7 +177,10 @@ def _channels(values: Any, where: str) -> Channels | None:
         limits = tuple((float(low), float(high)) for low, high in limits)
         if wrong := [name for name, (low, high) in zip(names, limits, strict=True) if low >= high]:
             raise ConfigError(f"{where}: limits of {wrong} must be [lowest, highest]")
-    return Channels(names=tuple(names), units=tuple(str(unit) for unit in units), limits=limits)
+    fixed = tuple(values.get("fixed", ()))
+    if unknown := [name for name in fixed if name not in names]:
+        raise ConfigError(f"{where}: fixed {unknown} are none of {list(names)}")
+    return Channels(names=tuple(names), units=tuple(str(unit) for unit in units), limits=limits, fixed=fixed)
 
 
 _UNSAID = re.compile(r".*\.\d+|not stated")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from worldmodel.data.sections import Entry
 from worldmodel.data.shards import ShardReader
 from worldmodel.data.sources.looks import EVERYTHING, VARY
 from worldmodel.data.sources.registry import SOURCES
-from worldmodel.data.sources.scene import Source
+from worldmodel.data.sources.scene import Dressable, Source
 from worldmodel.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def generate(
         masks: store what every pixel shows (see `schema`) without variants too.
 
     Raises:
-        ConfigError: unknown source, benchmark, task or robot, a count below zero, or `out` holds a run with other
-            parameters.
+        ConfigError: unknown source, benchmark, task or robot, a count below zero, variants or masks of a source that
+            has none, or `out` holds a run with other parameters.
         DataError: no off-screen rendering on this machine, or the simulator is not installed.
     """
     counts = {"train": episodes, "heldout_episodes": heldout_episodes, "heldout_tasks": heldout_task_episodes}
@@ -126,7 +126,7 @@ def generate(
         ray=ray,
         progress=progress,
         pictures=pictures,
-        prepare=_prepare,
+        prepare=plan.source.prepare,
     )
     for warning in weak_experts(ShardReader(root).entries):
         log.warning(warning)
@@ -227,6 +227,11 @@ def make_plan(
         raise ConfigError(f"episode counts must be 0 or more and not all 0, got {counts}")
     if pixels < 16 or pixels % 8:
         raise ConfigError(f"pixels must be a multiple of 8 and at least 16, got {pixels}")
+    if not source.dressable and (variants or vary or masks):
+        able = ", ".join(other.name for other in SOURCES.values() if other.dressable)
+        raise ConfigError(
+            f"variants, vary and masks: {name} shows its scenes in one look and without masks; {able} can"
+        )
     if variants < 0:
         raise ConfigError(f"variants must be 0 or more, got {variants}")
     for names in vary:
@@ -261,17 +266,9 @@ def _in_order(known: Sequence[str], asked: list[str] | None) -> list[str]:
     return [name for name in known if asked is None or name in asked]
 
 
-def _prepare() -> None:
-    # Choose once here, so that the workers need not probe.
-    from worldmodel.data.sources.rendering import select_gl_backend
-
-    select_gl_backend()
-
-
 def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
     """The demonstrations of `chunk` from the source `name` with their keys, each followed by its variants."""
     from worldmodel.data.sources.collect import collect_episode
-    from worldmodel.data.sources.mujoco_scene import CAMERAS
     from worldmodel.data.sources.variants import collect_family
 
     source = SOURCES[name]
@@ -279,7 +276,7 @@ def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
     robot = chunk.what.get("robot")
     place = [chunk.what["seed"], SPLITS.index(split), source.tasks.index(task)]
     words = [] if robot is None else [source.robots.index(robot)]
-    scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"], CAMERAS)
+    scene = source.make_scene(task, robot or source.robots[0], chunk.what["pixels"], source.cameras)
     variants, vary = chunk.what.get("variants", 0), chunk.what.get("vary", [EVERYTHING])
     try:
         for number in range(first, first + chunk.count // (1 + variants)):
@@ -294,7 +291,7 @@ def collect_chunk(name: str, chunk: Chunk) -> Iterator[tuple[str, Episode]]:
                 continue
             seeds = [np.random.SeedSequence(seed, spawn_key=(v,)) for v in range(1, variants + 1)]
             looks = [(np.random.default_rng(each), vary[v % len(vary)]) for v, each in enumerate(seeds)]
-            for episode in collect_family(scene, rng, looks, meta):
+            for episode in collect_family(cast(Dressable, scene), rng, looks, meta):
                 yield episode.meta["episode_id"], episode
     finally:
         scene.close()

@@ -33,14 +33,15 @@ class Tokens(NamedTuple):
 class Denoiser(nn.Module):
     """Velocity of every future stream given noisy futures, clean history, context and, if coupled, actions.
 
-    `streams` are those it reads and predicts, `anchored` those whose tokens are given the newest observed frame too;
-    `rays` adds the Pluecker rays of known cameras to video tokens. `embed_context` puts a two-layer perceptron between
-    the context and the cross-attention of all blocks; `gate` is where the gates of the blocks start; `attention` names
-    the form of windowed attention, `delta` has settings of `GatedDelta`. `block` is how many frames of the history look
-    ahead at one another (null: all that are read at once): with it, a long history read at once is what the same
-    history is when it is read block by block. `conditions` reads what is given of the future (null: nothing can be),
-    `source` another clip that the future follows (null: none can be). With the video stream alone, one view, no rays,
-    neither of these two and `embed_context` this is the network of Kairos 3 (arXiv 2606.16533).
+    `streams` are those it reads and predicts, as far as the robot has any of them; `anchored` those whose tokens are
+    given the newest observed frame too; `rays` adds the Pluecker rays of known cameras to video tokens. `embed_context`
+    puts a two-layer perceptron between the context and the cross-attention of all blocks; `gate` is where the gates of
+    the blocks start; `attention` names the form of windowed attention, `delta` has settings of `GatedDelta`. `block` is
+    how many frames of the history look ahead at one another (null: all that are read at once): with it, a long history
+    read at once is what the same history is when it is read block by block. `conditions` reads what is given of the
+    future (null: nothing can be), `source` another clip that the future follows (null: none can be). With the video
+    stream alone, one view, no rays, neither of these two and `embed_context` this is the network of Kairos 3
+    (arXiv 2606.16533).
     """
 
     def __init__(
@@ -81,14 +82,16 @@ class Denoiser(nn.Module):
                 raise ConfigError(f"{option}: unknown stream {unknown[0]!r}; one of {', '.join(STREAMS)}")
         if not streams:
             raise ConfigError(f"streams: the video transformer needs at least one of {', '.join(STREAMS)}")
-        self.streams = tuple(name for name in STREAMS if name in streams)
         self.patch = patch
         self.rows, self.columns = latent_size[0] // patch, latent_size[1] // patch
         self.head_dim = width // heads
         self.counts = {"video": views * self.rows * self.columns, "camera": views, "points": points, "force": sensors}
+        self.streams = tuple(name for name in STREAMS if name in streams and self.counts[name])
         sizes = {"video": latent_channels * patch**2, "camera": 9, "points": 3, "force": 6}
         self.embed_in = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in self.streams})
-        self.embed_anchor = nn.ModuleDict({name: nn.Linear(sizes[name], width) for name in anchored})
+        self.embed_anchor = nn.ModuleDict(
+            {name: nn.Linear(sizes[name], width) for name in anchored if name in self.streams}
+        )
         self.embed_rays = nn.Linear(6 * patch**2, width) if rays else None
         self.no_rays = nn.Parameter(torch.zeros(width)) if rays else None
         slots = {"video": views if views > 1 else 0, "camera": views, "points": points, "force": sensors}

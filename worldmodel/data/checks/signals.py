@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from worldmodel.data.checks.finding import Channels, Fault, Jumps, Summary, Survey
+from worldmodel.data.embodiments import load_embodiments
 from worldmodel.data.schema import Episode
 
 DEAD_STEPS = 10
@@ -119,7 +120,7 @@ def _streams(survey: Survey) -> Iterator[tuple[str, list[str], list[tuple[Summar
 
 
 def check_dead(survey: Survey) -> Iterator[Fault]:
-    """No sensor channel has one value in the whole dataset."""
+    """No sensor channel has one value in the whole dataset, but for those that the registry calls fixed."""
     fix = "check the sensor; name its modality absent, or take the channel out"
     for stream, names, members in _streams(survey):
         if len(members) < COMPANIONS or sum(s.entry.length for s, _ in members) < DEAD_STEPS:
@@ -127,7 +128,11 @@ def check_dead(survey: Survey) -> Iterator[Fault]:
         low = np.min([kept.low for _, kept in members], axis=0)
         high = np.max([kept.high for _, kept in members], axis=0)
         entry = members[0][0].entry
+        robot = load_embodiments().get(entry.embodiment)
+        fixed = robot.proprio.fixed if stream == "proprio" and robot and robot.proprio else ()
         for name, value in zip(np.array(names)[low == high], low[low == high], strict=True):
+            if name in fixed:
+                continue
             message = f"{name} is {value:g} at every step of all {len(members)} episodes of {entry.embodiment!r}"
             yield Fault(entry.shard, "", stream, message, fix, "warning")
 

@@ -20,6 +20,19 @@ def _robosuite(task: str, robot: str, pixels: int, cameras: tuple[str, ...]) -> 
     return RobosuiteScene(task, robot=robot, pixels=pixels, cameras=cameras)
 
 
+def _pusht(task: str, robot: str, pixels: int, cameras: tuple[str, ...]) -> Scene:
+    from worldmodel.data.sources.pusht import PushtScene
+
+    return PushtScene(task, pixels=pixels, cameras=cameras)
+
+
+def _choose_opengl() -> None:
+    # Once, so that the workers need not probe.
+    from worldmodel.data.sources.rendering import select_gl_backend
+
+    select_gl_backend()
+
+
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
@@ -29,7 +42,9 @@ SOURCES: dict[str, Source] = {
             benchmarks=BENCHMARKS,
             robots=("sawyer",),
             make_scene=_metaworld,
+            package="metaworld",
             extra="sim",
+            prepare=_choose_opengl,
         ),
         Source(
             name="robosuite",
@@ -39,7 +54,20 @@ SOURCES: dict[str, Source] = {
             },
             robots=tuple(robosuite_tasks.ROBOTS),
             make_scene=_robosuite,
+            package="robosuite",
             extra="robosuite",
+            prepare=_choose_opengl,
+        ),
+        Source(
+            name="pusht",
+            tasks=("push-t",),
+            benchmarks={"pusht": Benchmark(("push-t",))},
+            robots=("pusht",),
+            make_scene=_pusht,
+            package="gym_pusht",
+            extra="pusht",
+            cameras=("front",),
+            dressable=False,
         ),
     )
 }

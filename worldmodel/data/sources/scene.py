@@ -33,11 +33,9 @@ class Scene(Protocol):
     cameras: tuple[str, ...]
     embodiment: str
     hold: "np.ndarray"
-    """(D,) the action that leaves the arm where it is."""
+    """(D,) the action that leaves the arm where it is; where actions are places, that is another one at every step."""
     max_steps: int
     """Control steps after which an episode has failed."""
-    elements: tuple[str, ...]
-    """Names of what masks tell apart."""
 
     def reset(self, rng: "np.random.Generator", images: bool = True) -> dict[str, Any]:
         """Draws a start state from `rng` alone and observes it, names as in `contracts.Policy`."""
@@ -55,6 +53,17 @@ class Scene(Protocol):
         """Names, frames and units of everything that an episode records."""
         ...
 
+    def close(self) -> None:
+        """Frees what the scene holds, an OpenGL context for one."""
+        ...
+
+
+class Dressable(Scene, Protocol):
+    """A scene whose episodes can be shown again: with masks, and in other looks."""
+
+    elements: tuple[str, ...]
+    """Names of what masks tell apart."""
+
     def moment(self) -> Any:
         """Where everything is now, as far as pictures show it, for `retake`."""
         ...
@@ -69,10 +78,6 @@ class Scene(Protocol):
 
     def edit(self, look: "Look", changed: Sequence[str]) -> str:
         """What to ask for to get `look`, which changes the elements `changed`, from a picture of this task."""
-        ...
-
-    def close(self) -> None:
-        """Frees the OpenGL context."""
         ...
 
 
@@ -102,8 +107,16 @@ class Source:
     """Names of embodiments."""
     make_scene: Callable[[str, str, int, tuple[str, ...]], Scene]
     """Builds the scene of (task, robot, pixels, cameras)."""
+    package: str
+    """What is imported of it."""
     extra: str
     """What `pip install 'worldmodel[...]'` brings it with."""
+    cameras: tuple[str, ...] = ("front", "wrist")
+    """All that its scenes have."""
+    dressable: bool = True
+    """Whether its scenes are `Dressable`."""
+    prepare: Callable[[], object] | None = None
+    """Called once before several processes build scenes."""
 
     @property
     def train_tasks(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from worldmodel.data.schema import Episode
 from worldmodel.data.sources.collect import collect_episode
 from worldmodel.data.sources.looks import PAINTED, draw_look, named_colours
-from worldmodel.data.sources.scene import Scene
+from worldmodel.data.sources.scene import Dressable
 from worldmodel.data.sources.viewpoints import in_picture
 
 _LARGE = 0.002
@@ -17,7 +17,7 @@ _LARGE = 0.002
 
 
 def collect_family(
-    scene: Scene,
+    scene: Dressable,
     rng: np.random.Generator,
     looks: Sequence[tuple[np.random.Generator, Sequence[str]]],
     meta: dict[str, Any],
@@ -31,7 +31,7 @@ def collect_family(
     variant v ends in `-v<v>`.
     """
     moments: list[Any] = []
-    original = collect_episode(scene, rng, moments=moments)
+    original = collect_episode(scene, rng, before=lambda: moments.append(scene.moment()))
     original.meta |= {**meta, "elements": list(scene.elements)}
     if looks:
         original.meta["variant"] = 0
@@ -51,7 +51,7 @@ def shares(episode: Episode) -> dict[str, float]:
 
 
 def _variant(
-    scene: Scene,
+    scene: Dressable,
     moments: Sequence[Any],
     original: Episode,
     number: int,
