@@ -1,4 +1,4 @@
-# make demo   everything on real physics: data, training, export, evaluation with a report   (about half an hour, 2 cores)
+# make demo   everything on real physics: data, training, export, evaluation with a report   (about three quarters of an hour, 2 cores)
 # make test   the tests, test-all   with the longest; make lint   format, lint, types; they install what is missing
 # make test-cpp   builds the controller in C++ and runs it; needs cmake and a C++ compiler
 # make test-robosuite   the tests of the second simulator, in an environment of its own: it wants numpy below 2
@@ -43,7 +43,7 @@ demo: $(VENV)/.installed
 demo-small: ## The same commands at a size that takes minutes; its figures mean nothing.
 	$(MAKE) demo DATA=data/small RUN=runs/small \
 		GENERATE_ARGS="--tasks drawer-close-v3 button-press-topdown-v3 drawer-open-v3 --episodes 4 --heldout-episodes 2 --heldout-task-episodes 2" \
-		TRAIN_ARGS="data.root=data/small run_dir=runs/small phases.tokeniser.steps=10 phases.understanding.steps=6 phases.compositor.steps=4 phases.synthesis.steps=4 phases.behaviour.steps=20 phases.policy.steps=6 phases.policy.batch_size=16" \
+		TRAIN_ARGS="data.root=data/small run_dir=runs/small phases.tokeniser.steps=10 phases.understanding.steps=6 phases.locate.steps=6 phases.compositor.steps=4 phases.synthesis.steps=4 phases.behaviour.steps=20 phases.policy.steps=6 phases.policy.batch_size=16" \
 		EXPORT_ARGS="observations=1 ticks=2 clips=16 latency_ticks=20 paths=[policy]" \
 		EVAL_ARGS="max_clips=8 missing_clips=4 trials=1 baseline_steps=50"
 

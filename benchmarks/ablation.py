@@ -144,7 +144,7 @@ def measure(given: argparse.Namespace, variant: str, seed: int) -> dict[str, flo
             # Warm-up and average are as long a part of a short phase as of a long one.
             steps += [f"phases.{phase}.steps={count}", f"++phases.{phase}.warmup={count // 5}"]
             steps += [f"phases.{phase}.ema={max(1 - 5 / count, 0.0):.4f}"]
-        kept = [f"~phases.{phase}" for phase in ("tokeniser", "understanding", "compositor", "behaviour")]
+        kept = [f"~phases.{phase}" for phase in ("tokeniser", "understanding", "locate", "compositor", "behaviour")]
         start = [*kept, f"init={make_base(given)}"]
         train(compose(given, run, f"seed={seed}", *start, *steps, *VARIANTS[variant]))
         (run / "latents.safetensors").unlink(missing_ok=True)

@@ -44,6 +44,7 @@ LONGER = [  # phases long enough that kills fall into them, not only into the st
     for name, steps in {
         "tokeniser": 6,
         "understanding": 40,
+        "locate": 20,
         "compositor": 20,
         "synthesis": 8,
         "behaviour": 60,

@@ -119,7 +119,7 @@ def test_a_job_at_its_time_limit_is_queued_again_and_ends_where_one_without_a_li
     run, whole = tmp_path / "run", tmp_path / "whole"
     kept = ("phases.tokeniser", "phases.behaviour")
     command = [s for s in short(tiny_dataset, run) if not s.lstrip("+").startswith("phases.") or s.startswith(kept)]
-    command += [f"~phases.{name}" for name in ("understanding", "compositor", "synthesis", "policy")]
+    command += [f"~phases.{name}" for name in ("understanding", "locate", "compositor", "synthesis", "policy")]
     command += ["trainer.devices=auto", "trainer.num_nodes=auto", "trainer.save_every=1000", "trainer.workers=1"]
     command += ["phases.behaviour.steps=600"]
     job = submit(slurm, *command)

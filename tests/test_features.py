@@ -44,7 +44,7 @@ def settings(dataset: Path, run: Path, *more: str) -> list[str]:
         f"run_dir={run}",
         "wandb.mode=disabled",
         "trainer.threads=1",
-        *(f"~phases.{name}" for name in ("tokeniser", "compositor", "synthesis", "behaviour", "policy")),
+        *(f"~phases.{name}" for name in ("tokeniser", "locate", "compositor", "synthesis", "behaviour", "policy")),
         "phases.understanding.steps=2",
         "phases.understanding.batch_size=3",
         "phases.understanding.lens=1.0",

@@ -72,7 +72,8 @@ def settings(tiny_dataset, tmp_path_factory) -> list[str]:
     sizes = [f"phases.{n}.{k}={v}" for n, s in steps.items() for k, v in (("steps", s), ("batch_size", 2))]
     mixture = "phases.synthesis.mixture=[{mode: video_prediction, weight: 1}]"
     run = [f"data.root={tiny_dataset}", "wandb.mode=disabled", "trainer.threads=1"]
-    less = ["~phases.tokeniser", "~phases.compositor", "~phases.behaviour", "phases.synthesis.trains=[denoiser]"]
+    less = [f"~phases.{name}" for name in ("tokeniser", "locate", "compositor", "behaviour")]
+    less += ["phases.synthesis.trains=[denoiser]"]
     return ["experiment=kairos_tiny", *run, *less, *sizes, mixture, "phases.policy.learning_rate=0.0"]
 
 

@@ -27,11 +27,12 @@ from worldmodel.run_folder import claim, differences
 from worldmodel.training import PhaseModule
 
 ROOT = Path(__file__).parent.parent
+PHASES = ("tokeniser", "understanding", "locate", "compositor", "synthesis", "behaviour", "policy")
 
 
 def short(dataset: Path, run: Path, *more: str) -> list[str]:
     """Overrides for a run of seconds."""
-    steps = {"tokeniser": 2, "understanding": 2, "compositor": 2, "synthesis": 2, "behaviour": 2, "policy": 6}
+    steps = dict.fromkeys(PHASES, 2) | {"policy": 6}
     sizes = [
         f"phases.{name}.{key}={value}" for name, n in steps.items() for key, value in (("steps", n), ("batch_size", 3))
     ]
@@ -59,10 +60,10 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
     assert set(metadata["training"]["tasks"]) == {"drawer-close-v3", "button-press-topdown-v3"}
     assert len(metadata["training"]["episodes"]) == 4
     phases = sorted(p.name for p in (trained / "phases").iterdir())
-    assert phases == ["0-tokeniser", "1-understanding", "2-compositor", "3-synthesis", "4-behaviour", "5-policy"]
+    assert phases == [f"{number}-{name}" for number, name in enumerate(PHASES)]
     assert not list(trained.rglob("last.ckpt")), "a finished phase needs no resume point"
     log = read_log(trained)
-    assert list(log) == ["tokeniser", "understanding", "compositor", "synthesis", "behaviour", "policy"]
+    assert list(log) == list(PHASES)
     for phase, series in log.items():
         common = {"loss", "gradient_norm", "learning_rate", "ema_decay", "samples_per_s", "mfu", "data_wait"}
         assert common | {"memory_gib"} <= series.keys(), phase
@@ -76,19 +77,21 @@ def test_a_run_leaves_a_checkpoint_its_settings_and_its_curves(trained):
 
 
 def test_phases_train_what_they_name_and_nothing_else(trained):
-    weights = [load_file(p / "model.safetensors") for p in sorted((trained / "phases").iterdir())]
+    after = {p.name.split("-")[1]: load_file(p / "model.safetensors") for p in (trained / "phases").iterdir()}
     moved = lambda a, b, part: any(  # noqa: E731
         not torch.equal(a[n], b[n]) for n in a if n.startswith(part + ".") and a[n].is_floating_point()
     )
-    assert not moved(weights[0], weights[5], "autoencoder")
-    assert moved(weights[0], weights[1], "encoder")
-    assert moved(weights[1], weights[2], "compositor")
-    assert not moved(weights[0], weights[2], "denoiser")
-    assert moved(weights[2], weights[3], "denoiser")
-    assert not moved(weights[2], weights[5], "compositor")
-    assert not moved(weights[3], weights[4], "denoiser")
-    assert moved(weights[3], weights[4], "expert.state")
-    assert moved(weights[4], weights[5], "expert")
+    assert not moved(after["tokeniser"], after["policy"], "autoencoder")
+    assert moved(after["tokeniser"], after["understanding"], "encoder")
+    assert moved(after["understanding"], after["locate"], "encoder.points_head")
+    assert not moved(after["understanding"], after["locate"], "encoder.camera_head")
+    assert moved(after["locate"], after["compositor"], "compositor")
+    assert not moved(after["tokeniser"], after["compositor"], "denoiser")
+    assert moved(after["compositor"], after["synthesis"], "denoiser")
+    assert not moved(after["compositor"], after["policy"], "compositor")
+    assert not moved(after["synthesis"], after["behaviour"], "denoiser")
+    assert moved(after["synthesis"], after["behaviour"], "expert.state")
+    assert moved(after["behaviour"], after["policy"], "expert")
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_second_call_does_nothing(trained, tiny_dataset, tmp_path):
@@ -107,7 +110,7 @@ def test_sigterm_saves_and_the_same_command_ends_where_an_undisturbed_run_does(t
     command = [sys.executable, "train.py", *short(tiny_dataset, run, "trainer.save_every=1")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    last = run / "phases" / "5-policy" / "last.ckpt"
+    last = run / "phases" / "6-policy" / "last.ckpt"
     deadline = time.monotonic() + 300
     while not last.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
@@ -201,7 +204,7 @@ def test_mistakes_in_a_phase_are_named():
 def test_a_sweep_over_lambda_is_one_run_after_another(tiny_dataset, tmp_path):
     """Each into its own folder, from the same weights and on the same data; lambda is logged and weighs the loss."""
     command = [sys.executable, "train.py", "--multirun", *short(tiny_dataset, tmp_path, "data.cache_latents=false")]
-    command += [f"~phases.{name}" for name in ("tokeniser", "understanding", "compositor", "synthesis", "behaviour")]
+    command += [f"~phases.{name}" for name in PHASES if name != "policy"]
     command = [word for word in command if not word.startswith("phases.") or word.startswith("phases.policy")]
     command += ["phases.policy.steps=1", "phases.policy.mixture=[{mode: joint, weight: 1}]"]
     command += [f"run_dir={tmp_path}/${{phases.policy.weights.actions}}", "phases.policy.weights.actions=0.5,2"]

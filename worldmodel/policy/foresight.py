@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.policy.realtime import Decided
-from worldmodel.policy.state_policy import Measured, layered
+from worldmodel.policy.state_policy import Measured, ResidualLayers
 
 FURTHEST = 5.0
 """Standard deviations of the data within which an action or a state is believed."""
@@ -21,12 +21,23 @@ class Foresight(nn.Module):
     """
 
     def __init__(
-        self, *, proprio: int, points: int, action: int, instruction: int, embodiments: int, hidden: int, chunk: int
+        self,
+        *,
+        proprio: int,
+        points: int,
+        action: int,
+        instruction: int,
+        embodiments: int,
+        hidden: int,
+        blocks: int,
+        chunk: int,
     ) -> None:
         super().__init__()
         self.reach = chunk // 2
         self.embodiment = nn.Embedding(embodiments, instruction)
-        self.layers = layered(Measured.size(proprio, points) + action + instruction, hidden)
+        self.layers = ResidualLayers(
+            Measured.size(proprio, points) + action + instruction, hidden=hidden, blocks=blocks
+        )
         self.out = nn.Linear(hidden, proprio + 3 + 3 * points)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
