@@ -107,7 +107,7 @@ def test_the_history_matters_and_policy_fills_the_cache(model: WorldModel) -> No
     assert (known[0] - unknown[0]).abs().max() > 1e-4
     assert not opened[1][..., 1:].any() or spec.action > 4
     plain = policy.envelope.in_range(alone, torch.zeros(1, dtype=torch.int64))
-    assert (opened[0] - plain)[..., 4:].abs().max() < 1e-6, "what no limit holds is the model's answer"
+    assert (opened[0] - plain)[..., 4:].abs().max() < 5e-6, "what no limit holds is the model's answer"
 
 
 def test_an_exported_step_goes_through_every_state_of_its_cache(model: WorldModel, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_default_targets_are_attention_and_feed_forward(tiny_model):
         inner += [f"cross.{part}" for part in ("q", "k", "v", "out")] + ["feed_forward.0", "feed_forward.2"]
         assert {f"denoiser.blocks.{i}.{part}" for part in inner} <= names
         assert {f"expert.blocks.{i}.{part}" for part in ("q", "k", "v", "out", "cross.q", "feed_forward.2")} <= names
-    assert {"expert.state.layers.0", "expert.state.out"} <= names
+    assert {"expert.state.layers.embed", "expert.state.layers.blocks.0.feed_forward.2", "expert.state.out"} <= names
     assert not any(name.startswith(("encoder", "autoencoder")) for name in names)
 
 

@@ -108,7 +108,7 @@ def test_pictures_train_and_then_come_out_of_noise(tiny_model: Any) -> None:
     batch = batch_of(model, text=words, has_text=torch.ones(2, dtype=torch.bool))
     latents = torch.randn(2, 1, len(model.spec.cameras), 16, 1, 1, generator=generator(2)).expand(-1, -1, -1, -1, 8, 8)
     optimiser = torch.optim.AdamW([*model.denoiser.parameters(), *model.encoder.parameters()], lr=3e-3)
-    for number in range(60):
+    for number in range(100):
         optimiser.zero_grad()
         picture_loss(model, batch, latents, draws(seed=number), **PLAIN)["loss"].backward()
         optimiser.step()

@@ -26,8 +26,15 @@ log = logging.getLogger(__name__)
 
 ADAPTERS = "adapters.safetensors"
 TARGETS = (
-    *("q", "k", "v", "qkv", "out", "feed_forward.0", "feed_forward.2"),
-    *("state.layers.0", "state.layers.2", "foresight.layers.0", "foresight.layers.2"),
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "out",
+    "feed_forward.0",
+    "feed_forward.2",
+    "state.layers.embed",
+    "foresight.layers.embed",
 )
 """Linear layers of attention and feed-forward, and of what acts on the state, where a model has them."""
 

@@ -1,5 +1,6 @@
 """What the measured state alone suggests: a small policy that the action transformer corrects."""
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,10 @@ class ResidualLayers(nn.Module):
         super().__init__()
         self.embed = nn.Linear(size, hidden)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(hidden), FeedForward(width=hidden, hidden=2 * hidden)) for _ in range(blocks)
+            nn.Sequential(
+                OrderedDict(norm=nn.LayerNorm(hidden), feed_forward=FeedForward(width=hidden, hidden=2 * hidden))
+            )
+            for _ in range(blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
