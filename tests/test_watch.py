@@ -107,6 +107,7 @@ def test_batches_of_one_step_are_all_watched(tmp_path):
 
 RANK = """
 import json, sys, warnings
+import torch
 from pathlib import Path
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_watch import Learner, fit
@@ -121,6 +122,9 @@ for how in ("signal", "loss"):
     except (SIGTERMException, FloatingPointError) as error:
         found[how] = [type(error).__name__, str(error), module.steps]
 (out / f"{module.global_rank}.json").write_text(json.dumps(found))
+# Threads of the group that outlive the other process abort this one at its end.
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
