@@ -48,8 +48,8 @@ def measure(senses: Senses, seen: Tensor | None = None) -> Measured:
 class ResidualLayers(nn.Module):
     """Pre-norm residual blocks over one vector, (B, size) -> (B, hidden).
 
-    Three plain layers of 512 left a quarter more error on the same demonstrations (benchmarks/RESULTS.md). The form is the
-    ResNet of Gorishniy et al. 2021 (arXiv 2106.11959), with layer norm.
+    Three plain layers of 512 left a quarter more error on the same demonstrations (benchmarks/RESULTS.md). The form is
+    the ResNet of Gorishniy et al. 2021 (arXiv 2106.11959), with layer norm.
     """
 
     def __init__(self, size: int, *, hidden: int, blocks: int) -> None:
