@@ -23,6 +23,7 @@ Prints a Markdown table; trained policies and results stay in OUT and are not ma
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,10 +58,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what `--minutes` counts")
     parser.add_argument("--full", action="store_true", help="LeRobot's own sizes")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="of LeRobot's training, as torch names it (cuda)")
     parser.add_argument("--threads", type=int, default=2, help="of training")
     parser.add_argument("--trials", type=int, default=20, help="per task")
     parser.add_argument("--tasks", nargs="+", help="of the closed loop; default: those of the training split")
-    parser.add_argument("--replan", type=int, default=4, help="actions of a chunk that are executed")
+    parser.add_argument("--chunk", type=int, default=8, help="actions of a chunk of ACT; Diffusion Policy answers half")
+    parser.add_argument("--replan", type=int, default=2, help="control steps between two calls of every policy")
+    parser.add_argument("--ensemble", type=float, default=0.1, help="averages chunks that overlap; inf: the newest")
     parser.add_argument("--workers", type=int, default=1, help="processes of the closed loop")
     parser.add_argument("--seed", type=int, default=0, help="of training, and of the noise of ours")
     parser.add_argument("--starts", type=int, help="seed of the start states (default: --seed)")
@@ -94,7 +98,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     contenders = []
     for policy in given.policies:
         budget = f"{given.minutes:g}min-{given.clock}" if given.minutes else f"{given.steps}steps"
-        how = f"{'-full' if given.full else ''}{few}{'-continued' if given.init else ''}"
+        where = "" if given.device == "cpu" else f"-{given.device}"
+        how = f"{where}{'-full' if given.full else ''}{few}{'-continued' if given.init else ''}"
         folder = given.out / f"{policy}-{budget}{how}-{given.seed}"
         said = train(given, policy, folder, about)
         factory = LeRobotFactory(given.lerobot_python, folder, tuple(about["instructions"]), about["state"])
@@ -112,6 +117,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         trials=given.trials,
         seed=given.seed if given.starts is None else given.starts,
         replan=given.replan,
+        ensemble=None if math.isinf(given.ensemble) else given.ensemble,
         image_every=1,
         record=0,
     )
@@ -139,7 +145,7 @@ def known_state(given: argparse.Namespace) -> int | None:
     if not note.is_file():
         raise ConfigError(f"--init {given.init} is no policy that was trained here: rivals.json is missing")
     known = json.loads(note.read_text())
-    same = {"policy": given.policies[0], "small": not given.full, "replan": given.replan}
+    same = {"policy": given.policies[0], "small": not given.full, "chunk": given.chunk}
     if wrong := {name: known[name] for name, value in same.items() if known[name] != value}:
         raise ConfigError(f"--init {given.init} was trained with {wrong}, this run has {same}")
     return known["state"]
@@ -205,13 +211,13 @@ def train(given: argparse.Namespace, policy: str, folder: Path, about: dict[str,
         "out": str(folder),
         "policy": policy,
         "small": not given.full,
-        "chunk": 2 * given.replan,
-        "replan": given.replan,
+        "chunk": given.chunk,
         "seconds": given.minutes * 60 if given.minutes else None,
         "steps": given.steps,
         "clock": given.clock,
         "batch": given.batch,
         "threads": given.threads,
+        "device": given.device,
         "seed": given.seed,
     }
     if (folder / "rivals.json").is_file():

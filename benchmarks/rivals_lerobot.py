@@ -40,9 +40,15 @@ CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 
 
 def declare_operators() -> Any:
-    """Declares what torchvision's compiled half would: it does not load beside a CPU build of torch."""
+    """Declares what torchvision's compiled half would, where it does not load, as beside a CPU build of torch."""
     import torch
 
+    try:
+        import torchvision  # pyright: ignore[reportMissingImports]
+    except RuntimeError:
+        pass
+    else:
+        return torchvision
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -66,10 +72,10 @@ def make_config(settings: dict[str, Any]) -> Any:
     sizes: dict[str, Any] = {
         "input_features": features,
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (settings["action"],))},
-        "device": "cpu",
+        "device": settings["device"],
         "pretrained_backbone_weights": None,
         "push_to_hub": False,
-        "n_action_steps": settings["replan"],
+        "n_action_steps": settings["chunk"] // 2,
         **(SMALL[policy] if settings["small"] else {}),
     }
     if policy == "act":
@@ -87,15 +93,18 @@ def make_policy(config: Any) -> Any:
 class Demonstrations:
     """Every step of the demonstrations, in memory; episodes are contiguous."""
 
-    def __init__(self, folder: Path, cameras: list[str]) -> None:
+    def __init__(self, folder: Path, cameras: list[str], device: str) -> None:
         import torch
 
-        self.images = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in cameras}
-        self.state, self.action = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("state", "action"))
+        def read(name: str) -> Any:
+            return torch.from_numpy(np.load(folder / f"{name}.npy")).to(device)
+
+        self.device, self.images = device, {name: read(name) for name in cameras}
+        self.state, self.action = read("state"), read("action")
         episode = np.load(folder / "episode.npy")
         edges = np.flatnonzero(np.diff(episode)) + 1
         starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(episode)]])
-        self.first, self.last = (torch.from_numpy(np.repeat(x, ends - starts)) for x in (starts, ends - 1))
+        self.first, self.last = (torch.from_numpy(np.repeat(x, ends - starts)).to(device) for x in (starts, ends - 1))
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Statistics as LeRobot keeps them, pictures in 0..1."""
@@ -117,13 +126,13 @@ class Demonstrations:
         import torch
 
         def at(deltas: list[int] | None) -> Any:
-            moments = rows[:, None] + torch.tensor(deltas or [0])
+            moments = rows[:, None] + torch.tensor(deltas or [0], device=self.device)
             return moments.maximum(self.first[rows][:, None]).minimum(self.last[rows][:, None])
 
         seen = at(config.observation_delta_indices)
         if config.observation_delta_indices is None:
             seen = seen[:, 0]
-        ahead = rows[:, None] + torch.tensor(config.action_delta_indices)
+        ahead = rows[:, None] + torch.tensor(config.action_delta_indices, device=self.device)
         batch = {f"observation.images.{name}": images[seen].float() / 255 for name, images in self.images.items()}
         batch |= {"observation.state": self.state[seen], "action": self.action[at(config.action_delta_indices)]}
         outside = (ahead > self.last[rows][:, None]) | (ahead < self.first[rows][:, None])
@@ -138,18 +147,20 @@ def train(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(settings["seed"])
-    data = Demonstrations(Path(settings["data"]), settings["cameras"])
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+    device = settings["device"]
+    data = Demonstrations(Path(settings["data"]), settings["cameras"], device)
     if settings["init"]:
-        config, policy, before, after = load(Path(settings["init"]))
+        config, policy, before, after = load(Path(settings["init"]), device)
     else:
         config = make_config(settings)
-        policy = make_policy(config)
+        policy = make_policy(config).to(device)
         before, after = make_pre_post_processors(policy_cfg=config, dataset_stats=data.statistics())
     optimiser = config.get_optimizer_preset().build(policy.get_optim_params())
     generator = torch.Generator().manual_seed(settings["seed"])
     clock, budget, limit = CLOCKS[settings["clock"]], settings["seconds"], settings["steps"]
     preset, schedule = config.get_scheduler_preset(), None
-    usable = torch.arange(len(data.state))
+    usable = torch.arange(len(data.state), device=device)
     usable = usable[usable <= data.last - getattr(config, "drop_n_last_frames", 0)]
     # A schedule that is made after the first steps takes itself for one that was stepped too early.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -157,7 +168,7 @@ def train(settings: dict[str, Any]) -> None:
     begun, step, losses = clock(), 0, []
     with tqdm(total=limit, desc=f"LeRobot {config.type}", unit="step") as bar:
         while (limit is None or step < limit) and (budget is None or clock() - begun < budget):
-            rows = usable[torch.randint(len(usable), (settings["batch"],), generator=generator)]
+            rows = usable[torch.randint(len(usable), (settings["batch"],), generator=generator).to(device)]
             loss, _ = policy.forward(before(data.batch(rows, config)))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
@@ -185,14 +196,17 @@ def train(settings: dict[str, Any]) -> None:
     print("answer", json.dumps(said), flush=True)
 
 
-def load(folder: Path) -> tuple[Any, Any, Any, Any]:
-    """A saved policy: its configuration, itself, and what comes before and after it."""
+def load(folder: Path, device: str = "cpu") -> tuple[Any, Any, Any, Any]:
+    """A saved policy on a device: its configuration, itself, and what comes before and after it."""
     from lerobot.configs.policies import PreTrainedConfig  # pyright: ignore[reportMissingImports]
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors  # pyright: ignore[reportMissingImports]
 
     config = PreTrainedConfig.from_pretrained(folder)
+    config.device = device
     policy = get_policy_class(config.type).from_pretrained(folder, config=config)
-    return config, policy, *make_pre_post_processors(policy_cfg=config, pretrained_path=str(folder))
+    there = {"device_processor": {"device": device}}
+    around = make_pre_post_processors(policy_cfg=config, pretrained_path=str(folder), preprocessor_overrides=there)
+    return config, policy, *around
 
 
 def serve(folder: Path, source: BinaryIO, sink: BinaryIO) -> None:

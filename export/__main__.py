@@ -142,9 +142,9 @@ def _drive(settings: dict[str, Any]) -> None:
     """Runs the closed loop and prints its table."""
     from export.drive import OnnxPolicyFactory
     from export.runtime import load_manifest
-    from worldmodel.closed_loop import PolicyFactory, SourceScenes, run_closed_loop
+    from worldmodel.closed_loop import SourceScenes, run_closed_loop
     from worldmodel.data.sources.registry import simulated
-    from worldmodel.ensemble import EnsembleFactory
+    from worldmodel.ensemble import averaged
     from worldmodel.errors import ConfigError
 
     folder = Path(settings["artefact"])
@@ -163,17 +163,12 @@ def _drive(settings: dict[str, Any]) -> None:
             f"drive: robots {unknown}: the artefact knows {list(exported.robots)}, {source.name} has "
             f"{list(source.robots)}"
         )
-    policy: PolicyFactory = exported
     if settings["stepping"] and settings["replan"] != spec["stride"]:
         raise ConfigError(
             f"drive: replan {settings['replan']}; a policy that steps is asked every {spec['stride']} control steps"
         )
-    if settings["ensemble"] is not None:
-        if settings["realtime"]:
-            raise ConfigError("drive: chunks that continue what is decided are not averaged; `ensemble` or `realtime`")
-        policy = EnsembleFactory(policy, settings["ensemble"])
     result = run_closed_loop(
-        policy,
+        averaged(exported, settings["ensemble"], realtime=settings["realtime"]),
         settings["tasks"] or source.train_tasks,
         robots=source.told_apart(robots),
         trials=settings["trials"],

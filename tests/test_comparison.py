@@ -79,3 +79,41 @@ def test_comparison_needs_weights_and_names(tmp_path: Path) -> None:
         result_key(contender, Protocol(tasks=("a",)))
     with pytest.raises(ConfigError, match="names must differ"):
         compare([contender, contender], Protocol(tasks=("a",)), tmp_path, make_scene=lambda *_: Room())
+
+
+def test_overlapping_chunks_are_averaged_unless_a_policy_continues_or_scripts_them(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Rising(Still):
+        """Answers ever larger actions."""
+
+        calls: int = 0
+
+        def act(self) -> np.ndarray:
+            object.__setattr__(self, "calls", self.calls + 1)
+            return np.full((self.chunk, 4), float(self.calls))
+
+    done: list[float] = []  # after the step that finds out whether a start state is solved
+
+    class Watched(Room):
+        def step(self, action: np.ndarray, images: bool = True) -> tuple[dict[str, Any], bool]:
+            done.append(float(action[0]))
+            return super().step(action, images)
+
+    weights = tmp_path / "artefact"
+    weights.mkdir()
+    (weights / "policy.onnx").write_bytes(b"one")
+    contender = Contender(policy="rising", observes="nothing", factory=Rising(weights), weights=weights)
+    protocol = Protocol(tasks=("a",), trials=1, replan=2, image_every=2, ensemble=0.0)
+
+    def run(contender: Contender, protocol: Protocol) -> dict[str, Any]:
+        done.clear()
+        folder = tmp_path / contender.policy / str(protocol.ensemble)
+        return compare([contender], protocol, folder, make_scene=lambda *_: Watched(), workers=0)[0]
+
+    assert run(contender, protocol)["ensemble"] == 0.0 and done[1:] == [1, 1, 1.5, 1.5, 2.5, 2.5]
+    plain = replace(contender, factory=Rising(weights))
+    assert run(plain, replace(protocol, ensemble=None))["ensemble"] is None and done[1:] == [1, 1, 2, 2, 3, 3]
+    scripted = replace(contender, policy="expert", factory=Rising(weights), weights=None, replan=1, images=False)
+    assert run(scripted, protocol)["ensemble"] is None and done[1:] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ConfigError, match="ensemble 0: chunks that continue what is decided are not averaged"):
+        run(replace(contender, policy="told", realtime=True), protocol)

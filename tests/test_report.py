@@ -81,7 +81,8 @@ def closed(policy: str, successes: int) -> dict:
     video = video_data_uri(np.zeros((2, 3, 64, 64)), np.zeros((2, 3, 64, 64)))
     return {
         "policy": policy, "observes": "everything", "mean_success": successes / 20, "interval": [low, high], "seed": 7,
-        "replan": 4, "max_steps": 125, "tasks": [task], "rollouts": {"reach-v3": [{"success": False, "video": video}]},
+        "replan": 2, "ensemble": 0.1, "max_steps": 125, "tasks": [task],
+        "rollouts": {"reach-v3": [{"success": False, "video": video}]},
     }  # fmt: skip
 
 

@@ -54,14 +54,14 @@ def test_a_policy_goes_on_from_its_own_kind(tmp_path):
     with pytest.raises(ConfigError, match=r"rivals\.json is missing"):
         known_state(settings(tmp_path, "--init", str(folder)))
     folder.mkdir()
-    known = {"policy": "diffusion", "small": True, "replan": 4, "state": 28}
+    known = {"policy": "diffusion", "small": True, "chunk": 8, "state": 28}
     (folder / "rivals.json").write_text(json.dumps(known))
     with pytest.raises(ConfigError, match=r"was trained with {'policy': 'diffusion'}"):
         known_state(settings(tmp_path, "--init", str(folder)))
     (folder / "rivals.json").write_text(json.dumps(known | {"policy": "act"}))
     assert known_state(settings(tmp_path, "--init", str(folder))) == 28
-    with pytest.raises(ConfigError, match=r"was trained with {'replan': 4}"):
-        known_state(settings(tmp_path, "--init", str(folder), "--replan", "2"))
+    with pytest.raises(ConfigError, match=r"was trained with {'chunk': 8}"):
+        known_state(settings(tmp_path, "--init", str(folder), "--chunk", "4"))
     assert known_state(settings(tmp_path)) is None
 
 
@@ -71,7 +71,7 @@ def test_what_was_trained_otherwise_is_not_taken_for_it(tmp_path):
     folder.mkdir()
     done = {
         **{"data": str(tmp_path / "demos"), "init": None, "out": str(folder), "policy": "act", "small": True},
-        **{"cameras": ["front"], "pixels": 64, "state": 28, "action": 4, "chunk": 8, "replan": 4, "seconds": 228.2},
+        **{"cameras": ["front"], "pixels": 64, "state": 28, "action": 4, "chunk": 8, "device": "cpu", "seconds": 228.2},
         **{"steps": 437, "clock": "wall", "batch": 8, "threads": 2, "seed": 0, "parameters": 7},
     }
     (folder / "rivals.json").write_text(json.dumps(done))

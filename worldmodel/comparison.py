@@ -16,6 +16,7 @@ from worldmodel.contracts import ClipSpec
 from worldmodel.data.index import INDEX
 from worldmodel.data.shard_writer import write_json
 from worldmodel.data.shards import ShardReader
+from worldmodel.ensemble import averaged
 from worldmodel.errors import ConfigError
 from worldmodel.stamp import package_versions
 from worldmodel.viz import encode_mp4, enlarged
@@ -40,7 +41,7 @@ class Contender:
     """At most so many per task and robot, for a control that need not be known as closely as the rest."""
     replan: int | None = None
     """Control steps between two calls, where not the protocol's: a scripted expert answers one action at a time, and
-    at once, whatever the protocol says of delay."""
+    at once, whatever the protocol says of delay and of averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Protocol:
     trials: int = 20
     seed: int = 0
     replan: int = 4
+    ensemble: float | None = None
+    """Weighs chunks that overlap by exp(-ensemble age) and executes their mean; None executes the newest alone."""
     delay: int = 0
     max_steps: int | None = None
     image_every: int = 4
@@ -99,10 +102,12 @@ def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
         trials=min(protocol.trials, contender.trials or protocol.trials),
         replan=contender.replan or protocol.replan,
         delay=0 if contender.replan else protocol.delay,
+        ensemble=None if contender.replan else protocol.ensemble,
         image_every=protocol.image_every if contender.images else 0,
     )
     # Refuses what does not fit together before anything runs.
     Rollout(replan=own.replan, max_steps=own.max_steps, image_every=own.image_every, delay=own.delay)
+    averaged(contender.factory, own.ensemble, realtime=contender.realtime)
     return own
 
 
@@ -120,7 +125,7 @@ def result_key(contender: Contender, protocol: Protocol) -> str:
 
 def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, workers: int | None) -> dict[str, Any]:
     result = run_closed_loop(
-        contender.factory,
+        averaged(contender.factory, protocol.ensemble, realtime=contender.realtime),
         protocol.tasks,
         robots=protocol.robots,
         trials=protocol.trials,
@@ -143,7 +148,7 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
         ]
         for name, recorded in result.frames.items()
     }
-    return result.to_json() | {"rollouts": rollouts}
+    return result.to_json() | {"ensemble": protocol.ensemble, "rollouts": rollouts}
 
 
 def _video(frames: list[np.ndarray]) -> str:

@@ -56,6 +56,21 @@ class EnsemblePolicy:
         return (total / weights).astype(np.float32)
 
 
+def averaged(make: Callable[[str], Policy], decay: float | None, *, realtime: bool) -> Callable[[str], Policy]:
+    """The factory of a policy, around it `EnsembleFactory` unless `decay` is None.
+
+    Raises ConfigError for a policy that is told what is decided: its chunks continue that, and their mean would not.
+    """
+    if decay is None:
+        return make
+    if realtime:
+        raise ConfigError(
+            f"ensemble {decay:g}: chunks that continue what is decided are not averaged; leave out `ensemble` or "
+            "`realtime`"
+        )
+    return EnsembleFactory(make, decay)
+
+
 @dataclass(frozen=True)
 class EnsembleFactory:
     """Builds `EnsemblePolicy` around what another factory builds, in a worker of the closed loop."""

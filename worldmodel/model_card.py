@@ -7,7 +7,7 @@ from typing import Any
 
 from worldmodel.plots import number
 from worldmodel.report import SPLIT_NAMES
-from worldmodel.report_closed_loop import horizon
+from worldmodel.report_closed_loop import chunks, horizon
 from worldmodel.trials import row_name
 
 MODEL_CARD = "MODEL_CARD.md"
@@ -59,7 +59,7 @@ def _protocol(report: Mapping[str, Any]) -> Iterable[str]:
         most = max(task["trials"] for task in result["tasks"])
         yield (
             f"closed loop: up to {most} trials a task{' and robot' if 'robots' in result else ''}, failure after "
-            f"{horizon(result)} control steps, a new chunk every {result['replan']}, seed {result['seed']}"
+            f"{horizon(result)} control steps, {chunks(result)}, seed {result['seed']}"
         )
     yield f"{_pairs(stamp['versions'])}; {stamp['machine']}; revision {stamp['git_revision']}"
 

@@ -1,5 +1,6 @@
 """A whole evaluation from its resolved configuration: offline figures, closed loop if asked for, and the report."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -53,9 +54,10 @@ def evaluate(settings: Mapping[str, Any]) -> tuple[Path, Path]:
         trials=config["trials"],
         seed=config["seed"],
         replan=config["replan"],
+        ensemble=config["ensemble"],
         delay=config["delay"],
         max_steps=config["max_steps"],
-        image_every=model.spec.stride,
+        image_every=math.gcd(model.spec.stride, config["replan"]),
     )
     lesser = lesser_contenders(contenders, missing, config["missing_trials"])
     baseline = out / "bc_mlp"

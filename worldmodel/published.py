@@ -15,7 +15,7 @@ from worldmodel.errors import ConfigError, DataError
 
 SETTINGS = (
     "senses", "splits", "clips_per_episode", "max_clips", "seed", "tasks", "robots", "trials", "max_steps", "replan",
-    "delay",
+    "ensemble", "delay",
 )  # fmt: skip
 """What a protocol settles for `eval.py`; configs/eval/eval.yaml takes each from it."""
 DEMANDS = ("generated", "train_tasks", "heldout_tasks", "train_robots", "heldout_robots", "demonstrations")

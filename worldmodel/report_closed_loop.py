@@ -37,14 +37,21 @@ def closed_loop_section(closed: list[dict]) -> str:
     first = closed[0]
     return (
         "<p>The policy drives the simulated arm from start states no demonstration had. All policies meet the same "
-        f"start states; start states that are solved already are drawn again. A new chunk every {first['replan']} "
-        f"control steps, failure after {horizon(first)}. Intervals are 95 % Wilson intervals.</p>"
+        f"start states; start states that are solved already are drawn again. {chunks(first).capitalize()}, failure "
+        f"after {horizon(first)} control steps. Intervals are 95 % Wilson intervals.</p>"
         '<div class="wide"><table><thead><tr><th>Policy</th><th>Observes</th><th class="n">Mean success</th>'
         '<th class="n">Interval</th><th class="n">Trials</th><th class="n">Seed</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div><h3>Success by task</h3>{chart}"
         f'<details><summary>Table</summary><div class="wide"><table><thead><tr><th>Task</th>{heads}</tr></thead>'
         f"<tbody>{cells}</tbody></table></div></details>{''.join(map(_rollouts, closed))}"
     )
+
+
+def chunks(result: Mapping[str, Any]) -> str:
+    """How often the policy is asked, and whether its chunks are averaged."""
+    decay = result["ensemble"]
+    means = "" if decay is None else f", the mean of those that overlap (weight exp(-{decay:g} age))"
+    return f"a new chunk every {result['replan']} control steps{means}"
 
 
 def horizon(result: Mapping[str, Any]) -> str:

@@ -140,11 +140,11 @@ def _settings(splits: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> di
         found[split] = {f"{name.replace('_', ' ')} on {where}": [s.get(name) for s in settings] for name in names}
     found[CLOSED_LOOP] = {
         f"{name.replace('_', ' ')} of the closed loop": [
-            sorted({horizon(result) if name == "max_steps" else result[name] for result in report["closed_loop"]})
+            sorted({str(horizon(result) if name == "max_steps" else result[name]) for result in report["closed_loop"]})
             or None
             for report in reports
         ]
-        for name in ("seed", "replan", "max_steps")
+        for name in ("seed", "replan", "ensemble", "max_steps")
     }
     return found
 
