@@ -107,6 +107,30 @@ def test_the_row_for_now_is_commanded_and_chunks_continue_it(robot_artefact: Pat
     np.testing.assert_allclose(controller.command((16 + delay) / FPS), chunk[delay], atol=1e-6)
 
 
+def test_chunks_that_overlap_are_averaged_but_not_over_a_halt(robot_artefact: Path) -> None:
+    for deadline in (None, 3 / FPS):  # the second halts before every question
+        controller = Controller(OnnxPolicy(robot_artefact), replan=4, ensemble=0.1, deadline=deadline)
+        controller.reset(0.0)
+        taken, think = [], controller.think
+
+        def watch(question: Any, think: Any = think, taken: list[Any] = taken) -> np.ndarray:
+            taken.append(think(question))
+            return taken[-1]
+
+        controller.think = watch  # pyright: ignore[reportAttributeAccessIssue]
+        drive(controller, 0, 17)
+        older, newer = taken[-2:]
+        shared, expected = len(newer) - 4, newer.copy()
+        if deadline is None:
+            old = np.exp(-0.4)
+            expected[:shared] = (newer[:shared] + old * older[4:]) / (1 + old)
+            assert shared > 0 and np.abs(expected - newer).max() > 1e-3
+        assert controller._chunk is not None
+        np.testing.assert_allclose(controller._chunk, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeContractError, match="ensemble 0.1 and realtime"):
+        Controller(OnnxPolicy(robot_artefact), ensemble=0.1, realtime=True)
+
+
 def test_silence_is_held_then_stopped_until_reset(robot_artefact: Path) -> None:
     controller = Controller(OnnxPolicy(robot_artefact), stop_after=0.5)
     controller.reset(0.0)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.runtime import RuntimeContractError
+from export.runtime.overlap import Overlap
 from worldmodel.ensemble import EnsembleFactory
 from worldmodel.errors import ConfigError
 
@@ -49,3 +51,26 @@ def test_decay_decides_which_chunk_counts():
     for wrong in (math.nan, -math.inf):
         with pytest.raises(ConfigError, match="decay"):
             EnsembleFactory(lambda _: Counting(), wrong)("arm")
+
+
+@pytest.mark.parametrize("decay", [0.1, -0.5, 0.0, math.inf])
+def test_the_runtime_of_a_robot_averages_alike(decay: float):
+    rng = np.random.default_rng(0)
+    chunks, gaps = rng.normal(size=(12, 8, 2)).astype(np.float32), rng.integers(1, 12, 12)
+
+    class Told(Counting):
+        def act(self) -> np.ndarray:
+            self.calls += 1
+            return chunks[self.calls - 1]
+
+    policy, overlap = EnsembleFactory(lambda _: Told(), decay)("arm"), Overlap(decay)
+    for chunk, gap in zip(chunks, gaps, strict=True):
+        for _ in range(gap):
+            policy.observe({})
+        np.testing.assert_allclose(overlap(chunk, int(gap)), policy.act(), rtol=1e-5, atol=1e-6)
+    overlap.forget()
+    assert (overlap(chunks[0], 1) == chunks[0]).all()
+    newest = Overlap(None)
+    assert all((newest(chunk, 2) == chunk).all() for chunk in chunks)
+    with pytest.raises(RuntimeContractError, match="ensemble: nan"):
+        Overlap(math.nan)

@@ -23,6 +23,7 @@ import numpy as np
 from .guard import Guard
 from .manifest import RuntimeContractError
 from .observation import checked, encode_instruction, sound_rows
+from .overlap import Overlap
 from .policy import OnnxPolicy
 from .readings import Readings
 
@@ -56,6 +57,8 @@ class Controller:
     Args:
         policy: used by this controller alone.
         replan: control steps between two questions; half a chunk by default.
+        ensemble: commands the mean of chunks that overlap, see `Overlap`; not with `realtime`, whose chunks continue
+            what is done.
         realtime: tells the policy what is commanded while it thinks; for models trained with a rate `decided`.
         thinks: control steps that the first answer is expected to take, later ones what the last took; a chunk that
             comes later than was expected does not continue what the robot did, and success suffers.
@@ -75,6 +78,7 @@ class Controller:
         policy: OnnxPolicy,
         *,
         replan: int | None = None,
+        ensemble: float | None = None,
         realtime: bool = False,
         thinks: int = 1,
         deadline: float | None = None,
@@ -92,6 +96,9 @@ class Controller:
                 f"controller: replan {self.replan}, deadline {self.deadline:g} s; expected 1 to {policy.horizon} steps "
                 f"and at most {policy.horizon / self.fps:g} s, the length of a chunk"
             )
+        if realtime and ensemble is not None:
+            raise RuntimeContractError(f"controller: ensemble {ensemble:g} and realtime; expected one of them")
+        self._overlap = Overlap(ensemble)
         if not 0 <= thinks <= policy.horizon // 2:
             raise RuntimeContractError(f"controller: thinks {thinks}; expected 0 to {policy.horizon // 2} steps")
         self.stale_after = {**control["stale_after"], **(stale_after or {})}
@@ -128,6 +135,7 @@ class Controller:
             self._start, self._step, self._first = now, -1, -1
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
             self._chunk: np.ndarray | None = None
+            self._overlap.forget()
             self._instruction: str | None = None
             self._thought = [self.thinks] * PATIENCE
             self._answers, self._heavy, self._peak = 0, 0.0, 0.0
@@ -244,7 +252,10 @@ class Controller:
             if now - self._start - question.begun / self.fps >= self.deadline:
                 self.reason = f"the chunk came {took} control steps after its question, too late"
             elif question.begun >= self._began:
-                self._chunk, self._began = np.array(chunk, np.float32), question.begun
+                if self.state != RUN:  # what was planned before a halt is over
+                    self._overlap.forget()
+                self._chunk = self._overlap(chunk, question.begun - self._began)
+                self._began = question.begun
 
     def command(self, now: float) -> np.ndarray:
         """What to command at this control step, (D,) in the robot's units; the array is written anew at the next.
