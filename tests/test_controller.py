@@ -127,7 +127,7 @@ def test_chunks_that_overlap_are_averaged_but_not_over_a_halt(robot_artefact: Pa
             assert shared > 0 and np.abs(expected - newer).max() > 1e-3
         assert controller._chunk is not None
         np.testing.assert_allclose(controller._chunk, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeContractError, match="ensemble 0.1 and realtime"):
+    with pytest.raises(RuntimeContractError, match=r"ensemble 0\.1 and realtime"):
         Controller(OnnxPolicy(robot_artefact), ensemble=0.1, realtime=True)
 
 
