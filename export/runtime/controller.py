@@ -13,7 +13,6 @@
 Times are seconds of one clock, given by the caller: the same messages at the same times give the same commands.
 """
 
-import difflib
 import math
 import threading
 from typing import Any, NamedTuple
@@ -21,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .guard import Guard
+from .inbox import Inbox
 from .manifest import RuntimeContractError
-from .observation import checked, encode_instruction, sound_rows
 from .overlap import Overlap
 from .policy import OnnxPolicy
-from .readings import Readings
 
 RUN, HOLD, STOP = "run", "hold", "stop"
 PATIENCE = 8
@@ -107,10 +105,7 @@ class Controller:
                 f"stale_after: got {stale_after}, expected seconds above 0 of images and sensors"
             )
         frozen = control["frozen_after"] if frozen_after is None else frozen_after
-        steps = 2 * policy.history * policy.stride + policy.horizon
-        self._readings = {
-            name: Readings(name, steps, self.fps, frozen if name.startswith("rgb.") else None) for name in policy.shapes
-        }
+        self._inbox = Inbox(policy, self.stale_after, frozen, self._say)
         self.guard = Guard(policy.robot, self.fps, rest)
         size = len(policy.action_names)
         self._wanted, self._out = np.zeros(size), np.zeros(size, np.float32)
@@ -122,24 +117,23 @@ class Controller:
     def reset(self, now: float) -> None:
         """Starts an episode at this time: forgets messages, chunks and faults, and ends a stop."""
         with self._lock:
-            for reading in self._readings.values():
-                reading.reset()
+            self._inbox.reset(now)
             self.policy.reset()
             self.guard.reset()
             self.state, self.reason = HOLD, "nothing observed yet"
-            self.dropped: dict[str, int] = {}
-            """Messages that were not used, and points and sensors of others, by name."""
-            self._patchy: set[str] = set()
-            self._said: dict[str, np.ndarray] = {}
             self._episode += 1
             self._start, self._step, self._first = now, -1, -1
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
             self._chunk: np.ndarray | None = None
             self._overlap.forget()
-            self._instruction: str | None = None
             self._thought = [self.thinks] * PATIENCE
             self._answers, self._heavy, self._peak = 0, 0.0, 0.0
             self._heavy_at = self._measured_at = -math.inf
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Messages that were not used, and points and sensors of others, by name, since the last reset."""
+        return self._inbox.dropped
 
     def receive(self, stamp: float, observation: dict[str, Any], now: float) -> None:
         """Takes what was measured at `stamp`, names as in `OnnxPolicy.observe`, each of them by itself.
@@ -149,66 +143,29 @@ class Controller:
         Raises:
             RuntimeContractError: an unknown name, or an instruction that does not fit.
         """
-        shapes = self.policy.shapes
-        for key in observation:
-            if key not in shapes and key != "instruction":
-                near = difflib.get_close_matches(key, shapes, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise RuntimeContractError(f"{key}: unknown; {hint}expected names {sorted(shapes)}")
         with self._lock:
-            for key, value in self._sound(observation).items():
-                if key == "instruction":
-                    encode_instruction(value, self.policy.manifest["spec"]["text"])
-                    self._instruction = value
-                    continue
-                array = None
-                try:
-                    array = checked(key, value, *shapes[key])
-                    # A stamp of the future would stand for now for too long.
-                    fits = self._start - 0.5 / self.fps <= stamp <= now + 1 / self.fps
-                    used = fits and self._readings[key].put(stamp, array)
-                except RuntimeContractError as error:
-                    used, self.reason = False, str(error)
-                if not used or array is None:
-                    self.dropped[key] = self.dropped.get(key, 0) + 1
-                elif key == "wrench":
-                    force = float(np.sqrt(np.square(array[:, :3], dtype=float).sum(1)).max())
-                    # A blow between two commands counts too.
-                    self._peak = max(self._peak, force)
-                    if stamp >= self._heavy_at:
-                        self._heavy, self._heavy_at = force, stamp
-                elif key == "proprio" and stamp >= self._measured_at:
-                    self._measure(stamp, array)
-
-    def _sound(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """The observation without those points and sensors that are not finite, counted as dropped."""
-        found = dict(observation)
-        for key, value in observation.items():
-            sound = sound_rows(key, value)
-            if sound is None or (sound.all() and key not in self._patchy):
-                continue
-            said = np.asarray(observation.get(f"has_{key}", self._said.get(key, np.ones_like(sound))))
-            if (said.shape, said.dtype) != (sound.shape, bool):
-                continue
-            # Once some were missing each value brings its flags, or those of an older one would stand for it.
-            self._patchy.add(key)
-            self._said[key] = said
-            self.dropped[key] = self.dropped.get(key, 0) + int((~sound).sum())
-            array = np.asarray(value)
-            found[key] = np.where(sound.reshape(-1, *[1] * (array.ndim - 1)), array, 0).astype(array.dtype)
-            found[f"has_{key}"] = said & sound
-        return found
+            used = self._inbox.put(stamp, observation, now)
+            if "wrench" in used:
+                force = float(np.sqrt(np.square(used["wrench"][:, :3], dtype=float).sum(1)).max())
+                # A blow between two commands counts too.
+                self._peak = max(self._peak, force)
+                if stamp >= self._heavy_at:
+                    self._heavy, self._heavy_at = force, stamp
+            if "proprio" in used and stamp >= self._measured_at:
+                self._measure(stamp, used["proprio"])
 
     def ask(self, now: float) -> Question | None:
         """What to ask the policy now; None while it is asked, too early, stopped, or the observation is not good."""
         with self._lock:
             if self._open or self.state == STOP:
                 return None
-            time = self._time(now)
+            time = self._inbox.time(now)
             begun = self._number(time) if time is not None else -1
             if time is None or (self._asked >= 0 and begun < self._asked + self.replan):
                 return None
-            history = self._history(time, begun)
+            count = self.policy.history * self.policy.stride
+            count = min(count, begun - self._first + 1) if self._first >= 0 else 1
+            history = self._inbox.history(time, count)
             if history is None:
                 return None
             if self._first < 0:
@@ -222,7 +179,7 @@ class Controller:
             done = [self._log[s % len(self._log)] for s in (begun - 2, begun - 1) if 0 <= s <= self._step]
             previous = np.stack(done) if len(done) == 2 else None
             self._asked, self._open = begun, True
-            return Question(self._episode, begun, step, history, self._instruction, decided, previous)
+            return Question(self._episode, begun, step, history, self._inbox.instruction, decided, previous)
 
     def think(self, question: Question) -> np.ndarray | None:
         """The chunk (A, D); None if the model refuses the observation or its answer is not finite. Takes long."""
@@ -288,54 +245,12 @@ class Controller:
             self._step = step
             return self._out
 
+    def _say(self, reason: str) -> None:
+        self.reason = reason
+
     def _number(self, time: float) -> int:
         """The control step of a time."""
         return round((time - self._start) * self.fps)
-
-    def _limit(self, key: str) -> float:
-        """Seconds up to which a value stands for now; the matrix of a lens does not change."""
-        if key.startswith("intrinsics."):
-            return math.inf
-        return self.stale_after["images" if key.startswith(("rgb.", "camera_to_base.")) else "sensors"]
-
-    def _time(self, now: float) -> float | None:
-        """The time that the next chunk answers to: of the newest picture, or where there is none, of any sensor."""
-        for images in (True, False):
-            stamps = [
-                reading.newest
-                for key, reading in self._readings.items()
-                if key.startswith("rgb.") == images and not reading.frozen and now - reading.newest <= self._limit(key)
-            ]
-            if stamps and max(stamps) > -math.inf:
-                return max(stamps)
-        self.reason = "no picture and no sensor is fresh"
-        return None
-
-    def _history(self, time: float, begun: int) -> list[dict[str, np.ndarray]] | None:
-        """Control steps up to a time, oldest first; None, and the reason, if something is missing now that must not be.
-
-        After a gap in what the policy needs, the history begins anew, as an episode does.
-        """
-        count = self.policy.history * self.policy.stride
-        count = min(count, begun - self._first + 1) if self._first >= 0 else 1
-        history: list[dict[str, np.ndarray]] = []
-        for back in range(count):
-            step: dict[str, np.ndarray] = {}
-            for key, reading in self._readings.items():
-                value = reading.at(time - back / self.fps, self._limit(key))
-                if value is not None:
-                    step[key] = value
-                elif not self.policy.may_lack(key):
-                    if history:
-                        return history[::-1]
-                    why = "frozen" if reading.frozen else f"nothing newer than {self._limit(key):g} s"
-                    self.reason = f"{key}: {why}, and the policy needs it"
-                    return None
-            if ("points" in step) != ("visible" in step):
-                step.pop("points", None)
-                step.pop("visible", None)
-            history.append(step)
-        return history[::-1]
 
     def _planned(self, step: int, out: np.ndarray) -> None:
         """What was or will be commanded at a step as things are."""
