@@ -139,6 +139,18 @@ def test_senses_that_a_protocol_leaves_out_are_hidden_from_policies_too() -> Non
     assert made.factory == Hiding("x", ("touch", "points"))  # type: ignore
 
 
+def test_what_needs_a_sense_that_is_left_out_is_left_out_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    baseline = {"policy": "MLP", "observes": "o", "factory": {"_target_": "worldmodel.baselines.BCMLPFactory"}}
+    baseline["factory"] |= {"folder": "x"}
+    assert make_contenders([baseline], ("points", "touch")) == []
+    assert "MLP: left out, it needs points" in capsys.readouterr().out
+    (kept,) = make_contenders([baseline], ("touch",))
+    assert kept.policy == "MLP" and not capsys.readouterr().out
+    unknown = {"policy": "p", "observes": "o", "factory": {"_target_": "types.SimpleNamespace", "folder": "x"}}
+    with pytest.raises(ConfigError, match="SimpleNamespace of 'p' cannot be denied touch"):
+        make_contenders([unknown], ("touch",))
+
+
 def test_success_is_compared_over_common_start_states() -> None:
     def result(outcomes: list[bool]) -> dict:
         rate = float(np.mean(outcomes))

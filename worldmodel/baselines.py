@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import safetensors
@@ -293,6 +293,8 @@ class BCMLPFactory:
     """Builds the baseline's policy in a worker of `closed_loop.run_closed_loop`."""
 
     folder: Path
+    needs: ClassVar = ("points", "proprio", "text")
+    """Senses without which it cannot act."""
 
     def __call__(self, robot: str | None = None) -> BCMLPPolicy:
         """The policy read from `folder`, for a robot."""

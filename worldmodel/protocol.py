@@ -136,7 +136,8 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
 
     Each has `policy`, `observes` and `factory`, and may have `images`, `realtime`, `trials` and `replan` (see
     `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, unless it says that it is
-    `scripted`. One with a `mask` is also denied `hidden`. Raises ConfigError for a factory that is neither.
+    `scripted`. One with a `mask` is also denied `hidden`; one that `needs` any of them is left out, and said to be.
+    Raises ConfigError for a factory that is neither, or that can neither be denied senses nor says what it needs.
     """
     contenders = []
     for entry in policies:
@@ -146,6 +147,15 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
             raise ConfigError(f"policies: {type(factory).__name__} of {entry['policy']!r} has no folder with weights")
         if hidden and hasattr(factory, "mask"):
             factory = replace(factory, mask=tuple(dict.fromkeys([*factory.mask, *hidden])))
+        elif hidden and not scripted:
+            if not hasattr(factory, "needs"):
+                raise ConfigError(
+                    f"policies: {type(factory).__name__} of {entry['policy']!r} cannot be denied {', '.join(hidden)}: "
+                    "it has neither a `mask` nor `needs`"
+                )
+            if lacking := [sense for sense in factory.needs if sense in hidden]:
+                print(f"{entry['policy']}: left out, it needs {', '.join(lacking)}, which nothing is shown", flush=True)
+                continue
         contenders.append(
             Contender(
                 policy=entry["policy"],
