@@ -102,7 +102,7 @@ def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
         trials=min(protocol.trials, contender.trials or protocol.trials),
         replan=contender.replan or protocol.replan,
         delay=0 if contender.replan else protocol.delay,
-        ensemble=None if contender.replan else protocol.ensemble,
+        ensemble=None if contender.replan or contender.weights is None else protocol.ensemble,
         image_every=protocol.image_every if contender.images else 0,
     )
     # Refuses what does not fit together before anything runs.
