@@ -1,4 +1,4 @@
-# make demo   everything on real physics: data, training, export, evaluation with a report   (about three quarters of an hour, 2 cores)
+# make demo   everything on real physics: data, training, export, evaluation with a report   (some forty minutes, 2 cores)
 # make test   the tests, test-all   with the longest; make lint   format, lint, types; they install what is missing
 # make test-cpp   builds the controller in C++ and runs it; needs cmake and a C++ compiler
 # make test-robosuite   the tests of the second simulator, in an environment of its own: it wants numpy below 2
