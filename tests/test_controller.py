@@ -107,6 +107,15 @@ def test_the_row_for_now_is_commanded_and_chunks_continue_it(robot_artefact: Pat
     np.testing.assert_allclose(controller.command((16 + delay) / FPS), chunk[delay], atol=1e-6)
 
 
+def test_a_message_that_is_refused_leaves_nothing_behind(robot_artefact: Path) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact))
+    controller.reset(0.0)
+    for wrong in ({"instruction": "go" * 4000}, {"rgb.fornt": np.zeros((8, 8, 3), np.uint8)}):
+        with pytest.raises(RuntimeContractError):
+            controller.receive(0.0, {**observed(0), **wrong}, 0.0)
+        assert controller.ask(0.0) is None and controller.reason == "no picture and no sensor is fresh"
+
+
 def test_chunks_that_overlap_are_averaged_but_not_over_a_halt(robot_artefact: Path) -> None:
     for deadline in (None, 3 / FPS):  # the second halts before every question
         controller = Controller(OnnxPolicy(robot_artefact), replan=4, ensemble=0.1, deadline=deadline)

@@ -51,7 +51,7 @@ class Inbox:
         Points and sensors that are not finite are absent; the others of their value stay.
 
         Raises:
-            RuntimeContractError: an unknown name, or an instruction that does not fit.
+            RuntimeContractError: an unknown name, or an instruction that does not fit; then nothing is taken.
         """
         shapes, used = self.policy.shapes, {}
         for key in observation:
@@ -59,10 +59,11 @@ class Inbox:
                 near = difflib.get_close_matches(key, shapes, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise RuntimeContractError(f"{key}: unknown; {hint}expected names {sorted(shapes)}")
+        if "instruction" in observation:  # looked at first, so that an error leaves nothing half taken
+            encode_instruction(observation["instruction"], self.policy.manifest["spec"]["text"])
+            self.instruction = observation["instruction"]
         for key, value in self._sound(observation).items():
             if key == "instruction":
-                encode_instruction(value, self.policy.manifest["spec"]["text"])
-                self.instruction = value
                 continue
             try:
                 array = checked(key, value, *shapes[key])
@@ -95,7 +96,7 @@ class Inbox:
             found[f"has_{key}"] = said & sound
         return found
 
-    def limit(self, key: str) -> float:
+    def _limit(self, key: str) -> float:
         """Seconds up to which a value stands for now; the matrix of a lens does not change."""
         if key.startswith("intrinsics."):
             return math.inf
@@ -107,7 +108,7 @@ class Inbox:
             stamps = [
                 reading.newest
                 for key, reading in self._readings.items()
-                if key.startswith("rgb.") == images and not reading.frozen and now - reading.newest <= self.limit(key)
+                if key.startswith("rgb.") == images and not reading.frozen and now - reading.newest <= self._limit(key)
             ]
             if stamps and max(stamps) > -math.inf:
                 return max(stamps)
@@ -123,13 +124,13 @@ class Inbox:
         for back in range(count):
             step: dict[str, np.ndarray] = {}
             for key, reading in self._readings.items():
-                value = reading.at(time - back / self.fps, self.limit(key))
+                value = reading.at(time - back / self.fps, self._limit(key))
                 if value is not None:
                     step[key] = value
                 elif not self.policy.may_lack(key):
                     if history:
                         return history[::-1]
-                    why = "frozen" if reading.frozen else f"nothing newer than {self.limit(key):g} s"
+                    why = "frozen" if reading.frozen else f"nothing newer than {self._limit(key):g} s"
                     self._say(f"{key}: {why}, and the policy needs it")
                     return None
             if ("points" in step) != ("visible" in step):

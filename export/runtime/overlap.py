@@ -12,6 +12,7 @@ class Overlap:
 
     A chunk that answers to `age` control steps before the newest has the weight exp(-`decay` `age`) (Zhao et al. 2023,
     arXiv 2304.13705, algorithm 2); sums and weights are kept, not chunks. None as `decay` takes the newest alone.
+    Evaluations wrap any policy alike (`worldmodel.ensemble`); a robot has nothing but this folder.
 
     Raises:
         RuntimeContractError: `decay` is not a number from -10 up.
