@@ -18,13 +18,14 @@ from worldmodel.proposal_loss import foresight_error, proposal_loss
 def model(tiny_model):
     """One whose foresight expects something to change."""
     changed = copy.deepcopy(tiny_model)
-    torch.nn.init.normal_(changed.expert.foresight.out.weight, std=0.1, generator=generator())
+    for number, part in enumerate((changed.expert.foresight.robot, changed.expert.foresight.contact)):
+        torch.nn.init.normal_(part.out.weight, std=0.1, generator=generator(number))
     return changed
 
 
 def measured(model, observation):
     s = model.normaliser(observation, model.grid)
-    return measure(s), model.encoder.instruction(s), s.embodiment
+    return measure(s), s.embodiment
 
 
 def chunk(model, seed: int = 1) -> torch.Tensor:
@@ -32,10 +33,10 @@ def chunk(model, seed: int = 1) -> torch.Tensor:
 
 
 def test_foresight_takes_one_step_for_every_decided_action(model):
-    now, words, robot = measured(model, observation_of(model.spec))
+    now, robot = measured(model, observation_of(model.spec))
     foresight, actions = model.expert.foresight, chunk(model)
-    after = foresight.after(now, first_actions(actions, torch.tensor([0, 2])), words, robot)
-    twice = foresight(foresight(now, actions[:, 0], words, robot), actions[:, 1], words, robot)
+    after = foresight.after(now, first_actions(actions, torch.tensor([0, 2])), robot)
+    twice = foresight(foresight(now, actions[:, 0], robot), actions[:, 1], robot)
     torch.testing.assert_close(after.proprio[0], now.proprio[0], rtol=0, atol=0)
     for name in ("proprio", "effector", "points"):
         torch.testing.assert_close(getattr(after, name)[1], getattr(twice, name)[1])
@@ -43,9 +44,28 @@ def test_foresight_takes_one_step_for_every_decided_action(model):
 
 
 def test_absent_senses_stay_absent(model):
-    now, words, robot = measured(model, hide(observation_of(model.spec), ["points", "proprio"]))
-    after = model.expert.foresight(now, chunk(model)[:, 0], words, robot)
+    now, robot = measured(model, hide(observation_of(model.spec), ["points", "proprio"]))
+    after = model.expert.foresight(now, chunk(model)[:, 0], robot)
     assert torch.equal(after.proprio, now.proprio) and torch.equal(after.points, now.points)
+
+
+def test_nothing_moves_that_the_robot_does_not_and_things_only_change_how_far_it_does(model):
+    """Whoever knows where things are foresees what an expert would have done, and not what the action does."""
+    now, robot = measured(model, observation_of(model.spec))
+    foresight, actions = model.expert.foresight, chunk(model)
+    torch.nn.init.normal_(foresight.contact.out.bias, std=3.0, generator=generator(5))
+    after = foresight(now, actions[:, 0], robot)
+    torch.nn.init.zeros_(foresight.contact.out.weight)
+    torch.nn.init.zeros_(foresight.contact.out.bias)
+    free = foresight(now, actions[:, 0], robot)
+    assert torch.equal(free.points, now.points) and not torch.equal(after.points, now.points)
+    share = (after.effector - now.effector) / (free.effector - now.effector)
+    assert share.min() >= -1e-3 and share.max() <= 2 + 1e-3 and share.std() > 0.1
+    torch.nn.init.normal_(foresight.contact.out.bias, std=3.0, generator=generator(5))
+    torch.nn.init.zeros_(foresight.robot.out.weight)
+    still = foresight(now, actions[:, 0], robot)
+    for name in ("proprio", "effector", "points"):
+        torch.testing.assert_close(getattr(still, name), getattr(now, name), rtol=0, atol=0)
 
 
 def test_a_chunk_begins_with_what_is_decided_and_goes_on_from_the_state_after_it(model):
@@ -55,7 +75,7 @@ def test_a_chunk_begins_with_what_is_decided_and_goes_on_from_the_state_after_it
     with torch.no_grad():
         plain = model.remember(s, None).proposal
         proposal = model.remember(s, None, decided=decided).proposal
-        later = model.expert.foresight.after(measure(s, None), decided, model.encoder.instruction(s), s.embodiment)
+        later = model.expert.foresight.after(measure(s, None), decided, s.embodiment)
         fresh = model.expert.state(later, model.encoder.instruction(s), s.embodiment)[1]
     torch.testing.assert_close(proposal[0], plain[0])
     torch.testing.assert_close(proposal[1, :3], actions[1, :3])
@@ -63,21 +83,23 @@ def test_a_chunk_begins_with_what_is_decided_and_goes_on_from_the_state_after_it
 
 
 def test_foresight_learns_how_the_state_moves(model):
-    """A robot whose every measurement grows by its first action."""
+    """A robot whose every measurement grows by its first action, and carries everything along."""
     model = copy.deepcopy(model)
     o, future = observation_of(model.spec, 2), future_of(model.spec, 2)
     n = model.normaliser
     motion = n.standardise("action", future.actions, o.embodiment)[..., :1].cumsum(1)
     scale = n.moments("proprio", o.embodiment, future.proprio)[1]
     future = future._replace(proprio=o.proprio[:, -1:] + motion * scale)
+    hand, stride = (future.proprio - o.proprio[:, -1:])[..., n.effector], model.spec.stride
+    future = future._replace(points=o.points[:, -1:] + hand[:, stride - 1 :: stride, None])
     batch = Batch(o, future, torch.zeros(2, model.spec.history, dtype=torch.long), ["a", "b"])
     foresight = model.expert.foresight
     optimiser = torch.optim.Adam(foresight.parameters(), 3e-3)
     errors = []
-    for _ in range(80):
-        now, words, robot = measured(model, o)
+    for _ in range(240):
+        now, robot = measured(model, o)
         optimiser.zero_grad()
-        error = foresight_error(model, foresight, now, words.detach(), batch)
+        error = foresight_error(model, foresight, now, batch)
         error.backward()
         optimiser.step()
         errors.append(error.item())
@@ -121,9 +143,9 @@ def test_foresight_without_a_state_policy_is_refused(tiny_model):
 
 
 def test_what_is_far_outside_the_data_is_taken_for_its_edge(model):
-    now, words, robot = measured(model, observation_of(model.spec))
+    now, robot = measured(model, observation_of(model.spec))
     edge = torch.full((2, model.spec.action), 5.0)
-    wild, tame = (model.expert.foresight(now, action, words, robot) for action in (1e6 * edge, edge))
+    wild, tame = (model.expert.foresight(now, action, robot) for action in (1e6 * edge, edge))
     torch.testing.assert_close(wild.points, tame.points)
-    far = model.expert.foresight(now._replace(proprio=now.proprio + 100), edge, words, robot)
+    far = model.expert.foresight(now._replace(proprio=now.proprio + 100), edge, robot)
     assert wild.proprio.abs().max() <= 5 and far.proprio.abs().max() <= 5

@@ -34,7 +34,8 @@ TARGETS = (
     "feed_forward.0",
     "feed_forward.2",
     "state.layers.embed",
-    "foresight.layers.embed",
+    "foresight.robot.layers.embed",
+    "foresight.contact.layers.embed",
 )
 """Linear layers of attention and feed-forward, and of what acts on the state, where a model has them."""
 

@@ -45,18 +45,18 @@ def proposal_loss(
     now, losses = measure(jittered(s, jitter, model.normaliser.effector, generator), seen), {}
     prefix: Decided | None = None
     if foresight is not None:
-        losses["foresight"] = foresight_error(model, foresight, measure(s, seen), words, batch)
+        losses["foresight"] = foresight_error(model, foresight, measure(s, seen), batch)
         if decided:
             actions = model.normaliser.standardise("action", batch.future.actions, robot)
             prefix = draw_prefixes(actions, decided, generator)
-            now = foresight.after(now, prefix, words, robot)
+            now = foresight.after(now, prefix, robot)
     _, proposal = policy(now, words, robot)
     proposal = proposal if prefix is None else prefix.after(proposal)
     losses["proposal"] = proposal_error(model, proposal, batch, prefix)
     return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
-def foresight_error(model: WorldModel, foresight: Foresight, now: Measured, words: Tensor, batch: Batch) -> Tensor:
+def foresight_error(model: WorldModel, foresight: Foresight, now: Measured, batch: Batch) -> Tensor:
     """Mean absolute error of how the state has changed after each of the next actions, as far as foresight reaches.
 
     Points are known at the ends of latent frames alone. What counts is how far they have moved, also where the robot
@@ -70,7 +70,7 @@ def foresight_error(model: WorldModel, foresight: Foresight, now: Measured, word
     motion, seen = ends - start[:, -1:], now.points
     errors = []
     for step in range(min(foresight.reach, actions.shape[1] - 1)):
-        now = foresight(now, actions[:, step], words, robot)
+        now = foresight(now, actions[:, step], robot)
         # The state after an action is there if another action followed.
         there = future.action_valid[:, step + 1, None]
         felt = there & now.has_proprio

@@ -145,7 +145,7 @@ class ActionExpert(nn.Module):
             now, words, robot = measure(senses, seen), context.instruction, senses.embodiment
             known = None if self.foresight is None else decided
             if self.foresight is not None and known is not None:
-                now = self.foresight.after(now, known, words, robot)
+                now = self.foresight.after(now, known, robot)
             features, proposal = self.state(now, words, robot)
             proposal = proposal if known is None else known.after(proposal)
             token = self.token(torch.cat([features, self.mean(context)], -1))

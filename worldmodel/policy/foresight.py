@@ -18,47 +18,45 @@ class Foresight(nn.Module):
     Learning and planning in environments with delayed feedback; Firoiu et al. 2018, arXiv 1810.07286). It looks half
     a chunk ahead; what is decided after that is taken not to move anything. Actions and proprioception far outside the
     data are taken for its edge: a policy that answers to what it made itself foresee must not run away with it.
+
+    Demonstrations of one expert do not tell what an action does from what the expert would have done: who knows task
+    and goal foresees success, whatever the action (causal confusion, de Haan et al. 2019, arXiv 1905.11979). So the
+    instruction is not read. The robot's own change is foreseen from its own state and action alone; where things are
+    only slows or speeds it (a grasp stops the fingers, a door the hand). And every point moves in proportion to the end
+    effector, so that what moves by itself is foreseen to stay.
     """
 
     def __init__(
-        self,
-        *,
-        proprio: int,
-        points: int,
-        action: int,
-        instruction: int,
-        embodiments: int,
-        hidden: int,
-        blocks: int,
-        chunk: int,
+        self, *, proprio: int, points: int, action: int, embodiments: int, hidden: int, blocks: int, chunk: int
     ) -> None:
         super().__init__()
         self.reach = chunk // 2
-        self.embodiment = nn.Embedding(embodiments, instruction)
-        self.layers = ResidualLayers(
-            Measured.size(proprio, points) + action + instruction, hidden=hidden, blocks=blocks
-        )
-        self.out = nn.Linear(hidden, proprio + 3 + 3 * points)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        self.sizes = (proprio, 3, 3 * points)
+        self.embodiment = nn.Embedding(embodiments, hidden)
+        self.robot = Change(proprio + 3 + action + hidden, proprio + 3, hidden=hidden, blocks=blocks)
+        self.sizes, self.answers = (proprio, 3), (proprio + 3, 3 * points)
+        known = Measured.size(proprio, points) + action + proprio + 3
+        self.contact = Change(known, sum(self.answers), hidden=hidden, blocks=blocks)
 
-    def forward(self, now: Measured, action: Tensor, instruction: Tensor, embodiment: Tensor) -> Measured:
-        """State, normalised action (B, D), instruction (B, W), embodiment (B,) -> the state one control step later."""
+    def forward(self, now: Measured, action: Tensor, embodiment: Tensor) -> Measured:
+        """State, normalised action (B, D), embodiment (B,) -> the state one control step later."""
         action = action.clamp(-FURTHEST, FURTHEST)
-        known = torch.cat([now.features(), action, instruction + self.embodiment(embodiment)], -1)
-        proprio, effector, points = self.out(self.layers(known)).split(self.sizes, -1)
-        moved = points.unflatten(-1, (-1, 3))
+        own = torch.cat([now.proprio, now.effector * now.has_proprio, action, self.embodiment(embodiment)], -1)
+        free = self.robot(own) * now.has_proprio
+        # What is in the way tells how it changes the motion, and not what the motion would be without it.
+        contact = self.contact(torch.cat([now.features(), action, free.detach()], -1))
+        gain, shares = contact.split(self.answers, -1)
+        proprio, effector = (free * 2 * gain.sigmoid()).split(self.sizes, -1)
+        moved = shares.unflatten(-1, (-1, 3)) * effector.detach().unsqueeze(1)
         return now._replace(
-            proprio=(now.proprio + proprio * now.has_proprio).clamp(-FURTHEST, FURTHEST),
-            effector=now.effector + effector * now.has_proprio,
+            proprio=(now.proprio + proprio).clamp(-FURTHEST, FURTHEST),
+            effector=now.effector + effector,
             points=now.points + torch.where(now.answered, moved, 0.0),
         )
 
-    def after(self, now: Measured, decided: Decided, instruction: Tensor, embodiment: Tensor) -> Measured:
+    def after(self, now: Measured, decided: Decided, embodiment: Tensor) -> Measured:
         """The state when what is `decided` in each row is done. Only its own error teaches foresight."""
         for step in range(min(self.reach, decided.actions.shape[1])):
-            later = self(now, decided.actions[:, step], instruction, embodiment)
+            later = self(now, decided.actions[:, step], embodiment)
             done = decided.where[:, step, None]
             now = now._replace(
                 proprio=torch.where(done, later.proprio, now.proprio),
@@ -66,3 +64,18 @@ class Foresight(nn.Module):
                 points=torch.where(done[..., None], later.points, now.points),
             )
         return now._replace(proprio=now.proprio.detach(), effector=now.effector.detach(), points=now.points.detach())
+
+
+class Change(nn.Module):
+    """Residual layers whose answer is nothing at first, (B, size) -> (B, out)."""
+
+    def __init__(self, size: int, out: int, *, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.layers = ResidualLayers(size, hidden=hidden, blocks=blocks)
+        self.out = nn.Linear(hidden, out)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """-> (B, out)."""
+        return self.out(self.layers(x))
