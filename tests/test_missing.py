@@ -137,6 +137,7 @@ def test_senses_that_a_protocol_leaves_out_are_hidden_from_policies_too() -> Non
     factory = {"_target_": "test_missing.Hiding", "folder": "x", "mask": ["touch"]}
     (made,) = make_contenders([{"policy": "p", "observes": "o", "factory": factory}], ("touch", "points"))
     assert made.factory == Hiding("x", ("touch", "points"))  # type: ignore
+    assert made.observes == "o; the protocol hides touch, points"
 
 
 def test_what_needs_a_sense_that_is_left_out_is_left_out_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:

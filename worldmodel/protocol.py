@@ -136,17 +136,19 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
 
     Each has `policy`, `observes` and `factory`, and may have `images`, `realtime`, `trials` and `replan` (see
     `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, unless it says that it is
-    `scripted`. One with a `mask` is also denied `hidden`; one that `needs` any of them is left out, and said to be.
-    Raises ConfigError for a factory that is neither, or that can neither be denied senses nor says what it needs.
+    `scripted`. One with a `mask` is also denied `hidden`, and what it observes says so; one that `needs` any of them is
+    left out, and said to be. Raises ConfigError for a factory that is neither, or that can neither be denied senses nor
+    says what it needs.
     """
     contenders = []
     for entry in policies:
         factory = instantiate(entry["factory"], _convert_="all")
-        scripted = getattr(factory, "scripted", False)
+        scripted, observes = getattr(factory, "scripted", False), entry["observes"]
         if not scripted and not hasattr(factory, "folder"):
             raise ConfigError(f"policies: {type(factory).__name__} of {entry['policy']!r} has no folder with weights")
         if hidden and hasattr(factory, "mask"):
             factory = replace(factory, mask=tuple(dict.fromkeys([*factory.mask, *hidden])))
+            observes = f"{observes}; the protocol hides {', '.join(hidden)}"
         elif hidden and not scripted:
             if not hasattr(factory, "needs"):
                 raise ConfigError(
@@ -159,7 +161,7 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
         contenders.append(
             Contender(
                 policy=entry["policy"],
-                observes=entry["observes"],
+                observes=observes,
                 factory=factory,
                 weights=None if scripted else Path(factory.folder),
                 images=entry.get("images", True),
