@@ -1,10 +1,11 @@
-"""Closed-loop success when the policy takes time to think: plain chunks beside chunks that continue what is done.
+"""Closed-loop success when the policy takes time to think: plain chunks beside those that know of it.
 
   python benchmarks/delay.py RUN OUT [--delays 0 1 2 4] [--trials 20]
 
 A chunk arrives so many control steps after the observation that it answers; the robot goes on with the chunk before
 until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them from the state
-that foresight expects. Both are the same network, start states and noise. `RUN` should have been trained with a rate
+that foresight expects; `reactive` is `realtime` whose every action follows what is measured when it is executed. All
+are the same network, start states and noise. `RUN` should have been trained with a rate
 `decided` in its phases. Prints a
 Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
 """
@@ -55,13 +56,14 @@ def main() -> None:
                 image_every=model.spec.stride,
                 record=0,
             )
-            for kind in ("plain", "realtime") if delay else ("plain",):
+            for kind in ("plain", "realtime", "reactive") if delay else ("plain", "reactive"):
                 contender = Contender(
                     policy=f"{given.run.name}, {kind}, delay {delay}",
                     observes="all senses" if not given.mask else f"all but {', '.join(given.mask)}",
                     factory=factory,
                     weights=given.run,
-                    realtime=kind == "realtime",
+                    realtime=delay > 0 and kind != "plain",
+                    reactive=kind == "reactive",
                 )
                 (result,) = compare([contender], protocol, given.out, make_scene=scenes, workers=given.workers)
                 low, high = result["interval"]

@@ -25,13 +25,14 @@ numpy and onnxruntime only) and manifest.json, which states every input and outp
 
   python -m export build checkpoint=runs/tiny out=artefacts/tiny data=data/metaworld
   python -m export build checkpoint=runs/tiny out=artefacts/tiny data=data/metaworld \\
-      paths=[policy,policy_step,understanding,rollout] formats=[onnx,torchscript,program,aotinductor] \\
+      paths=[policy,policy_step,proposal,understanding,rollout] formats=[onnx,torchscript,program,aotinductor] \\
       precisions=[fp16,bf16,int8_dynamic,int8_static]
 
 Paths: `policy` (observation history -> action chunk), `policy_step` (newest frame and a cache -> action chunk and the
-next cache), `understanding` (newest frame -> camera poses, objects, contact), `rollout` (history and actions ->
-predicted streams). Actions are clamped inside the graph to the limits of configs/embodiments/NAME.yaml; outputs say
-which limit acted, how confident the answer is, and whether the observation is unlike the training data.
+next cache), `proposal` (newest frame -> what the chunk corrects, for robots that follow what they measure meanwhile),
+`understanding` (newest frame -> camera poses, objects, contact), `rollout` (history and actions -> predicted streams).
+Actions are clamped inside the graph to the limits of configs/embodiments/NAME.yaml; outputs say which limit acted, how
+confident the answer is, and whether the observation is unlike the training data.
 
 Every graph is first compared with the checkpoint on held-out observations, with all senses and with some of them
 masked, `policy_step` over every state of its cache. If any number differs by more than the tolerance, nothing is
@@ -168,7 +169,7 @@ def _drive(settings: dict[str, Any]) -> None:
             f"drive: replan {settings['replan']}; a policy that steps is asked every {spec['stride']} control steps"
         )
     result = run_closed_loop(
-        averaged(exported, settings["ensemble"], realtime=settings["realtime"]),
+        averaged(exported, settings["ensemble"], realtime=settings["realtime"], reactive=settings["reactive"]),
         settings["tasks"] or source.train_tasks,
         robots=source.told_apart(robots),
         trials=settings["trials"],
@@ -176,6 +177,7 @@ def _drive(settings: dict[str, Any]) -> None:
         replan=settings["replan"],
         delay=settings["delay"],
         realtime=settings["realtime"],
+        reactive=settings["reactive"],
         image_every=math.gcd(spec["stride"], settings["replan"]),
         workers=settings["workers"],
         make_scene=SourceScenes(spec["height"], tuple(spec["cameras"]), source.name),

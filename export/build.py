@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
@@ -18,6 +18,7 @@ from export.onnx import OnnxRunner, write_onnx
 from export.parity import TOLERANCE, Example, Runner, check_handover, check_parity, make_examples, write_golden
 from export.precision import PRECISIONS, bounds_of, judge, write_precision
 from export.program import ProgramRunner, compiler, write_program
+from export.proposal import ProposalPath
 from export.runtime.doctor import machine
 from export.runtime.golden import Golden, golden_file
 from export.runtime.latency import Loop, measure
@@ -149,7 +150,8 @@ def make_path(name: str, model: Any, envelope: Envelope, trust: Trust, chosen: S
         return ActionPath(model, envelope, trust, caches="policy_step" in chosen)
     if name == "policy_step":
         return StepPath(model, envelope, trust)
-    return UnderstandingPath(model) if name == "understanding" else RolloutPath(model)
+    others: dict[str, Callable[[Any], Path]] = {"proposal": ProposalPath, "understanding": UnderstandingPath}
+    return others.get(name, RolloutPath)(model)
 
 
 def write_path(

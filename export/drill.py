@@ -156,6 +156,7 @@ def drill_trial(
         line.send(step, observation)
         for sent, message in line.due(step):
             controller.receive(sent / fps, message, now)
+        controller.react(now)
         if answer is None and (question := controller.ask(now)) is not None:
             answer = (step + rollout.delay, question, controller.think(question))
         if answer is not None and line.arrival(answer[0]) <= step:

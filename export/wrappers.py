@@ -30,7 +30,7 @@ from worldmodel.synthesis.delta import DeltaState
 from worldmodel.synthesis.state import StreamState
 from worldmodel.synthesis.temporal import Keys
 
-PATHS = ("policy", "policy_step", "understanding", "rollout")
+PATHS = ("policy", "policy_step", "proposal", "understanding", "rollout")
 SENSES = len(Observation._fields)
 """Number of inputs that are the observation; they come first in every path."""
 COMMANDS = 5

@@ -62,7 +62,7 @@ def robot_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         action_names=("delta_x", "delta_y", "delta_z", "gripper_effort"),
         proprio_names=("end_effector_x", "end_effector_y", "end_effector_z", "gripper", "other"),
     )
-    options = BuildOptions(paths=("policy",), formats=("onnx",))
+    options = BuildOptions(paths=("policy", "proposal"), formats=("onnx",))
     build_artefact(FakeModel(), out, fake_moments(1), fake_clips(), {"sawyer": names}, options)
     return out
 

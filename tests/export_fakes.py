@@ -1,5 +1,6 @@
 """A model with the interface of `WorldModel` that is small, cheap and sensitive to every input."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class FakeModel(nn.Module):
         actions = spec.chunk * spec.action
         self.read = nn.Linear(width, actions)
         self.velocity = nn.Linear(actions, actions)
+        self.small = nn.Linear(spec.proprio + 3 * spec.points, actions)
+        self.encoder, self.expert = SimpleNamespace(frames=0), SimpleNamespace(state=self.small)
 
     def act(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Tensor:
         """(B, A, D)."""
@@ -50,6 +53,14 @@ class FakeModel(nn.Module):
             step = torch.tanh(self.velocity(actions.flatten(1)) + context).unflatten(1, actions.shape[1:])
             actions = actions - 0.5 * keep.still(step)
         return actions
+
+    def propose(self, observation: Observation, decided: Decided | None = None, *, images: bool = True) -> Tensor:
+        """(B, A, D) from the newest proprioception and points; what is decided comes first."""
+        o = observation
+        points = masked(o.points[:, -1], o.has_points)
+        state = torch.cat([masked(o.proprio[:, -1:], o.has_proprio.unsqueeze(1)), points], 1)
+        proposal = torch.tanh(self.small(state)).unflatten(1, (self.spec.chunk, self.spec.action))
+        return proposal if decided is None else decided.after(proposal)
 
     def decide(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Decision:
         """The same actions with what tells their worth."""

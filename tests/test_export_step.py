@@ -29,7 +29,7 @@ from export.wrappers import ActionPath, RolloutPath, StepPath
 from worldmodel.contracts import Observation
 from worldmodel.errors import ExportError
 from worldmodel.model import WorldModel
-from worldmodel.policy.realtime import first_actions
+from worldmodel.policy.realtime import Decided, first_actions
 from worldmodel.streaming import future_of_actions
 
 torch.set_num_threads(1)
@@ -139,8 +139,8 @@ def test_an_exported_step_goes_through_every_state_of_its_cache(model: WorldMode
         check_parity(step, {"step.onnx": broken}, chosen[:1])
 
 
-@pytest.mark.parametrize("name", ["understanding", "rollout"])
-def test_understanding_and_rollout_are_the_models(model: WorldModel, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["understanding", "rollout", "proposal"])
+def test_paths_without_actions_are_the_models(model: WorldModel, tmp_path: Path, name: str) -> None:
     envelope, trust = Envelope(model.spec, model.statistics), Trust(no_trust(128, model.spec.proprio))
     model.stream_steps = 1  # each is a copy of the network in the graph
     path = make_path(name, model, envelope, trust).eval()
@@ -163,6 +163,11 @@ def test_understanding_and_rollout_are_the_models(model: WorldModel, tmp_path: P
         if name == "understanding":
             expected = tuple(model.understand(now))
             answer = path(*shortened(now, path))
+        elif name == "proposal":
+            inputs = examples[2].ticks[0]
+            decided = Decided(*inputs[17:])
+            assert decided.where.any(), "a chunk that begins with what is decided is among the examples"
+            expected, answer = (model.propose(Observation(*inputs[:17]), decided),), path(*inputs)
         else:
             inputs = examples[0].ticks[0]
             noise = dict(zip(model.denoiser.streams, inputs[18:], strict=True))

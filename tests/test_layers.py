@@ -16,7 +16,7 @@ TIERS = [
     {"policy"},
     {"guess", "joint", "conditioning", "editing"},
     {"model"},
-    {"acceleration", "adapters", "checkpoint", "convert", "flops", "sized", "streaming"},
+    {"acceleration", "adapters", "checkpoint", "convert", "flops", "schedule", "sized", "streaming"},
     {
         "losses",
         "editing_losses",

@@ -8,7 +8,7 @@ import torch
 from test_closed_loop import LineScene
 from test_model import future_of, observation_of
 
-from worldmodel.closed_loop import Rollout, Schedule
+from worldmodel.closed_loop import Rollout
 from worldmodel.contracts import Batch, ClipSpec
 from worldmodel.controllers import EagerPolicy
 from worldmodel.draws import Draws
@@ -16,6 +16,7 @@ from worldmodel.errors import ConfigError, ContractError
 from worldmodel.losses import clip_loss
 from worldmodel.model import WorldModel
 from worldmodel.policy.realtime import draw_prefixes, first_actions
+from worldmodel.schedule import Schedule
 
 
 def make_batch(spec: ClipSpec) -> Batch:

@@ -9,19 +9,19 @@ and a trial is the same whichever other tasks and robots run and however many wo
 import multiprocessing
 import os
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
 
-from worldmodel.contracts import Policy, RealtimePolicy
+from worldmodel.contracts import Policy, ReactivePolicy, RealtimePolicy
 from worldmodel.data.sources.registry import SOURCES
 from worldmodel.errors import ConfigError, ContractError
+from worldmodel.schedule import Schedule
 from worldmodel.trials import CLOSED_LOOP_STREAM, ClosedLoopResult, Trial, summarise
 
 MAX_REDRAWS = 50
@@ -103,6 +103,8 @@ class Rollout:
     robot goes on with the chunk before, or holds still where there is none yet."""
     realtime: bool = False
     """Tells the policy what is done meanwhile (`contracts.RealtimePolicy`), so that its chunk continues it."""
+    reactive: bool = False
+    """Lets every action follow what is measured when it is executed (`contracts.ReactivePolicy`)."""
 
     def __post_init__(self) -> None:
         if self.replan < 1 or (self.max_steps is not None and self.max_steps < 1):
@@ -122,8 +124,8 @@ class Rollout:
         """Runs one trial.
 
         Raises:
-            ContractError: the policy answers a chunk of the wrong shape or non-finite actions; or every start state
-                drawn was solved already.
+            ContractError: the policy answers a chunk of the wrong shape or non-finite actions; it cannot do what
+                `realtime` or `reactive` asks; or every start state drawn was solved already.
         """
         rng, redrawn = self.start(scene, task, trial, robot)
         limit = self.limit(scene)
@@ -133,25 +135,27 @@ class Rollout:
         observation = scene.reset(rng, images=bool(self.image_every) or recording)
         if isinstance(policy, ScenePolicy):
             policy.attach(scene)
-        schedule = Schedule(scene.hold, self.delay)
+        realtime = _as(policy, RealtimePolicy, "realtime") if self.realtime else None
+        reactive = _as(policy, ReactivePolicy, "reactive") if self.reactive else None
+        schedule, nothing = Schedule(scene.hold, self.delay), scene.hold[None][:0]
         for step in range(limit):
             if recording:
                 frames += [value for key, value in observation.items() if key.startswith("rgb.")][:1]
             policy.observe(observation)
+            now = reactive.propose(nothing) if reactive else None
             if step % self.replan == 0:
-                ahead = schedule.ahead(step, self.delay)
-                chunk = np.asarray(policy.act_after(ahead) if isinstance(policy, RealtimePolicy) and self.realtime
-                                   else policy.act())  # fmt: skip
+                ahead = schedule.ahead(step, self.delay if self.realtime else 0, now)
+                chunk = np.asarray(realtime.act_after(ahead) if realtime else policy.act())
                 least = self.replan + self.delay
                 if chunk.ndim != 2 or len(chunk) < least or not np.isfinite(chunk).all():
                     raise ContractError(
                         f"{task}, trial {trial}, step {step}: actions {list(chunk.shape)}, all finite: "
                         f"{bool(np.isfinite(chunk).all())}; expected at least {least} finite rows"
                     )
-                schedule.add(step, chunk)
+                schedule.add(step, chunk, reactive.propose(ahead) if reactive else None)
             wanted = bool(self.image_every) and (step + 1) % self.image_every == 0
             wanted |= recording and (step + 1) % self.replan == 0
-            observation, success = scene.step(schedule.action(step), images=wanted)
+            observation, success = scene.step(schedule.action(step, now), images=wanted)
             if success:
                 return Trial(task, trial, True, step + 1, redrawn, limit, robot, frames)
         return Trial(task, trial, False, limit, redrawn, limit, robot, frames)
@@ -171,28 +175,13 @@ class Rollout:
         raise ContractError(f"{task}, trial {trial}: all of {MAX_REDRAWS} start states were solved already")
 
 
-class Schedule:
-    """Which action of which chunk is executed when chunks arrive `delay` steps after what they answer to."""
+P = TypeVar("P")
 
-    def __init__(self, hold: np.ndarray, delay: int) -> None:
-        self.hold, self.delay = hold, delay
-        self.chunks: deque[tuple[int, np.ndarray]] = deque(maxlen=2)
 
-    def add(self, step: int, chunk: np.ndarray) -> None:
-        """Takes the chunk that answers to what was observed at `step`."""
-        self.chunks.append((step, chunk))
-
-    def action(self, step: int) -> np.ndarray:
-        """The action of a step: its row in the newest chunk that is there by then."""
-        there = [(begun, chunk) for begun, chunk in self.chunks if begun + self.delay <= step]
-        if not there or step - there[-1][0] >= len(there[-1][1]):
-            return self.hold
-        begun, chunk = there[-1]
-        return chunk[step - begun]
-
-    def ahead(self, step: int, count: int) -> np.ndarray:
-        """What will be done from `step` on, (count, D), whatever the next chunk says."""
-        return np.stack([self.action(step + i) for i in range(count)]) if count else self.hold[None][:0]
+def _as(policy: Policy, kind: type[P], setting: str) -> P:
+    if not isinstance(policy, kind):
+        raise ContractError(f"{setting}: {type(policy).__name__} cannot do that; it is no {kind.__name__}")
+    return policy
 
 
 def run_closed_loop(
@@ -210,6 +199,7 @@ def run_closed_loop(
     make_scene: SceneFactory | None = None,
     delay: int = 0,
     realtime: bool = False,
+    reactive: bool = False,
     progress: bool = True,
 ) -> ClosedLoopResult:
     """Runs `trials` rollouts of every task with every robot, in parallel processes.
@@ -228,6 +218,7 @@ def run_closed_loop(
         make_scene: builds the scene of a task and robot; Meta-World at 64 pixels by default.
         delay: see `Rollout.delay`.
         realtime: see `Rollout.realtime`.
+        reactive: see `Rollout.reactive`.
         progress: shows a bar.
 
     Raises:
@@ -245,6 +236,7 @@ def run_closed_loop(
         record=record,
         delay=delay,
         realtime=realtime,
+        reactive=reactive,
     )
     factory = make_scene or SourceScenes()
     # Robots one after the other, since a policy is built anew for each.

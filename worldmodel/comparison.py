@@ -37,6 +37,8 @@ class Contender:
     """False for a policy that reads no pictures: none are rendered for it."""
     realtime: bool = False
     """Whether it is told what is done while it thinks; see `closed_loop.Rollout`."""
+    reactive: bool = False
+    """Whether its actions follow what is measured when they are executed; see `closed_loop.Rollout`."""
     trials: int | None = None
     """At most so many per task and robot, for a control that need not be known as closely as the rest."""
     replan: int | None = None
@@ -107,7 +109,7 @@ def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
     )
     # Refuses what does not fit together before anything runs.
     Rollout(replan=own.replan, max_steps=own.max_steps, image_every=own.image_every, delay=own.delay)
-    averaged(contender.factory, own.ensemble, realtime=contender.realtime)
+    averaged(contender.factory, own.ensemble, realtime=contender.realtime, reactive=contender.reactive)
     return own
 
 
@@ -116,7 +118,7 @@ def result_key(contender: Contender, protocol: Protocol) -> str:
     files = sorted(path for path in contender.weights.glob("*") if path.suffix in WEIGHTS) if contender.weights else []
     if contender.weights and not files:
         raise ConfigError(f"{contender.policy}: no weights ({', '.join(WEIGHTS)}) in {contender.weights}")
-    how = (contender.factory, contender.images, contender.realtime, protocol)
+    how = (contender.factory, contender.images, contender.realtime, contender.reactive, protocol)
     digest = sha256(repr((*how, sorted(package_versions().items()))).encode())
     for path in files:
         digest.update(sha256(path.read_bytes()).digest())
@@ -125,7 +127,7 @@ def result_key(contender: Contender, protocol: Protocol) -> str:
 
 def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, workers: int | None) -> dict[str, Any]:
     result = run_closed_loop(
-        averaged(contender.factory, protocol.ensemble, realtime=contender.realtime),
+        averaged(contender.factory, protocol.ensemble, realtime=contender.realtime, reactive=contender.reactive),
         protocol.tasks,
         robots=protocol.robots,
         trials=protocol.trials,
@@ -134,6 +136,7 @@ def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, wor
         delay=protocol.delay,
         max_steps=protocol.max_steps,
         realtime=contender.realtime,
+        reactive=contender.reactive,
         image_every=protocol.image_every,
         record=protocol.record,
         workers=workers,

@@ -278,3 +278,14 @@ class RealtimePolicy(Policy, Protocol):
     def act_after(self, decided: "np.ndarray") -> "np.ndarray":
         """The next actions (A, D), of which the first are the `decided` (d, D) that will be executed anyway."""
         ...
+
+
+@runtime_checkable
+class ReactivePolicy(RealtimePolicy, Protocol):
+    """A policy whose chunks correct what a small part of it proposes from the measured state, fast enough to be asked
+    at every control step: actions can follow what is measured while they are executed (`schedule.Schedule`)."""
+
+    def propose(self, decided: "np.ndarray") -> "np.ndarray | None":
+        """The proposal (A, D) that a chunk which begins with the `decided` (d, D) corrects; None if what it needs was
+        not measured at this step."""
+        ...

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from worldmodel.contracts import Policy
+from worldmodel.contracts import Observation, Policy
 from worldmodel.data.live import observation_from_history
 from worldmodel.data.transforms import hide
 from worldmodel.errors import ContractError
@@ -83,19 +83,9 @@ class EagerPolicy:
         Raises:
             ContractError: as `act`; or there are more decided actions than the chunk has.
         """
-        spec = self.model.spec
-        if len(decided) > spec.chunk:
-            raise ContractError(f"act_after: {len(decided)} decided actions, the chunk has {spec.chunk}")
-        observation = observation_from_history(
-            list(self._history), spec, embodiment=self.embodiment, proprio=self.proprio_dims
-        )
-        observation = hide(observation, self.mask)
-        noise = torch.from_numpy(self._random.standard_normal((1, spec.chunk, spec.action), dtype=np.float32))
-        known: Decided | None = None
-        if len(decided):
-            padded = torch.zeros(1, spec.chunk, spec.action)
-            padded[0, : len(decided), : decided.shape[1]] = torch.from_numpy(np.asarray(decided, np.float32))
-            known = first_actions(padded, torch.tensor([len(decided)]))
+        known, observation = self._known(decided), self._observation()
+        shape = (1, self.model.spec.chunk, self.model.spec.action)
+        noise = torch.from_numpy(self._random.standard_normal(shape, dtype=np.float32))
         with torch.inference_mode():
             if self.stateful:
                 self._memory = read(self.model, observation, self._memory, self._fresh(), known)
@@ -104,6 +94,37 @@ class EagerPolicy:
                 actions = self.model.act(observation, noise, known)
         self._unread = 0
         return actions[0, :, : self.action_dims].numpy()
+
+    def propose(self, decided: np.ndarray) -> np.ndarray | None:
+        """The proposal (A, D) that `act_after` corrects; None without proprioception now, or points or pictures.
+
+        Raises:
+            ContractError: as `act_after`.
+            ConfigError: the model has no state policy.
+        """
+        known, now = self._known(decided), self._observation()
+        tracked = bool(now.has_points.any())
+        if not (now.has_proprio.all() and (tracked or now.has_rgb.any())):
+            return None
+        with torch.inference_mode():
+            return self.model.propose(now, known, images=not tracked)[0, :, : self.action_dims].numpy()
+
+    def _observation(self) -> Observation:
+        """What the model is shown."""
+        history, spec = list(self._history), self.model.spec
+        observation = observation_from_history(history, spec, embodiment=self.embodiment, proprio=self.proprio_dims)
+        return hide(observation, self.mask)
+
+    def _known(self, decided: np.ndarray) -> Decided | None:
+        """Decided actions (d, D) as the model takes them."""
+        spec = self.model.spec
+        if len(decided) > spec.chunk:
+            raise ContractError(f"act_after: {len(decided)} decided actions, the chunk has {spec.chunk}")
+        if not len(decided):
+            return None
+        padded = torch.zeros(1, spec.chunk, spec.action)
+        padded[0, : len(decided), : decided.shape[1]] = torch.from_numpy(np.asarray(decided, np.float32))
+        return first_actions(padded, torch.tensor([len(decided)]))
 
     def _fresh(self) -> int | None:
         """History frames that the memory has not read yet; None is all of them."""

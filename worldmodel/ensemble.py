@@ -56,18 +56,19 @@ class EnsemblePolicy:
         return (total / weights).astype(np.float32)
 
 
-def averaged(make: Callable[[str], Policy], decay: float | None, *, realtime: bool) -> Callable[[str], Policy]:
+def averaged(
+    make: Callable[[str], Policy], decay: float | None, *, realtime: bool, reactive: bool
+) -> Callable[[str], Policy]:
     """The factory of a policy, around it `EnsembleFactory` unless `decay` is None.
 
-    Raises ConfigError for a policy that is told what is decided: its chunks continue that, and their mean would not.
+    Raises ConfigError for a policy that is told what is decided, whose chunks continue that while their mean would not,
+    and for one whose chunks follow what is measured.
     """
     if decay is None:
         return make
-    if realtime:
-        raise ConfigError(
-            f"ensemble {decay:g}: chunks that continue what is decided are not averaged; leave out `ensemble` or "
-            "`realtime`"
-        )
+    if realtime or reactive:
+        other, what = ("realtime", "continue what is decided") if realtime else ("reactive", "follow what is measured")
+        raise ConfigError(f"ensemble {decay:g}: chunks that {what} are not averaged; leave out `ensemble` or `{other}`")
     return EnsembleFactory(make, decay)
 
 

@@ -96,6 +96,17 @@ class WorldModel(JointTransformer):
         actions = self.denoise_actions(memory, noise, self.own_units(decided, memory.embodiment))
         return self.normaliser.restore("action", actions, memory.embodiment)
 
+    def propose(self, observation: Observation, decided: Decided | None = None, *, images: bool = True) -> Tensor:
+        """Actions (B, A, D) in the embodiment's units that the state policy proposes and `act` corrects.
+
+        Only the newest frame is read. `images` says whether pictures are looked at, which is of use where no point is
+        tracked. Raises `ConfigError` for a model without a state policy.
+        """
+        s, known = self.normaliser(observation, self.grid), self.own_units(decided, observation.embodiment)
+        seen = self.encoder.locate(s, images=images)
+        _, proposal = self.expert.propose(self.encoder.instruction(s), s, seen, known)
+        return self.normaliser.restore("action", proposal, s.embodiment)
+
     def own_units(self, decided: Decided | None, embodiment: Tensor) -> Decided | None:
         """Decided actions in the robot's units -> normalised."""
         if decided is None:

@@ -134,8 +134,8 @@ def _edits(model: WorldModel, reader: ShardReader, config: Mapping[str, Any]) ->
 def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> list[Contender]:
     """Build the policies of a comparison from their YAML entries.
 
-    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime`, `trials` and `replan` (see
-    `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, unless it says that it is
+    Each has `policy`, `observes` and `factory`, and may have `images`, `realtime`, `reactive`, `trials` and `replan`
+    (see `Contender`). A factory is a Hydra `_target_` with a `folder` that holds the weights, unless it says that it is
     `scripted`. One with a `mask` is also denied `hidden`, and what it observes says so; one that `needs` any of them is
     left out, and said to be. Raises ConfigError for a factory that is neither, or that can neither be denied senses nor
     says what it needs.
@@ -166,6 +166,7 @@ def make_contenders(policies: Sequence[Mapping[str, Any]], hidden: Sequence[str]
                 weights=None if scripted else Path(factory.folder),
                 images=entry.get("images", True),
                 realtime=entry.get("realtime", False),
+                reactive=entry.get("reactive", False),
                 trials=entry.get("trials"),
                 replan=entry.get("replan"),
             )

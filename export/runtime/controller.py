@@ -8,6 +8,7 @@
     if question := controller.ask(clock()):
         controller.take(question, controller.think(question), clock())
     # at every control step
+    controller.react(clock())  # with `reactive` alone
     robot.send(controller.command(clock()))
 
 Times are seconds of one clock, given by the caller: the same messages at the same times give the same commands.
@@ -24,6 +25,7 @@ from .inbox import Inbox
 from .manifest import RuntimeContractError
 from .overlap import Overlap
 from .policy import OnnxPolicy
+from .reflex import Reflex
 
 RUN, HOLD, STOP = "run", "hold", "stop"
 PATIENCE = 8
@@ -58,6 +60,7 @@ class Controller:
         ensemble: commands the mean of chunks that overlap, see `Overlap`; not with `realtime`, whose chunks continue
             what is done.
         realtime: tells the policy what is commanded while it thinks; for models trained with a rate `decided`.
+        reactive: lets commands follow what is measured while a chunk is executed, see `react`; not with `ensemble`.
         thinks: control steps that the first answer is expected to take, later ones what the last took; a chunk that
             comes later than was expected does not continue what the robot did, and success suffers.
         deadline: seconds from the picture that a chunk answers to, after which no row of it is commanded; at most, and
@@ -68,7 +71,7 @@ class Controller:
         rest: see `Guard`.
 
     Raises:
-        RuntimeContractError: a setting out of its range.
+        RuntimeContractError: a setting out of its range, or `reactive` without the path `proposal`.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Controller:
         replan: int | None = None,
         ensemble: float | None = None,
         realtime: bool = False,
+        reactive: bool = False,
         thinks: int = 1,
         deadline: float | None = None,
         stop_after: float = 1.0,
@@ -94,8 +98,12 @@ class Controller:
                 f"controller: replan {self.replan}, deadline {self.deadline:g} s; expected 1 to {policy.horizon} steps "
                 f"and at most {policy.horizon / self.fps:g} s, the length of a chunk"
             )
-        if realtime and ensemble is not None:
-            raise RuntimeContractError(f"controller: ensemble {ensemble:g} and realtime; expected one of them")
+        if (realtime or reactive) and ensemble is not None:
+            other = "realtime" if realtime else "reactive"
+            raise RuntimeContractError(f"controller: ensemble {ensemble:g} and {other}; expected one of them")
+        if reactive and not policy.proposes:
+            raise RuntimeContractError("controller: reactive needs an artefact that was built with the path `proposal`")
+        self._reflex = Reflex(policy) if reactive else None
         self._overlap = Overlap(ensemble)
         if not 0 <= thinks <= policy.horizon // 2:
             raise RuntimeContractError(f"controller: thinks {thinks}; expected 0 to {policy.horizon // 2} steps")
@@ -125,6 +133,8 @@ class Controller:
             self._start, self._step, self._first = now, -1, -1
             self._began, self._asked, self._open, self._held = -1, -1, False, 0
             self._chunk: np.ndarray | None = None
+            if self._reflex is not None:
+                self._reflex.forget()
             self._overlap.forget()
             self._thought = [self.thinks] * PATIENCE
             self._answers, self._heavy, self._peak = 0, 0.0, 0.0
@@ -184,13 +194,36 @@ class Controller:
     def think(self, question: Question) -> np.ndarray | None:
         """The chunk (A, D); None if the model refuses the observation or its answer is not finite. Takes long."""
         self.policy.load(question.history, question.instruction)
+        decided = question.decided if self.realtime else question.decided[:0]
         try:
-            if self.realtime:
-                return self.policy.act_after(question.decided, previous=question.previous)
-            return self.policy.act(previous=question.previous)
+            chunk = self.policy.act_after(decided, previous=question.previous)
+            if self._reflex is not None:
+                self._reflex.draft(self.policy.propose(decided))
+            return chunk
         except RuntimeContractError as error:
             self.reason = str(error)
             return None
+
+    def react(self, now: float) -> None:
+        """Looks at what is measured now, so that commands follow it until the next look; as long as the path `proposal`
+        takes, for the control loop itself or a thread of its own. Without `reactive` it does nothing.
+
+        """
+        with self._lock:
+            if self._reflex is None:
+                return
+            episode, step = self._episode, self._number(now)
+            count = min(self.policy.history * self.policy.stride, step - max(self._first, 0) + 1)
+            history = self._inbox.history(now, count)
+            instruction = self._inbox.instruction
+        try:
+            proposal = None if history is None else self._reflex.look(history, instruction)
+        except RuntimeContractError as error:
+            self.reason = str(error)
+            return
+        with self._lock:
+            if episode == self._episode:
+                self._reflex.follow(proposal, step)
 
     def take(self, question: Question, chunk: np.ndarray | None, now: float) -> None:
         """Takes the answer, which is commanded from the row for now on; not one that is not finite, too late or of an
@@ -213,6 +246,8 @@ class Controller:
                     self._overlap.forget()
                 self._chunk = self._overlap(chunk, question.begun - self._began)
                 self._began = question.begun
+                if self._reflex is not None:
+                    self._reflex.take()
 
     def command(self, now: float) -> np.ndarray:
         """What to command at this control step, (D,) in the robot's units; the array is written anew at the next.
@@ -229,8 +264,7 @@ class Controller:
             row = step - self._began if self._chunk is not None and self.state != STOP else -1
             fresh = 0 <= row < self.policy.horizon and row < self.deadline * self.fps - 1e-6
             if fresh:
-                assert self._chunk is not None
-                np.copyto(self._wanted, self._chunk[row])
+                self._row(step, self._wanted)
                 self.state, self.reason, self._held = RUN, "", 0
             else:
                 self.guard.rest(self._wanted)
@@ -258,10 +292,17 @@ class Controller:
         if 0 <= step <= self._step:
             out[:] = self._log[step % len(self._log)]
         elif self._chunk is not None and 0 <= row < self.policy.horizon:
-            out[:] = self._chunk[row]
+            self._row(step, out)
         else:
             self.guard.rest(self._wanted)
             out[:] = np.nan_to_num(self._wanted)
+
+    def _row(self, step: int, out: np.ndarray) -> None:
+        """The row of the chunk for a step, following what is proposed since."""
+        assert self._chunk is not None
+        np.copyto(out, self._chunk[step - self._began])
+        if self._reflex is not None:
+            self._reflex(step - self._began, step, out)
 
     def _measure(self, stamp: float, proprio: np.ndarray) -> None:
         """Where the joints are: where they were at the stamp, and what they were told to move since."""

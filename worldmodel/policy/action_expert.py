@@ -142,18 +142,28 @@ class ActionExpert(nn.Module):
             present, proposal = senses.has_proprio, None
             token = self.token(senses.proprio[:, -1] * present.unsqueeze(-1)) * present.unsqueeze(-1)
         else:
-            now, words, robot = measure(senses, seen), context.instruction, senses.embodiment
-            known = None if self.foresight is None else decided
-            if self.foresight is not None and known is not None:
-                now = self.foresight.after(now, known, robot)
-            features, proposal = self.state(now, words, robot)
-            proposal = proposal if known is None else known.after(proposal)
+            features, proposal = self.propose(context.instruction, senses, seen, decided)
             token = self.token(torch.cat([features, self.mean(context)], -1))
             present = torch.ones_like(senses.has_proprio)
         tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)
         mask = torch.cat([context.mask, present.unsqueeze(1)], 1)
         condition = None if self.condition is None else self.condition(token)
         return context._replace(tokens=tokens, mask=mask), condition, proposal
+
+    def propose(
+        self, instruction: Tensor, senses: Senses, seen: Tensor | None, decided: Decided | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (B, hidden) and proposal (B, A, D) of the state policy; arguments as in `extend`.
+
+        Raises `ConfigError` if there is none.
+        """
+        if self.state is None:
+            raise ConfigError("this model proposes nothing from the measured state: policy.expert.state is null")
+        now, known = measure(senses, seen), None if self.foresight is None else decided
+        if self.foresight is not None and known is not None:
+            now = self.foresight.after(now, known, senses.embodiment)
+        features, proposal = self.state(now, instruction, senses.embodiment)
+        return features, proposal if known is None else known.after(proposal)
 
     def read(self, context: Fused) -> Fused:
         """The context as the blocks read it."""
