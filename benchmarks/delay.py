@@ -5,9 +5,8 @@
 A chunk arrives so many control steps after the observation that it answers; the robot goes on with the chunk before
 until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them from the state
 that foresight expects; `reactive` is `realtime` whose every action follows what is measured when it is executed. All
-are the same network, start states and noise. `RUN` should have been trained with a rate
-`decided` in its phases. Prints a
-Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
+are the same network, start states and noise. `RUN` should have been trained with a rate `decided` in its phases. Prints
+a Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
 """
 
 import argparse
@@ -26,6 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=20, help="per task, delay and kind")
     parser.add_argument("--tasks", nargs="+", help="default: those trained on")
     parser.add_argument("--mask", nargs="+", default=[], help="senses that are hidden, e.g. points touch")
+    parser.add_argument("--image-every", type=int, help="control steps between pictures; default: those of the history")
     parser.add_argument("--replan", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1, help="processes of the closed loop")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,7 +53,7 @@ def main() -> None:
                 seed=given.seed,
                 replan=given.replan,
                 delay=delay,
-                image_every=model.spec.stride,
+                image_every=given.image_every or model.spec.stride,
                 record=0,
             )
             for kind in ("plain", "realtime", "reactive") if delay else ("plain", "reactive"):

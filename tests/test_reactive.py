@@ -54,12 +54,14 @@ def test_a_schedule_keeps_the_correction_and_takes_the_newest_proposal() -> None
     schedule = Schedule(np.zeros(1), 1)
     rows = np.arange(4.0)[:, None]
     schedule.add(0, 10 + rows, proposed=rows)
-    newest = 100 * (1 + rows)
-    assert schedule.action(0, newest) == 0.0, "the chunk is not there yet"
-    assert schedule.action(2) == 12.0 and schedule.action(2, newest) == 12 + 100 - 2
-    np.testing.assert_array_equal(schedule.ahead(1, 2, newest), [[11 + 100 - 1], [12 + 200 - 2]])
+    assert schedule.action(0) == 0.0, "the chunk is not there yet"
+    assert schedule.action(2) == 12.0
+    schedule.follow(1, 100 * (1 + rows))
+    np.testing.assert_array_equal(schedule.ahead(1, 2), [[11 + 100 - 1], [12 + 200 - 2]])
+    schedule.follow(2, None)
+    assert schedule.action(2) == 12 + 200 - 2, "the proposal before stands"
     schedule.add(2, 20 + rows)
-    assert schedule.action(3, newest) == 21.0, "a chunk that corrects nothing stays as it is"
+    assert schedule.action(3) == 21.0, "a chunk that corrects nothing stays as it is"
 
 
 class Proposing(Counting):
@@ -78,7 +80,8 @@ def test_every_action_follows_what_is_measured_then(delay: int) -> None:
     rollout(scene, Proposing(), "task", 0)
     for step, value in enumerate(scene.done):
         asked = (step - delay) // 4 * 4
-        followed = step - asked if step % 3 != 2 else 0
+        # Where nothing is proposed, what was proposed a step before is followed.
+        followed = step - asked - (step % 3 == 2)
         # At step 8 nothing was proposed: without a delay the chunk asked for then corrects nothing.
         followed = 0 if asked == 8 and not delay else followed
         assert value == (0.0 if asked < 0 else 100.0 * asked + step - asked + followed)

@@ -142,9 +142,10 @@ class Rollout:
             if recording:
                 frames += [value for key, value in observation.items() if key.startswith("rgb.")][:1]
             policy.observe(observation)
-            now = reactive.propose(nothing) if reactive else None
+            if reactive:
+                schedule.follow(step, reactive.propose(nothing))
             if step % self.replan == 0:
-                ahead = schedule.ahead(step, self.delay if self.realtime else 0, now)
+                ahead = schedule.ahead(step, self.delay if self.realtime else 0)
                 chunk = np.asarray(realtime.act_after(ahead) if realtime else policy.act())
                 least = self.replan + self.delay
                 if chunk.ndim != 2 or len(chunk) < least or not np.isfinite(chunk).all():
@@ -155,7 +156,7 @@ class Rollout:
                 schedule.add(step, chunk, reactive.propose(ahead) if reactive else None)
             wanted = bool(self.image_every) and (step + 1) % self.image_every == 0
             wanted |= recording and (step + 1) % self.replan == 0
-            observation, success = scene.step(schedule.action(step, now), images=wanted)
+            observation, success = scene.step(schedule.action(step), images=wanted)
             if success:
                 return Trial(task, trial, True, step + 1, redrawn, limit, robot, frames)
         return Trial(task, trial, False, limit, redrawn, limit, robot, frames)

@@ -25,25 +25,28 @@ class Schedule:
     def __init__(self, hold: np.ndarray, delay: int) -> None:
         self.hold, self.delay = hold, delay
         self.chunks: deque[Planned] = deque(maxlen=2)
+        self.proposal: np.ndarray | None = None
+        self.made = 0
 
     def add(self, step: int, chunk: np.ndarray, proposed: np.ndarray | None = None) -> None:
         """Takes the chunk that answers to what was observed at `step`."""
         self.chunks.append(Planned(step, chunk, proposed))
 
-    def action(self, step: int, proposal: np.ndarray | None = None, later: int = 0) -> np.ndarray:
-        """The action of a step: its row in the newest chunk that is there by then.
+    def follow(self, step: int, proposal: np.ndarray | None) -> None:
+        """Takes the proposal (A, D) made at `step`, whose rows are followed until there is another; None is none."""
+        if proposal is not None:
+            self.proposal, self.made = proposal, step
 
-        It follows the newest `proposal` (A, D), made `later` steps before.
-        """
+    def action(self, step: int) -> np.ndarray:
+        """The action of a step: its row in the newest chunk that is there by then, following the newest proposal."""
         there = [chunk for chunk in self.chunks if chunk.begun + self.delay <= step]
         if not there or step - there[-1].begun >= len(there[-1].actions):
             return self.hold
-        newest, row = there[-1], step - there[-1].begun
-        if proposal is None or newest.proposed is None:
+        newest, row, later = there[-1], step - there[-1].begun, step - self.made
+        if self.proposal is None or newest.proposed is None or later >= len(self.proposal):
             return newest.actions[row]
-        return newest.actions[row] + proposal[later] - newest.proposed[row]
+        return newest.actions[row] + self.proposal[later] - newest.proposed[row]
 
-    def ahead(self, step: int, count: int, proposal: np.ndarray | None = None) -> np.ndarray:
+    def ahead(self, step: int, count: int) -> np.ndarray:
         """What will be done from `step` on, (count, D), whatever the next chunk says, as far as is known now."""
-        rows = [self.action(step + i, proposal, i) for i in range(count)]
-        return np.stack(rows) if count else self.hold[None][:0]
+        return np.stack([self.action(step + i) for i in range(count)]) if count else self.hold[None][:0]
