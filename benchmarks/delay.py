@@ -5,15 +5,23 @@
 A chunk arrives so many control steps after the observation that it answers; the robot goes on with the chunk before
 until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them from the state
 that foresight expects; `reactive` is `realtime` whose every action follows what is measured when it is executed. All
-are the same network, start states and noise. `RUN` should have been trained with a rate `decided` in its phases. Prints
-a Markdown table with 95 % Wilson intervals; results stay in OUT and are not made twice.
+are the same network, start states and noise. With `--noise` the arm does not do exactly what it is told. `RUN` should
+have been trained with a rate `decided` in its phases. Prints a Markdown table with 95 % Wilson intervals; results stay
+in OUT and are not made twice.
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+KINDS = ("plain", "realtime", "reactive")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -25,11 +33,55 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=20, help="per task, delay and kind")
     parser.add_argument("--tasks", nargs="+", help="default: those trained on")
     parser.add_argument("--mask", nargs="+", default=[], help="senses that are hidden, e.g. points touch")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows of each delay")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="standard deviation of what disturbs the three commands of displacement",
+    )
     parser.add_argument("--image-every", type=int, help="control steps between pictures; default: those of the history")
     parser.add_argument("--replan", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1, help="processes of the closed loop")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+class Disturbed:
+    """A scene whose arm moves otherwise than it is told, by noise that a start state brings along."""
+
+    def __init__(self, scene: Any, noise: float) -> None:
+        self.scene, self.noise = scene, noise
+        self.embodiment, self.hold, self.max_steps = scene.embodiment, scene.hold, scene.max_steps
+
+    def reset(self, rng: np.random.Generator, images: bool = True) -> dict[str, Any]:
+        """As that of the scene, which draws first."""
+        observation = self.scene.reset(rng, images=images)
+        self.random = np.random.default_rng(rng.integers(2**63))
+        return observation
+
+    def step(self, action: np.ndarray, images: bool = True) -> tuple[dict[str, Any], bool]:
+        """As that of the scene."""
+        moved = np.array(action, np.float32)
+        moved[:3] += self.random.normal(0, self.noise, 3)
+        return self.scene.step(moved.clip(-1, 1), images=images)
+
+
+@dataclass(frozen=True)
+class DisturbedScenes:
+    """Scene factory around another."""
+
+    scenes: Any
+    noise: float
+
+    def __call__(self, task: str, robot: str | None = None) -> Disturbed:
+        """The scene of one task with a robot."""
+        return Disturbed(self.scenes(task, robot), self.noise)
+
+
+def disturbed(scenes: Any, noise: float) -> Any:
+    """The scenes, disturbed where there is noise."""
+    return DisturbedScenes(scenes, noise) if noise else scenes
 
 
 def main() -> None:
@@ -44,7 +96,9 @@ def main() -> None:
     try:
         model = load_model(given.run)
         factory = CheckpointFactory(given.run, mask=tuple(given.mask), seed=given.seed)
-        scenes = SourceScenes(model.spec.height, model.spec.cameras)
+        scenes = disturbed(SourceScenes(model.spec.height, model.spec.cameras), given.noise)
+        # Kept results know nothing of the scene.
+        out = given.out / f"noise_{given.noise:g}" if given.noise else given.out
         print("| delay, steps (ms) | chunks | success | 95 % interval | trials |\n| ---: | --- | ---: | ---: | ---: |")
         for delay in given.delays:
             protocol = Protocol(
@@ -56,7 +110,8 @@ def main() -> None:
                 image_every=given.image_every or model.spec.stride,
                 record=0,
             )
-            for kind in ("plain", "realtime", "reactive") if delay else ("plain", "reactive"):
+            # Without a delay there is nothing that a policy could be told.
+            for kind in (kind for kind in given.kinds if delay or kind != "realtime"):
                 contender = Contender(
                     policy=f"{given.run.name}, {kind}, delay {delay}",
                     observes="all senses" if not given.mask else f"all but {', '.join(given.mask)}",
@@ -65,7 +120,7 @@ def main() -> None:
                     realtime=delay > 0 and kind != "plain",
                     reactive=kind == "reactive",
                 )
-                (result,) = compare([contender], protocol, given.out, make_scene=scenes, workers=given.workers)
+                (result,) = compare([contender], protocol, out, make_scene=scenes, workers=given.workers)
                 low, high = result["interval"]
                 trials = sum(task["trials"] for task in result["tasks"])
                 time = f"{delay} ({1000 * delay / model.spec.fps:.0f})"
