@@ -15,12 +15,12 @@ from .golden import Feed, Golden
 
 PERCENTILES = {"p50_ms": 50.0, "p99_ms": 99.0, "p99_9_ms": 99.9}
 
-DRIVING = ("policy", "policy_step")
+DRIVING = ("policy", "policy_step", "proposal")
 """Paths that a control loop waits for."""
 
 
 def latency_contract(fps: float, replan: int, paths: Sequence[str]) -> dict[str, Any]:
-    """What a control loop asks of those paths that answer with actions, called every `replan` control steps.
+    """What a control loop asks of those paths that answer with actions, called every `replan` control steps or oftener.
 
     The answer of a call is executed from the control step on in which its observation was made, so 99 of 100 calls must
     end within one control period. One that takes longer than the time between two calls can never be used.
