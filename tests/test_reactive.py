@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from export_fakes import SPEC
-from test_controller import observed
+from test_controller import FPS, observed
 from test_drill import STEPS, Hand
 from test_realtime import Counting, Recording, make_batch
 
@@ -60,8 +60,13 @@ def test_a_schedule_keeps_the_correction_and_takes_the_newest_proposal() -> None
     np.testing.assert_array_equal(schedule.ahead(1, 2), [[11 + 100 - 1], [12 + 200 - 2]])
     schedule.follow(2, None)
     assert schedule.action(2) == 12 + 200 - 2, "the proposal before stands"
-    schedule.add(2, 20 + rows)
-    assert schedule.action(3) == 21.0, "a chunk that corrects nothing stays as it is"
+    schedule.add(2, 20 + rows, proposed=rows)
+    assert schedule.action(3) == 21.0, "the chunk saw more than that proposal"
+    schedule.follow(3, 100 * (1 + rows))
+    assert schedule.action(3) == 21 + 100 - 1
+    schedule.add(4, 30 + rows)
+    schedule.follow(5, 100 * (1 + rows))
+    assert schedule.action(5) == 31.0, "a chunk that corrects nothing stays as it is"
 
 
 class Proposing(Counting):
@@ -150,6 +155,21 @@ def test_a_controller_says_what_it_lacks_to_follow(robot_artefact: Path) -> None
         policy.propose(np.zeros((0, 4), np.float32))
     with pytest.raises(RuntimeContractError, match="built with the path `proposal`"):
         Controller(policy, reactive=True)
+
+
+def test_a_look_from_before_a_chunk_does_not_change_it(robot_artefact: Path) -> None:
+    controller = Controller(OnnxPolicy(robot_artefact), reactive=True)
+    controller.reset(0.0)
+    for step in (0, 4):
+        controller.receive(step / FPS, observed(step), step / FPS)
+        if step == 0:
+            controller.react(0.0)
+        question = controller.ask(step / FPS)
+        assert question is not None
+        chunk = controller.think(question)
+        controller.take(question, chunk, step / FPS)
+    assert chunk is not None
+    np.testing.assert_allclose(controller.command(5 / FPS), chunk[1], atol=1e-6)
 
 
 def test_a_look_that_nothing_came_of_changes_nothing(robot_artefact: Path) -> None:

@@ -43,7 +43,8 @@ class Schedule:
         if not there or step - there[-1].begun >= len(there[-1].actions):
             return self.hold
         newest, row, later = there[-1], step - there[-1].begun, step - self.made
-        if self.proposal is None or newest.proposed is None or later >= len(self.proposal):
+        outdated = self.made < newest.begun  # the chunk knows better
+        if self.proposal is None or newest.proposed is None or outdated or later >= len(self.proposal):
             return newest.actions[row]
         return newest.actions[row] + self.proposal[later] - newest.proposed[row]
 

@@ -205,9 +205,10 @@ class Controller:
             return None
 
     def react(self, now: float) -> None:
-        """Looks at what is measured now, so that commands follow it until the next look; as long as the path `proposal`
-        takes, for the control loop itself or a thread of its own. Without `reactive` it does nothing.
+        """Looks at what is measured now; commands follow it until the next look (see `Reflex`).
 
+        Takes as long as the path `proposal`: call it before each command, or in a thread of its own. Without `reactive`
+        it does nothing.
         """
         with self._lock:
             if self._reflex is None:

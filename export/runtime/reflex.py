@@ -48,8 +48,9 @@ class Reflex:
             self._proposal, self._step = proposal, step
 
     def __call__(self, row: int, step: int, out: np.ndarray) -> None:
-        """Changes `out`, row `row` of the chunk, executed at `step`."""
-        later = step - self._step
-        if self._proposal is not None and self._corrected is not None and 0 <= later < len(self._proposal):
+        """Changes `out`, row `row` of the chunk, executed at `step`; not by a proposal older than the chunk."""
+        if self._proposal is None or self._corrected is None:
+            return
+        if 0 <= (later := step - self._step) < len(self._proposal) and later <= row:
             out += self._proposal[later]
             out -= self._corrected[row]
