@@ -40,7 +40,6 @@ def arguments() -> argparse.ArgumentParser:
         default=0.0,
         help="standard deviation of what disturbs the three commands of displacement",
     )
-    parser.add_argument("--image-every", type=int, help="control steps between pictures; default: those of the history")
     parser.add_argument("--replan", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1, help="processes of the closed loop")
     parser.add_argument("--seed", type=int, default=0)
@@ -79,11 +78,6 @@ class DisturbedScenes:
         return Disturbed(self.scenes(task, robot), self.noise)
 
 
-def disturbed(scenes: Any, noise: float) -> Any:
-    """The scenes, disturbed where there is noise."""
-    return DisturbedScenes(scenes, noise) if noise else scenes
-
-
 def main() -> None:
     """Measures and prints."""
     from worldmodel.checkpoint import load_model
@@ -96,7 +90,8 @@ def main() -> None:
     try:
         model = load_model(given.run)
         factory = CheckpointFactory(given.run, mask=tuple(given.mask), seed=given.seed)
-        scenes = disturbed(SourceScenes(model.spec.height, model.spec.cameras), given.noise)
+        scenes = SourceScenes(model.spec.height, model.spec.cameras)
+        scenes = DisturbedScenes(scenes, given.noise) if given.noise else scenes
         # Kept results know nothing of the scene.
         out = given.out / f"noise_{given.noise:g}" if given.noise else given.out
         print("| delay, steps (ms) | chunks | success | 95 % interval | trials |\n| ---: | --- | ---: | ---: | ---: |")
@@ -107,7 +102,7 @@ def main() -> None:
                 seed=given.seed,
                 replan=given.replan,
                 delay=delay,
-                image_every=given.image_every or model.spec.stride,
+                image_every=model.spec.stride,
                 record=0,
             )
             # Without a delay there is nothing that a policy could be told.

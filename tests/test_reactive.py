@@ -1,5 +1,7 @@
 """Actions that follow what is measured while a chunk is executed."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,18 @@ def test_a_controller_says_what_it_lacks_to_follow(robot_artefact: Path) -> None
         policy.propose(np.zeros((0, 4), np.float32))
     with pytest.raises(RuntimeContractError, match="built with the path `proposal`"):
         Controller(policy, reactive=True)
+
+
+def test_a_policy_in_another_precision_proposes_all_the_same(robot_artefact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(robot_artefact, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (whole,) = (graph for graph in manifest["graphs"] if graph["path"] == "policy")
+    manifest["graphs"].append(whole | {"precision": "bf16"})  # and none of `proposal`
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    policy = OnnxPolicy(folder, precision="bf16")
+    policy.observe(observed(0))
+    assert policy.propose(np.zeros((0, 4), np.float32)) is not None
 
 
 def test_a_look_from_before_a_chunk_does_not_change_it(robot_artefact: Path) -> None:

@@ -73,11 +73,12 @@ class OnnxPolicy(Observed):
     def _load(self) -> None:
         """Opens the graphs that are used, and chooses the one that answers first."""
         self._graph = self._open("policy")
-        self._small = self._open("proposal") if "proposal" in self.manifest["paths"] else None
+        # What is small gains nothing from another precision, and there may be no such graph of it.
+        self._small = self._open("proposal", "fp32") if "proposal" in self.manifest["paths"] else None
 
-    def _open(self, path: str) -> Graph:
-        """The graph of a path."""
-        file = self.folder / find_graph(self.manifest, path, self._precision, unproven=self._unproven)
+    def _open(self, path: str, precision: str | None = None) -> Graph:
+        """The graph of a path, in the policy's precision unless another is given."""
+        file = self.folder / find_graph(self.manifest, path, precision or self._precision, unproven=self._unproven)
         session = open_session(file, self._threads)
         rows = self.manifest["paths"][path]["inputs"]
         return Graph(session, {row["name"]: ([1, *row["shape"][1:]], row["dtype"]) for row in rows})
