@@ -63,10 +63,12 @@ def fork(
 
 def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """One of the processes."""
+    import faulthandler
     import warnings
 
     import torch
 
+    faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if ranks > 1:
@@ -74,8 +76,9 @@ def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], ar
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     function(*arguments)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    from worldmodel.ranks import leave
+
+    leave()
 
 
 def train_rank(config: dict[str, Any], out: str, measure: bool = False) -> None:
