@@ -56,7 +56,9 @@ class Bench:
         torch.manual_seed(0)
         with self.device:
             self.model = build_model(
-                config["model"], self.spec, {"embodiments": {name: {} for name in self.spec.embodiments}}
+                config["model"],
+                self.spec,
+                {"instructions": [], "embodiments": {name: {} for name in self.spec.embodiments}},
             )
             for layer in [*self.model.denoiser.embed_out.values(), self.model.expert.embed_out]:
                 torch.nn.init.normal_(layer.weight, std=0.02)  # zero at first, which would hide all differences

@@ -92,7 +92,12 @@ def build_manifest(
         "limits": list(LIMITS),
         "trust": dict(trust),
         "optional": list(optional),
-        "instruction": {"encoding": "UTF-8 byte + 1, padded with 0", "length": spec.text},
+        "instruction": {
+            "encoding": "UTF-8 byte + 1, padded with 0",
+            "length": spec.text,
+            # Others count as absent; null: all are read.
+            "known": None if model.normaliser.known_text is None else model.metadata["statistics"]["instructions"],
+        },
         "flow_steps": model.action_steps,
         "statistics": model.statistics,
         "statistics_hash": model.statistics_hash,

@@ -46,7 +46,7 @@ def statistics() -> dict[str, Any]:
     """Statistics that change nothing but scale, of the sizes of the tiny experiment."""
     sizes = {"proprio": 18, "action": 4, "points": 3, "camera_translation": 3, "wrench": 18, "taxels": 3}
     fields = {name: {"mean": [0.1] * size, "std": [0.5] * size} for name, size in sizes.items()}
-    return {"embodiments": {"sawyer": fields}}
+    return {"instructions": ["Press the red button."], "embodiments": {"sawyer": fields}}
 
 
 @pytest.fixture(scope="session")
@@ -69,11 +69,14 @@ def robot_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_model(statistics: dict[str, Any]) -> Any:
-    """`kairos_tiny` with random weights, its zero-initialised output layers included, in evaluation mode."""
+    """`kairos_tiny` with random weights, its zero-initialised output layers included, in evaluation mode.
+
+    It reads every instruction.
+    """
     from worldmodel.checkpoint import build_model, make_spec
 
     torch.manual_seed(0)
-    config = compose("experiment=kairos_tiny")
+    config = compose("experiment=kairos_tiny", "model.normaliser.known_text_only=false")
     model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics)
     for layer in [*model.denoiser.embed_out.values(), model.expert.embed_out]:
         torch.nn.init.normal_(layer.weight, std=0.2)

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 TIERS = [
     {"errors", "contracts", "config", "cluster"},
     {"geometry", "nn", "draws", "ranks", "page", "plots", "trials", "viz"},
-    {"data", "normalise"},
+    {"data"},
+    {"normalise"},
     {"encoders"},
     {"synthesis"},
     {"policy"},

@@ -64,7 +64,9 @@ def planned(config: dict[str, Any], **settings: Any) -> Count:
 def real_module(config: dict[str, Any], phase: Any = None) -> PhaseModule:
     torch.manual_seed(0)
     spec = make_spec(config["data"]["spec"])
-    model = build_model(config["model"], spec, {"embodiments": {name: {} for name in spec.embodiments}})
+    model = build_model(
+        config["model"], spec, {"instructions": [], "embodiments": {name: {} for name in spec.embodiments}}
+    )
     return PhaseModule(model=model, phase=phase or phase_of(config), seed=0)
 
 

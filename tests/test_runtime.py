@@ -278,6 +278,17 @@ def test_instruction_encoding() -> None:
     assert encode_instruction("aé", 5).tolist() == [98, 0xC3 + 1, 0xA9 + 1, 0, 0]
 
 
+@pytest.mark.parametrize(("sentences", "warned"), [(None, 0), (["stay", "go"], 0), (["go on", "stay"], 1)])
+def test_an_instruction_that_counts_as_absent_is_said_once(artefact, caplog, sentences, warned) -> None:
+    policy = OnnxPolicy(artefact)
+    policy.manifest["instruction"]["known"] = sentences
+    for step in range(3):
+        policy.observe(observation(step))
+        policy.inputs()
+    said = [record.getMessage() for record in caplog.records if "counts as absent" in record.getMessage()]
+    assert len(said) == warned and all("'go' is none of the 2" in one and "'go on'" in one for one in said)
+
+
 def test_the_folder_runs_alone_without_torch_and_without_this_repository(artefact: Path, tmp_path: Path) -> None:
     folder = tmp_path / "robot"
     shutil.copytree(artefact, folder)

@@ -66,7 +66,9 @@ def build_model(config: Mapping[str, Any], spec: ClipSpec, statistics: Mapping[s
     check_targets(config)
     # Objects of this run are handed over as they are: Hydra would turn a dataclass into a dictionary.
     partial = {"_partial_": True, "_convert_": "all"}
-    normaliser = instantiate({**config["normaliser"], **partial})(spec=spec, statistics=statistics["embodiments"])
+    normaliser = instantiate({**config["normaliser"], **partial})(
+        spec=spec, statistics=statistics["embodiments"], instructions=statistics.get("instructions")
+    )
     rest = {k: v for k, v in config.items() if k != "normaliser"}
     return instantiate({**rest, **partial})(spec=spec, normaliser=normaliser)
 

@@ -16,7 +16,7 @@ from worldmodel.contracts import ClipSpec
 from worldmodel.data.align import suggest_cameras
 from worldmodel.data.schema import Episode
 from worldmodel.data.shards import ShardReader
-from worldmodel.data.statistics import load_statistics, merge_statistics
+from worldmodel.data.statistics import load_statistics, merge_instructions, merge_statistics
 from worldmodel.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ def plan_model(config: Mapping[str, Any], readers: Sequence[ShardReader]) -> Pla
     if new:
         log.info("robots new to %s: %s", folder, ", ".join(new))
     model = resize(metadata["config"], len(spec.embodiments))
-    return Plan(model, spec, {**metadata["statistics"], "embodiments": statistics}, adapted=True)
+    merged = {"instructions": merge_instructions([metadata["statistics"], found]), "embodiments": statistics}
+    return Plan(model, spec, {**metadata["statistics"], **merged}, adapted=True)
 
 
 def inherit(training: Mapping[str, Any], init: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from worldmodel.contracts import STREAMS, Fused
 from worldmodel.errors import ConfigError
 from worldmodel.nn import repeat_rows
+from worldmodel.policy.state_policy import Measured
 from worldmodel.synthesis.flow import clean_to_velocity, expand_as
 from worldmodel.synthesis.source import Source
 from worldmodel.synthesis.state import StreamState
@@ -28,6 +29,7 @@ class Memory(NamedTuple):
     presence: dict[str, Tensor]
     embodiment: Tensor
     streams: tuple[str, ...]
+    measured: Measured | None = None  # what foresight starts from, where there is one
     source: Source | None = None  # another clip that the future follows
 
 
@@ -74,7 +76,7 @@ class Guess(nn.Module):
         clean value lies from a guess: for video that the picture stands still or, where there is a source, is the
         source's, for actions the state policy's proposal, for the other streams the newest value or the mean, which are
         zero in their units. A picture with nothing before it is guessed as the mean, zero, too. `lead` adds to the
-        guess.
+        guess: how conditions move a picture, and where foresight expects the points.
         """
         if self.predicts == "velocity":
             return answer if lead is None else answer - lead
@@ -88,7 +90,8 @@ class Guess(nn.Module):
             if name == "video" and not alone:
                 source = memory.source
                 guess = self.still_latents(memory.anchors[name]) if source is None else source.video
-                clean = clean + guess + (0.0 if lead is None else lead)
+                clean = clean + guess
+            clean = clean if lead is None else clean + lead
         return clean_to_velocity(clean, noisy, level)
 
     def loss_weight(self, name: str, level: Tensor, like: Tensor, *, alone: bool = False) -> Tensor | float:

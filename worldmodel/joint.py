@@ -18,6 +18,7 @@ from worldmodel.nn import repeat_rows
 from worldmodel.normalise import DELTA_GAIN, Normaliser
 from worldmodel.policy.action_expert import ActionBlock, ActionExpert
 from worldmodel.policy.realtime import Decided
+from worldmodel.policy.state_policy import measure
 from worldmodel.synthesis.autoencoder import VideoAutoencoder
 from worldmodel.synthesis.compositor import Compositor
 from worldmodel.synthesis.conditions import Given
@@ -110,7 +111,7 @@ class JointTransformer(Guess):
 
     @torch.no_grad()
     def fit_guess(self, observation: Observation, future: Future) -> None:
-        """Fits to sample clips what a network that predicts `clean` starts from: nothing moves.
+        """Fits to sample clips what a network that predicts `clean` starts from: nothing moves but what is foreseen.
 
         `still` maps the latent of the newest image to that of a film in which it stands still (least squares; the
         tokeniser has two codes for one image). `stream_scale` is how far futures stray from that guess (root mean
@@ -125,7 +126,9 @@ class JointTransformer(Guess):
         self.get_buffer("still").copy_(solution)
         s = self.normaliser(observation, self.grid)
         state = self.future_state(s, future, self.future_latents(observation, future))
-        state = state._replace(video=state.video - self.still_latents(last[:, None]))
+        foreseen = self.foresee(self.remember(s, self.history_latents(observation)))
+        moved = state.points if foreseen is None else state.points - foreseen
+        state = state._replace(video=state.video - self.still_latents(last[:, None]), points=moved)
         scales = [value[future.valid].square().mean().sqrt() for value in state]
         self.get_buffer("stream_scale").copy_(torch.stack(scales).clamp(min=0.02))
 
@@ -208,7 +211,19 @@ class JointTransformer(Guess):
             kept = self.denoiser.remember(tokens, video_context, before, least=self.spec.history)
         read = self.expert.read(action_context)
         rays = s.rays[:, -1:]
-        return Memory(kept, video_context, read, condition, proposal, anchors, rays, presence, s.embodiment, streams)
+        return Memory(
+            kept,
+            video_context,
+            read,
+            condition,
+            proposal,
+            anchors,
+            rays,
+            presence,
+            s.embodiment,
+            streams,
+            measured=None if self.expert.foresight is None else measure(s, seen),
+        )
 
     def remember_nothing(self, s: Senses, has_rgb: Tensor) -> Memory:
         """The memory before a first frame of video (`has_rgb` (B, V)): no frames, only what stage 1 reads of `s`."""
@@ -261,7 +276,8 @@ class JointTransformer(Guess):
         if stream is not None and state is not None and levels is not None:
             follows = memory.source is not None
             answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows, given=given)
-            lead = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
+            leads = {"points": self.foresee(memory, actions, action_level)}
+            leads["video"] = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
             velocities = {
                 name: self.to_velocity(
                     name,
@@ -269,7 +285,7 @@ class JointTransformer(Guess):
                     memory,
                     getattr(state, name),
                     levels[:, STREAMS.index(name)],
-                    lead if name == "video" else None,
+                    leads.get(name),
                 )
                 for name, answer in answers.items()
             }
@@ -277,6 +293,20 @@ class JointTransformer(Guess):
             answer = self.expert.decode(action.x, action.embedding)
             action_velocity = self.to_velocity("actions", answer, memory, actions, action_level)
         return velocities, action_velocity
+
+    def foresee(self, memory: Memory, actions: Tensor | None = None, level: Tensor | None = None) -> Tensor | None:
+        """Where foresight expects the points (B, F, K, 3), as `future_points`; None without foresight.
+
+        It is asked what follows from the `actions` (B, A, D) that are known, those of noise `level` 0, (B,) or (B, A),
+        and from the state policy's proposal in place of others.
+        """
+        foresight, now, chosen = self.expert.foresight, memory.measured, memory.proposal
+        if foresight is None or now is None or chosen is None:
+            return None
+        if actions is not None and level is not None:
+            chosen = torch.where(level.reshape(level.shape[0], -1, 1) == 0, actions, chosen)
+        points = foresight.follow(now, chosen, memory.embodiment, frames=self.spec.future, stride=self.spec.stride)
+        return torch.where(now.tracked.unsqueeze(1), self.relative(points, now.points.unsqueeze(1)), 0.0)
 
     def open_streams(self, memory: Memory, state: WorldState, levels: Tensor, given: Given | None) -> Track:
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""

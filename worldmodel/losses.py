@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from worldmodel.conditioning import draw_given, give
 from worldmodel.contracts import STREAMS, Batch, Future, Observation, Senses, WorldState
-from worldmodel.data.transforms import hide, jittered, modality_dropout, zoom
+from worldmodel.data.transforms import hide, jittered, modality_dropout, patched, zoom
 from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import intrinsics_to_fov
@@ -66,13 +66,22 @@ def tokeniser_loss(model: WorldModel, batch: Batch, kl_weight: float, generator:
 
 
 def understanding_loss(
-    model: WorldModel, batch: Batch, dropout: Mapping[str, float], generator: Draws, *, lens: float = 1.0
+    model: WorldModel,
+    batch: Batch,
+    dropout: Mapping[str, float],
+    generator: Draws,
+    *,
+    lens: float = 1.0,
+    patches: int = 0,
 ) -> dict[str, Tensor]:
     """Heads of stage 1. Those that read all senses answer only for rows whose own was hidden, so that none can copy.
 
-    Where nothing but a head of points trains that reads no other's tokens, nothing else is computed.
+    Where nothing but a head of points trains that reads no other's tokens, nothing else is computed. Where it has
+    images of its own, the camera alone says what is learned of the others: of the force on one task's object they learn
+    what misleads about the camera on another.
 
-    `lens` is how far images are zoomed (see `transforms.zoom`).
+    `lens` is how far images are zoomed (see `transforms.zoom`); `patches` of those that the camera is read from are
+    covered (see `transforms.patched`).
     """
     truth = zoom(batch.observation, lens, generator)
     observation, dropped = modality_dropout(truth, dropout, generator)
@@ -85,9 +94,9 @@ def understanding_loss(
         error = F.smooth_l1_loss(model.encoder.locate(s), where, reduction="none", beta=0.1)
         error = masked_mean(error, tracked)
         return {"loss": error, "points": error}
-    images = model.encoder.image_tokens(s.rgb)
+    images = model.encoder.image_tokens(patched(s.rgb, patches, generator))
     losses = camera_losses(model, images, truth, s)
-    fused = model.encoder(s, image_tokens=images)
+    fused = model.encoder(s, image_tokens=images.detach() if model.encoder.locates_alone else images)
     points = F.smooth_l1_loss(model.encoder.locate(s, fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
     asked = torch.ones_like(dropped["points"]) if model.encoder.locates_alone else dropped["points"]

@@ -1,12 +1,14 @@
 """Between physical units and the network's own: everything that depends on the statistics of the training data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import ClipSpec, Observation, Senses
+from worldmodel.data.align import text_ids
 from worldmodel.errors import ConfigError
 from worldmodel.geometry import make_se3, matrix_to_rotation_6d, pluecker_rays, rotation_6d_to_matrix
 
@@ -30,9 +32,21 @@ def moment_of(statistics: Mapping[str, Any], name: str, moment: str) -> Any:
 
 
 class Normaliser(nn.Module):
-    """Standardises per embodiment. Its buffers travel with checkpoints and inside exported graphs."""
+    """Standardises per embodiment. Its buffers travel with checkpoints and inside exported graphs.
 
-    def __init__(self, *, spec: ClipSpec, statistics: Mapping[str, Any], effector: tuple[int, int, int]) -> None:
+    With `known_text_only`, an instruction that is none of `instructions`, those of the training data, counts as absent:
+    to a text encoder that learned its language from them a new one says nothing, and what it makes of it misleads.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: ClipSpec,
+        statistics: Mapping[str, Any],
+        effector: tuple[int, int, int],
+        known_text_only: bool = False,
+        instructions: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         missing = [name for name in spec.embodiments if name not in statistics]
         if missing:
@@ -47,6 +61,14 @@ class Normaliser(nn.Module):
                 self.register_buffer(f"{name}_{moment}", torch.stack(rows))
         taxels = [padded(moment_of(statistics[e], "taxels", "std"), spec.taxels[0], 1.0) for e in spec.embodiments]
         self.register_buffer("taxels_std", torch.stack(taxels))
+        if known_text_only and instructions is None:
+            raise ConfigError(
+                "model.normaliser.known_text_only: the statistics do not say which instructions the data have; compute "
+                "them again: python -m worldmodel.data stats ROOT"
+            )
+        known = np.stack([np.full(spec.text, -1), *(text_ids(one, spec.text) for one in instructions or ())])
+        self.known_text: Tensor | None
+        self.register_buffer("known_text", torch.from_numpy(known) if known_text_only else None, persistent=False)
 
     def moments(self, name: str, embodiment: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of `name` for each row, shaped (B, 1, ..., size) to broadcast with `like`."""
@@ -88,6 +110,12 @@ class Normaliser(nn.Module):
         """Pluecker rays (B, T, V, 6, rows, columns) through the cells of a grid over images of each camera."""
         return pluecker_rays(intrinsics, camera_to_base, *self.size, *grid).movedim(-1, -3)
 
+    def knows(self, text: Tensor) -> Tensor:
+        """Which rows of text (B, L) are instructions of the training data; all, unless only these are to be read."""
+        if self.known_text is None:
+            return torch.ones_like(text[:, 0], dtype=torch.bool)
+        return (text.unsqueeze(1) == self.known_text).all(-1).any(-1)
+
     def forward(self, o: Observation, grid: tuple[int, int]) -> Senses:
         """Observation in physical units -> what the stages read; `grid` is the size of a latent frame."""
         e = o.embodiment
@@ -111,5 +139,5 @@ class Normaliser(nn.Module):
             has_wrench=o.has_wrench,
             has_taxels=o.has_taxels,
             has_proprio=o.has_proprio,
-            has_text=o.has_text,
+            has_text=o.has_text & self.knows(o.text),
         )

@@ -82,7 +82,8 @@ class Phase:
     actions - and `absent` that at which cameras and points that are not given are left out instead of predicted;
     guidance needs both. A network without conditions learns without. `decided` is the rate at which a chunk of modes
     `policy` and `proposal` continues actions that are known, for real-time chunking, and `jitter` the noise on what
-    these modes measure of the robot (see `transforms.jittered`). An `edit` phase learns from pairs of clips:
+    these modes measure of the robot (see `transforms.jittered`). `lens` and `patches` change the pictures of an
+    `understanding` phase (see `losses.understanding_loss`). An `edit` phase learns from pairs of clips:
     `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
     teacher about the modes of its mixture.
 
@@ -108,6 +109,7 @@ class Phase:
     insulate: bool = True
     huber: float | None = None
     lens: float = 1.0
+    patches: int = 0
     chunks: int = 1
     gradients: str = "truncated"
     given: Mapping[str, float] = field(default_factory=dict)
@@ -146,6 +148,8 @@ class Phase:
             raise ConfigError(f"phase {self.name!r}: jitter is a standard deviation, 0 or more, not {self.jitter}")
         if self.lens < 1:
             raise ConfigError(f"phase {self.name!r}: lens is the largest magnification, 1 or more, not {self.lens}")
+        if self.patches < 0:
+            raise ConfigError(f"phase {self.name!r}: patches is a number of rectangles, 0 or more, not {self.patches}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"phase {self.name!r}: objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if unknown := [part for part in self.trains if part.partition(".")[0] not in PARTS]:

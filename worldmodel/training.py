@@ -152,7 +152,7 @@ class PhaseModule(L.LightningModule):
         if phase.objective == "tokeniser":
             return tokeniser_loss(self.model, batch, phase.kl_weight, draws)
         if phase.objective == "understanding":
-            return understanding_loss(self.model, batch, phase.dropout, draws, lens=phase.lens)
+            return understanding_loss(self.model, batch, phase.dropout, draws, lens=phase.lens, patches=phase.patches)
         if phase.objective == "motion":
             return motion_loss(self.model, batch, phase.dropout, draws)
         if phase.objective == "composite":
@@ -168,7 +168,7 @@ class PhaseModule(L.LightningModule):
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
-        understanding = partial(understanding_loss, lens=phase.lens)
+        understanding = partial(understanding_loss, lens=phase.lens, patches=phase.patches)
         proposal = partial(proposal_loss, drop=pick.drop, decided=phase.decided, jitter=phase.jitter)
         alone = {"understanding": understanding, "proposal": proposal}.get(pick.mode)
         if alone is not None:

@@ -1,6 +1,7 @@
 """What a policy has observed of an episode, and the inputs that a graph reads of it."""
 
 import difflib
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 from .manifest import SENSES, RuntimeContractError, load_manifest
 from .observation import checked, encode_instruction, known, observation_shapes
 
+log = logging.getLogger(__name__)
 COMMANDS = ("noise", "previous", "has_previous", "decided", "is_decided")
 """Inputs of a graph that are no observation."""
 
@@ -51,6 +53,7 @@ class Observed:
         self.action_names: list[str] = list(self.robot["action_names"])
         self._shapes = observation_shapes(spec, self.robot["proprio_dims"])
         self._instruction = instruction
+        self._unknown: set[str] = set()
         self._allowed = known(allow_missing, [*self.cameras, *SENSES], "allow_missing")
         chosen = known(mask, [*SENSES, "touch"], "mask")
         self._masked = (chosen - {"touch"}) | ({"wrench", "taxels"} if "touch" in chosen else set())
@@ -165,10 +168,27 @@ class Observed:
             feed["has_proprio"][...] = True
         if self._text is not None and "text" not in self._masked:
             feed["text"][0] = encode_instruction(self._text, self._text_length)
+            self._warn_of_unknown(self._text)
             feed["has_text"][...] = True
         elif needed and "text" not in self._optional:
             raise RuntimeContractError("instruction: missing; give it to OnnxPolicy(instruction=...) or to observe")
         return feed
+
+    def _warn_of_unknown(self, instruction: str) -> None:
+        """Says once of an instruction that the graph takes for absent, as nothing like it was trained on."""
+        sentences = self.manifest["instruction"].get("known")
+        if sentences is None or instruction in sentences or instruction in self._unknown:
+            return
+        self._unknown.add(instruction)
+        close = difflib.get_close_matches(instruction, sentences, n=1, cutoff=0.0)
+        log.warning(
+            "%s: instruction %r is none of the %d trained on and counts as absent; the policy acts on what it senses. "
+            "The closest is %r.",
+            self.folder,
+            instruction,
+            len(sentences),
+            close[0] if close else None,
+        )
 
     def _flags(self, key: str, frames: list[int], count: int) -> np.ndarray:
         """(count,) bool: which points or sensors are there, all of them unless the observations say otherwise."""

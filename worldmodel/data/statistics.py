@@ -1,8 +1,8 @@
-"""Per-embodiment statistics of every numeric field, from the train split only, and their hash."""
+"""Per-embodiment statistics of every numeric field and all instructions, from the train split only, and their hash."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ def compute_statistics(reader: ShardReader) -> dict[str, Any]:
         DataError: there is no train episode.
     """
     columns: dict[str, dict[str, list[np.ndarray]]] = {}
+    instructions = set[str]()
     for i, entry in enumerate(reader.entries):
         if entry.split == "train":
             fields = columns.setdefault(entry.embodiment, {})
-            for name, value in _columns(reader.read(i, images=False)).items():
+            episode = reader.read(i, images=False)
+            instructions |= {episode.meta["instruction"]} - {""}
+            for name, value in _columns(episode).items():
                 fields.setdefault(name, []).append(value)
     if not columns:
         raise DataError(
@@ -43,7 +46,12 @@ def compute_statistics(reader: ShardReader) -> dict[str, Any]:
         embodiment: {name: _measure(values, embodiment, name) for name, values in fields.items()}
         for embodiment, fields in columns.items()
     }
-    return {"schema_version": SCHEMA_VERSION, "split": "train", "embodiments": embodiments}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "split": "train",
+        "instructions": sorted(instructions),
+        "embodiments": embodiments,
+    }
 
 
 def _columns(episode: Episode) -> dict[str, np.ndarray]:
@@ -108,7 +116,8 @@ def load_statistics(root: str | Path) -> dict[str, Any]:
     """The statistics beside the shards in `root`.
 
     Raises:
-        DataError: missing, of another schema version, incomplete (older ones have no `floor`), or not finite numbers.
+        DataError: missing, of another schema version, incomplete (older ones have no `floor` or no `instructions`), or
+            not finite numbers.
     """
     path = Path(root) / STATISTICS
     again = f"compute it again: python -m worldmodel.data stats {root}"
@@ -116,7 +125,9 @@ def load_statistics(root: str | Path) -> dict[str, Any]:
     version = statistics.get("schema_version")
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; {again}")
-    embodiments = statistics.get("embodiments")
+    instructions, embodiments = statistics.get("instructions"), statistics.get("embodiments")
+    if not isinstance(instructions, list) or not all(isinstance(one, str) for one in instructions):
+        raise DataError(f"{path}: instructions must be a list of texts; {again}")
     if not isinstance(embodiments, dict) or not all(isinstance(fields, dict) for fields in embodiments.values()):
         raise DataError(f"{path}: embodiments must be an object of objects; {again}")
     for embodiment, fields in embodiments.items():
@@ -144,7 +155,7 @@ def _measures_fault(measures: Any) -> str | None:
 def merge_statistics(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Statistics of all of several datasets from those of each; those of one come back unchanged.
 
-    Where datasets share an embodiment, mean, std, min and max are those of the union (std after flooring), and q01 and
+    Instructions are those of any. Where datasets share an embodiment, mean, std, min and max are those of the union (std after flooring), and q01 and
     q99 the widest of any dataset, which are bounds.
 
     Raises:
@@ -162,7 +173,13 @@ def merge_statistics(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
         embodiment: {name: _merge(measures, embodiment, name) for name, measures in fields.items()}
         for embodiment, fields in groups.items()
     }
-    return {**several[0], "embodiments": embodiments}
+    return {**several[0], "instructions": merge_instructions(several), "embodiments": embodiments}
+
+
+def merge_instructions(several: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Those of any of several statistics; None if one of them, from an older checkpoint, does not say."""
+    lists = [statistics.get("instructions") for statistics in several]
+    return None if None in lists else sorted({one for instructions in lists for one in instructions or ()})
 
 
 def _merge(several: list[dict[str, Any]], embodiment: str, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Changes to a batch of observations: hiding senses, and what a camera would see through another lens."""
+"""Changes to a batch of observations: hiding senses or parts of pictures, and what another lens would see."""
 
 from collections.abc import Mapping, Sequence
 
@@ -87,6 +87,30 @@ def zoom(observation: Observation, most: float, generator: Draws) -> Observation
         rgb=torch.cat([observation.rgb[:, :-1], seen.unflatten(0, (b, 1, v))], 1),
         intrinsics=torch.cat([observation.intrinsics[:, :-1], (lens * gain).unsqueeze(1)], 1),
     )
+
+
+def patched(rgb: Tensor, count: int, generator: Draws) -> Tensor:
+    """Images (B, V, 3, h, w) of half the rows with `count` rectangles of each covered by another part of the same.
+
+    Random erasing (Zhong et al. 2020) that fills with what pictures look like: what an image says as a whole, such as
+    where it was taken from, must then be read in more than one place. 0 changes nothing.
+    """
+    if count == 0:
+        return rgb
+    b, v, _, h, w = rgb.shape
+    images = rgb.flatten(0, 1).movedim(1, -1)
+    size, row = torch.tensor([h, w]), torch.arange(b * v)[:, None, None]
+    y = (torch.arange(h) + generator.randint(h, b, v, 1)) % h
+    x = (torch.arange(w) + generator.randint(w, b, v, 1)) % w
+    filling = images[row, y.flatten(0, 1)[:, :, None], x.flatten(0, 1)[:, None]].movedim(-1, 1).unflatten(0, (b, v))
+    half = (1 / 16 + generator.rand(b, v, count, 2) * 7 / 16) * size / 2
+    middle = generator.rand(b, v, count, 2) * size
+    tall, wide = (
+        (torch.arange(side) + 0.5 - middle[..., i : i + 1]).abs() < half[..., i : i + 1]
+        for i, side in enumerate((h, w))
+    )
+    covered = (tall[..., :, None] & wide[..., None, :]).any(2) & (generator.rand(b, 1, 1, 1) < 0.5)
+    return torch.where(covered.unsqueeze(2).to(rgb.device), filling, rgb)
 
 
 def jittered(s: Senses, spread: float, effector: Sequence[int], generator: Draws) -> Senses:

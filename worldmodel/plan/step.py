@@ -63,7 +63,11 @@ def meta_module(config: Mapping[str, Any], phase: Phase, spec: ClipSpec) -> Phas
 def meta_model(config: Mapping[str, Any], spec: ClipSpec) -> WorldModel:
     """The model on the meta device."""
     with torch.device("meta"):
-        return build_model(weightless(config["model"]), spec, {"embodiments": {name: {} for name in spec.embodiments}})
+        return build_model(
+            weightless(config["model"]),
+            spec,
+            {"instructions": [], "embodiments": {name: {} for name in spec.embodiments}},
+        )
 
 
 def weightless(config: Any) -> Any:

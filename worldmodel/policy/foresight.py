@@ -65,6 +65,19 @@ class Foresight(nn.Module):
             )
         return now._replace(proprio=now.proprio.detach(), effector=now.effector.detach(), points=now.points.detach())
 
+    def follow(self, now: Measured, actions: Tensor, embodiment: Tensor, *, frames: int, stride: int) -> Tensor:
+        """Points (B, frames, K, 3) after every `stride` normalised actions (B, A, D); after the last nothing moves.
+
+        Beyond half a chunk, too: what it says there is not acted on. Only its own error teaches foresight.
+        """
+        found = []
+        for step in range(frames * stride):
+            if step < actions.shape[1]:
+                now = self(now, actions[:, step], embodiment)
+            if (step + 1) % stride == 0:
+                found.append(now.points)
+        return torch.stack(found, 1).detach()
+
 
 class Change(nn.Module):
     """Residual layers whose answer is nothing at first, (B, size) -> (B, out)."""
