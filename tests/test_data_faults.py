@@ -202,6 +202,7 @@ def test_statistics_use_the_train_split_only_and_floor_still_dimensions(tiny_dat
     reader, statistics = ShardReader(tiny_dataset), load_statistics(tiny_dataset)
     train = [reader.read(i, images=False) for i, entry in enumerate(reader.entries) if entry.split == "train"]
     action = np.concatenate([episode.action for episode in train if episode.action is not None])
+    assert statistics["instructions"] == sorted({episode.meta["instruction"] for episode in train})
     measured = field_statistics(statistics, "sawyer", "action")
     np.testing.assert_allclose(measured["mean"], action.mean(0), atol=1e-6)
     assert measured["count"] == len(action) and (measured["std"] >= 1e-3).all()

@@ -99,13 +99,16 @@ def test_an_index_that_would_mislead(tmp_path: Path, where: list[str | int], val
 def test_statistics_say_what_to_run(tmp_path: Path) -> None:
     root = sample(tmp_path / "data")
     stored: Any = write_statistics(root)
+    of = lambda statistics: statistics["embodiments"]["toy"]["action"]  # noqa: E731
     for change, words in (
-        (lambda field: field.pop("floor"), r"toy\.action: missing \['floor'\]"),
-        (lambda field: field.update(std=["a"]), "not numbers"),
-        (lambda field: field.update(mean=[float("nan")] * 4), "must be finite and of one shape"),
+        (lambda stats: stats.pop("instructions"), "instructions must be a list of texts"),
+        (lambda stats: stats.update(instructions=[1]), "instructions must be a list of texts"),
+        (lambda stats: of(stats).pop("floor"), r"toy\.action: missing \['floor'\]"),
+        (lambda stats: of(stats).update(std=["a"]), "not numbers"),
+        (lambda stats: of(stats).update(mean=[float("nan")] * 4), "must be finite and of one shape"),
     ):
         spoilt = json.loads(json.dumps(stored))
-        change(spoilt["embodiments"]["toy"]["action"])
+        change(spoilt)
         (root / "stats.json").write_text(json.dumps(spoilt))
         with pytest.raises(DataError, match=rf"{words}.*python -m worldmodel\.data stats {root}"):
             load_statistics(root)

@@ -156,6 +156,9 @@ def test_statistics_of_several_datasets_are_those_of_the_union(tmp_path: Path) -
     one = made_up_dataset(tmp_path / "one", {("robot_a", "lift"): 2, ("robot_b", "lift"): 1})
     two = made_up_dataset(tmp_path / "two", {("human", "lift"): 1, ("robot_a", "push"): 3}, length=9)
     parts = [load_statistics(root) for root in (one, two)]
+    assert merge_statistics([{**parts[0], "instructions": ["b", "a"]}, {**parts[1], "instructions": ["c", "a"]}])[
+        "instructions"
+    ] == ["a", "b", "c"]
     merged = merge_statistics(parts)["embodiments"]
     assert set(merged) == {"robot_a", "robot_b", "human"} and merge_statistics(parts[:1]) is parts[0]
     readers = [ShardReader(root) for root in (one, two)]

@@ -123,6 +123,41 @@ def test_foresight_is_taught_by_what_happened_and_not_by_actions(model):
     assert model.expert.state.out.weight.grad.any()
 
 
+@pytest.mark.parametrize("mode", ["video_prediction", "joint", "forward_dynamics"])
+def test_points_go_where_foresight_expects_them_but_for_what_the_streams_correct(model, mode):
+    """A network that answers nothing says what the proposal, or the actions that are given, will do."""
+    torch.nn.init.normal_(model.expert.state.out.weight, std=0.1, generator=generator(7))
+    o, future = observation_of(model.spec), future_of(model.spec)
+    o = o._replace(has_points=o.has_points & (torch.arange(model.spec.points) > 0))
+    s = model.normaliser(o, model.grid)
+    with torch.no_grad():
+        chosen = model.remember(s, None).proposal
+        if mode == "forward_dynamics":
+            chosen = model.normaliser.standardise("action", future.actions, s.embodiment)
+        steps = {"frames": model.spec.future, "stride": model.spec.stride}
+        expected = model.expert.foresight.follow(measure(s), chosen, s.embodiment, **steps)
+        before = model.predict(o, future, mode, generator=generator()).points
+        for part in model.denoiser.embed_out["points"].parameters():
+            part.zero_()
+        found = model.predict(o, future, mode, generator=generator()).points
+    expected = model.normaliser.restore("points", expected, s.embodiment)
+    torch.testing.assert_close(found[:, :, 1:], expected[:, :, 1:])
+    assert (expected[:, :, 1:] - o.points[:, -1:, 1:]).abs().max() > 1e-2
+    torch.testing.assert_close(found[:, :, 0], o.points[:, -1:, 0].expand(-1, model.spec.future, -1))
+    assert not torch.allclose(before[:, :, 1:], found[:, :, 1:])
+
+
+def test_streams_do_not_teach_foresight_and_noisy_actions_do_not_move_it(model):
+    s = model.normaliser(observation_of(model.spec), model.grid)
+    memory, actions = model.remember(s, None), chunk(model)
+    foreseen = model.foresee(memory)
+    assert foreseen is not None and not foreseen.requires_grad
+    assert torch.equal(model.foresee(memory, actions, torch.full((2,), 0.5)), foreseen)
+    told = model.foresee(memory, actions, torch.tensor([0.0, 0.5]))
+    assert torch.equal(told[1], foreseen[1]) and not torch.allclose(told[0], foreseen[0])
+    assert model.foresee(memory._replace(measured=None)) is None
+
+
 def test_jitter_leaves_the_hand_where_it_is(tiny_model):
     s = tiny_model.normaliser(observation_of(tiny_model.spec), tiny_model.grid)
     noisy = jittered(s, 0.3, tiny_model.normaliser.effector, draws())

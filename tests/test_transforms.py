@@ -87,5 +87,5 @@ def test_an_instruction_that_was_not_trained_on_counts_as_absent(statistics, kno
 
 
 def test_without_a_list_of_instructions_none_can_be_known(statistics):
-    with pytest.raises(ConfigError, match="python -m worldmodel.data stats"):
+    with pytest.raises(ConfigError, match="compute them again"):
         reader({"embodiments": statistics["embodiments"]}, True)
