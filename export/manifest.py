@@ -15,6 +15,7 @@ from export.runtime import MANIFEST_SCHEMA, SENSES
 from export.runtime.latency import latency_contract
 from export.tensors import TensorSpec
 from export.wrappers import ActionModel, ActionPath, Path
+from worldmodel.checkpoint import instructions_read
 from worldmodel.errors import ExportError
 
 FROZEN_AFTER = 5
@@ -96,7 +97,7 @@ def build_manifest(
             "encoding": "UTF-8 byte + 1, padded with 0",
             "length": spec.text,
             # Others count as absent; null: all are read.
-            "known": None if model.normaliser.known_text is None else model.metadata["statistics"]["instructions"],
+            "known": instructions_read(model.metadata),
         },
         "flow_steps": model.action_steps,
         "statistics": model.statistics,

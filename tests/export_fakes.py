@@ -42,7 +42,6 @@ class FakeModel(nn.Module):
         self.read = nn.Linear(width, actions)
         self.velocity = nn.Linear(actions, actions)
         self.small = nn.Linear(spec.proprio + 3 * spec.points, actions)
-        self.normaliser = SimpleNamespace(known_text=None)
         self.encoder, self.expert = SimpleNamespace(frames=0), SimpleNamespace(state=self.small)
 
     def act(self, observation: Observation, noise: Tensor, decided: Decided | None = None) -> Tensor:

@@ -15,11 +15,12 @@ from worldmodel.data.clip import collate
 from worldmodel.data.dataset import ClipDataset
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import DataError
-from worldmodel.evaluation import evaluate_offline
+from worldmodel.evaluation import evaluate_offline, unread
 from worldmodel.evaluation_given import another_motion
 from worldmodel.figures import FIGURES, text_table
 from worldmodel.geometry import compose_se3, intrinsics_to_fov, invert_se3
 from worldmodel.holdout import check_unseen, choose_clips, training_means
+from worldmodel.report import absent_instructions
 
 torch.set_num_threads(1)
 
@@ -199,6 +200,19 @@ def test_trained_episodes_and_tasks_are_refused(model: Copycat, reader: ShardRea
         check_unseen({}, reader, "heldout_tasks")
     with pytest.raises(DataError, match="no episode of split 'test'"):
         check_unseen(model.metadata, reader, "test")
+
+
+def test_instructions_that_the_model_does_not_read_are_counted(
+    reader: ShardReader, model: Copycat, result: dict
+) -> None:
+    clips = choose_clips(ClipDataset(reader, model.spec, split="heldout_tasks"), 1, 4, 0)
+    said = sorted({clip.instruction for clip in clips})
+    metadata = {"config": {"normaliser": {"known_text_only": True}}, "statistics": {"instructions": ["Go.", said[0]]}}
+    assert (
+        unread(metadata, clips) == said[1:] and unread({**metadata, "statistics": {"instructions": []}}, clips) == said
+    )
+    assert result["unread"] == [] and not absent_instructions(result)
+    assert "1 of its instructions" in absent_instructions({**result, "unread": ["Go."]})
 
 
 def test_a_training_start_under_another_name_is_refused(model: Copycat, tiny_dataset: Path) -> None:

@@ -87,6 +87,12 @@ def describe(
     }
 
 
+def instructions_read(metadata: Mapping[str, Any]) -> list[str] | None:
+    """The only instructions that a model reads, by its description; None if it reads any (see `Normaliser`)."""
+    only_known = metadata.get("config", {}).get("normaliser", {}).get("known_text_only", False)
+    return metadata["statistics"]["instructions"] if only_known else None
+
+
 def save_model(model: WorldModel, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
     """Writes weights and description, each by rename, the weights last: where they are, the checkpoint is whole."""
     folder = Path(folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from worldmodel import metrics
+from worldmodel.checkpoint import instructions_read
 from worldmodel.conditioning import Flags
 from worldmodel.contracts import Batch, ClipSpec, Future, Observation, Prediction, Understanding
 from worldmodel.data.clip import collate
@@ -96,6 +97,7 @@ def evaluate_offline(
         "split": split,
         "spec": model.spec,
         **counted(found.clips),
+        "unread": unread(model.metadata, found.clips),
         "settings": {**settings, "seed": seed, "sampler_steps": sampler_steps},
         "seconds": round(time.perf_counter() - started, 1),
         **summarise(found.rows, found.clips, seed),
@@ -120,6 +122,12 @@ def counted(clips: list[Clip]) -> dict:
         "episodes": len({clip.episode for clip in clips}),
         "tasks": sorted({clip.task for clip in clips}),
     }
+
+
+def unread(metadata: dict, clips: list[Clip]) -> list[str]:
+    """Instructions that count as absent, since the model was not trained on them (`Normaliser`)."""
+    known = instructions_read(metadata)
+    return [] if known is None else sorted({clip.instruction for clip in clips} - set(known))
 
 
 def measure(

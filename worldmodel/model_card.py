@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from worldmodel.plots import number
-from worldmodel.report import SPLIT_NAMES
+from worldmodel.report import SPLIT_NAMES, absent_instructions
 from worldmodel.report_closed_loop import chunks, horizon
 from worldmodel.trials import row_name
 
@@ -54,7 +54,8 @@ def _protocol(report: Mapping[str, Any]) -> Iterable[str]:
         yield f"departs from it: {_pairs(protocol['departures'])}"
     for result in report["offline"]:
         counts = f"{result['clips']} clips of {result['episodes']} episodes, {len(result['tasks'])} tasks"
-        yield f"{SPLIT_NAMES[result['split']].lower()}: {counts}, seed {result['settings']['seed']}"
+        end = f"seed {result['settings']['seed']}{absent_instructions(result)}"
+        yield f"{SPLIT_NAMES[result['split']].lower()}: {counts}, {end}"
     for result in report["closed_loop"][:1]:
         most = max(task["trials"] for task in result["tasks"])
         yield (

@@ -223,13 +223,19 @@ def _task_cell(values: dict, figure: dict) -> str:
     return f'<td class="n"><span{mark}>{number(ours)}</span><span class="versus">{number(best)}</span></td>'
 
 
+def absent_instructions(result: dict) -> str:
+    """How many instructions of a split the model did not read, to append to what is said of its clips."""
+    count = len(result.get("unread", ()))
+    return f"; {count} of its instructions were not trained on and count as absent" if count else ""
+
+
 def _protocol(offline: list[dict], stamp: dict) -> str:
     entries = []
     for result in offline:
         settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["settings"].items())
         text = (
             f"{result['clips']} clips of {result['episodes']} episodes, {len(result['tasks'])} tasks; {settings}; "
-            f"{result['seconds']:g} s"
+            f"{result['seconds']:g} s{absent_instructions(result)}"
         )
         entries.append((SPLIT_NAMES[result["split"]], text))
     config = stamp.get("config")

@@ -155,8 +155,8 @@ def _measures_fault(measures: Any) -> str | None:
 def merge_statistics(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Statistics of all of several datasets from those of each; those of one come back unchanged.
 
-    Instructions are those of any. Where datasets share an embodiment, mean, std, min and max are those of the union (std
-    after flooring), and q01 and q99 the widest of any dataset, which are bounds.
+    Instructions are those of any. Where datasets share an embodiment, mean, std, min and max are those of the union
+    (std after flooring), and q01 and q99 the widest of any dataset, which are bounds.
 
     Raises:
         DataError: a shared field has several shapes.
