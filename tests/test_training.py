@@ -27,7 +27,7 @@ from worldmodel.run_folder import claim, differences
 from worldmodel.training import PhaseModule
 
 ROOT = Path(__file__).parent.parent
-PHASES = ("tokeniser", "understanding", "locate", "compositor", "synthesis", "behaviour", "policy")
+PHASES = ("tokeniser", "understanding", "locate", "compositor", "behaviour", "synthesis", "policy")
 
 
 def short(dataset: Path, run: Path, *more: str) -> list[str]:
@@ -87,11 +87,14 @@ def test_phases_train_what_they_name_and_nothing_else(trained):
     assert not moved(after["understanding"], after["locate"], "encoder.camera_head")
     assert moved(after["locate"], after["compositor"], "compositor")
     assert not moved(after["tokeniser"], after["compositor"], "denoiser")
-    assert moved(after["compositor"], after["synthesis"], "denoiser")
     assert not moved(after["compositor"], after["policy"], "compositor")
-    assert not moved(after["synthesis"], after["behaviour"], "denoiser")
-    assert moved(after["synthesis"], after["behaviour"], "expert.state")
-    assert moved(after["behaviour"], after["policy"], "expert")
+    assert not moved(after["compositor"], after["behaviour"], "denoiser")
+    assert moved(after["compositor"], after["behaviour"], "expert.state")
+    assert moved(after["behaviour"], after["synthesis"], "denoiser")
+    assert moved(after["behaviour"], after["synthesis"], "expert.blocks")
+    assert not moved(after["behaviour"], after["synthesis"], "expert.state")
+    assert not moved(after["behaviour"], after["synthesis"], "expert.foresight")
+    assert moved(after["synthesis"], after["policy"], "expert")
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_second_call_does_nothing(trained, tiny_dataset, tmp_path):

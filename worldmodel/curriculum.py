@@ -97,9 +97,9 @@ def train(config: Mapping[str, Any]) -> Path:
             if rank() == 0:
                 forget(folder)
             model.load_state_dict(load_model(folder).state_dict())
-            fresh &= "expert" not in phase.trains
+            fresh &= not phase.trains_actions
             continue
-        if fresh and "expert" in phase.trains:
+        if fresh and phase.trains_actions:
             if way == "interpolate":
                 begin_from(model.expert, model.denoiser)
             fresh = False

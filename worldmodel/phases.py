@@ -227,6 +227,11 @@ class Phase:
         """Whether it has a mode that needs a clip, not only a picture or a state."""
         return any(ingredient.mode in MODES for ingredient in self.mixture)
 
+    @property
+    def trains_actions(self) -> bool:
+        """Whether it trains the action transformer: its state policy alone needs no clip."""
+        return self.foretells and any(word.partition(".")[0] == "expert" for word in self.trains)
+
     def needs(
         self,
         seed: int,
