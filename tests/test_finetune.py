@@ -186,7 +186,9 @@ def test_recipes_compose_build_and_train_what_they_say(recipe, init, new_task, t
     metadata = load_model(folder).metadata
     assert {e.key for e in reader.entries if e.split == "train"} < set(metadata["training"]["episodes"])
     assert len(metadata["training"]["episodes"]) == 4 + 2
-    assert metadata["statistics"] == json.loads((init / "model.json").read_text())["statistics"]
+    before, new = json.loads((init / "model.json").read_text())["statistics"], load_statistics(new_task)
+    said = sorted({*before["instructions"], *new["instructions"]})
+    assert metadata["statistics"] == {**before, "instructions": said} and len(said) == 3
 
 
 def test_eyes_learn_the_new_task_before_the_hand(init, new_task, tmp_path):

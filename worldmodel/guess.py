@@ -29,7 +29,7 @@ class Memory(NamedTuple):
     presence: dict[str, Tensor]
     embodiment: Tensor
     streams: tuple[str, ...]
-    measured: Measured | None = None  # what foresight starts from, where there is one
+    measured: Measured | None = None  # what foresight starts from, where it leads a stream
     source: Source | None = None  # another clip that the future follows
 
 

@@ -222,7 +222,7 @@ class JointTransformer(Guess):
             presence,
             s.embodiment,
             streams,
-            measured=None if self.expert.foresight is None else measure(s, seen),
+            measured=measure(s, seen) if self.expert.foresight is not None and self.expert.foresight.leads else None,
         )
 
     def remember_nothing(self, s: Senses, has_rgb: Tensor) -> Memory:
@@ -295,7 +295,7 @@ class JointTransformer(Guess):
         return velocities, action_velocity
 
     def foresee(self, memory: Memory, actions: Tensor | None = None, level: Tensor | None = None) -> Tensor | None:
-        """Where foresight expects the points (B, F, K, 3), as `future_points`; None without foresight.
+        """Where foresight expects the points (B, F, K, 3), as `future_points`; None if it leads no stream.
 
         It is asked what follows from the `actions` (B, A, D) that are known, those of noise `level` 0, (B,) or (B, A),
         and from the state policy's proposal in place of others.

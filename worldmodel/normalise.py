@@ -66,9 +66,11 @@ class Normaliser(nn.Module):
                 "model.normaliser.known_text_only: the statistics do not say which instructions the data have; compute "
                 "them again: python -m worldmodel.data stats ROOT"
             )
-        known = np.stack([np.full(spec.text, -1), *(text_ids(one, spec.text) for one in instructions or ())])
+        # Its first row is no text, so that there may be no other.
+        sentences = (text_ids(one, spec.text) for one in instructions or ())
+        known = torch.from_numpy(np.stack([np.full(spec.text, -1), *sentences])) if known_text_only else None
         self.known_text: Tensor | None
-        self.register_buffer("known_text", torch.from_numpy(known) if known_text_only else None, persistent=False)
+        self.register_buffer("known_text", known, persistent=False)
 
     def moments(self, name: str, embodiment: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of `name` for each row, shaped (B, 1, ..., size) to broadcast with `like`."""

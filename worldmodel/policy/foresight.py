@@ -24,12 +24,24 @@ class Foresight(nn.Module):
     instruction is not read. The robot's own change is foreseen from its own state and action alone; where things are
     only slows or speeds it (a grasp stops the fingers, a door the hand). And every point moves in proportion to the end
     effector, so that what moves by itself is foreseen to stay.
+
+    With `leads`, stage 2 says how points will move as a correction of what is foreseen here.
     """
 
     def __init__(
-        self, *, proprio: int, points: int, action: int, embodiments: int, hidden: int, blocks: int, chunk: int
+        self,
+        *,
+        proprio: int,
+        points: int,
+        action: int,
+        embodiments: int,
+        hidden: int,
+        blocks: int,
+        chunk: int,
+        leads: bool = False,
     ) -> None:
         super().__init__()
+        self.leads = leads
         self.reach = chunk // 2
         self.embodiment = nn.Embedding(embodiments, hidden)
         self.robot = Change(proprio + 3 + action + hidden, proprio + 3, hidden=hidden, blocks=blocks)
