@@ -51,16 +51,16 @@ def test_patches_cover_part_of_half_the_pictures_with_their_own_pixels():
     assert patched(images, 0, draws(b)) is images
 
 
-def test_pictures_learn_the_camera_from_the_camera_alone(tiny_model):
+def test_pictures_learn_from_the_camera_alone_where_they_are_told_to(tiny_model):
     model = copy.deepcopy(tiny_model).train()
     frames = torch.zeros(4, model.spec.history, dtype=torch.long)
     batch = Batch(observation_of(model.spec, 4), future_of(model.spec, 4), frames, list("abcd"))
     rates = {"points": 1.0, "touch": 1.0}
-    understanding_loss(model, batch, rates, draws(4))["force"].backward()
-    assert all(p.grad is None for p in model.encoder.image.parameters())
-    assert any(p.grad is not None and p.grad.any() for p in model.encoder.proprio.parameters())
-    understanding_loss(model, batch, rates, draws(4))["camera"].backward()
-    assert any(p.grad is not None and p.grad.any() for p in model.encoder.image.parameters())
+    taught = lambda part: any(p.grad is not None and p.grad.any() for p in part.parameters())  # noqa: E731
+    for name, fused_teaches, images in (("force", False, False), ("camera", False, True), ("force", True, True)):
+        model.zero_grad()
+        understanding_loss(model, batch, rates, draws(4), fused_teaches=fused_teaches)[name].backward()
+        assert taught(model.encoder.image) == images and taught(model.encoder.proprio) == (name == "force")
 
 
 def reader(statistics: dict[str, Any], known_only: bool) -> tuple[Any, Observation]:

@@ -73,15 +73,16 @@ def understanding_loss(
     *,
     lens: float = 1.0,
     patches: int = 0,
+    fused_teaches: bool = True,
 ) -> dict[str, Tensor]:
     """Heads of stage 1. Those that read all senses answer only for rows whose own was hidden, so that none can copy.
 
-    Where nothing but a head of points trains that reads no other's tokens, nothing else is computed. Where it has
-    images of its own, the camera alone says what is learned of the others: of the force on one task's object they learn
-    what misleads about the camera on another.
+    Where nothing but a head of points trains that reads no other's tokens, nothing else is computed.
 
     `lens` is how far images are zoomed (see `transforms.zoom`); `patches` of those that the camera is read from are
-    covered (see `transforms.patched`).
+    covered (see `transforms.patched`). Without `fused_teaches` the camera alone teaches the image encoder, and not what
+    is read of the fused tokens: from the force on one task's object images learn what misleads about the camera on
+    another.
     """
     truth = zoom(batch.observation, lens, generator)
     observation, dropped = modality_dropout(truth, dropout, generator)
@@ -96,7 +97,7 @@ def understanding_loss(
         return {"loss": error, "points": error}
     images = model.encoder.image_tokens(patched(s.rgb, patches, generator))
     losses = camera_losses(model, images, truth, s)
-    fused = model.encoder(s, image_tokens=images.detach() if model.encoder.locates_alone else images)
+    fused = model.encoder(s, image_tokens=images if fused_teaches else images.detach())
     points = F.smooth_l1_loss(model.encoder.locate(s, fused), where, reduction="none", beta=0.1)
     force = F.smooth_l1_loss(model.encoder.force_head(fused), s.force.mean(2)[:, -1], reduction="none", beta=0.5)
     asked = torch.ones_like(dropped["points"]) if model.encoder.locates_alone else dropped["points"]

@@ -83,7 +83,7 @@ class Phase:
     guidance needs both. A network without conditions learns without. `decided` is the rate at which a chunk of modes
     `policy` and `proposal` continues actions that are known, for real-time chunking, and `jitter` the noise on what
     these modes measure of the robot (see `transforms.jittered`). `lens` and `patches` change the pictures of an
-    `understanding` phase (see `losses.understanding_loss`). An `edit` phase learns from pairs of clips:
+    `understanding` phase, and `fused_teaches` says what they learn from (see `losses.understanding_loss`). An `edit` phase learns from pairs of clips:
     `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
     teacher about the modes of its mixture.
 
@@ -110,6 +110,7 @@ class Phase:
     huber: float | None = None
     lens: float = 1.0
     patches: int = 0
+    fused_teaches: bool = True
     chunks: int = 1
     gradients: str = "truncated"
     given: Mapping[str, float] = field(default_factory=dict)

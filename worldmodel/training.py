@@ -1,6 +1,7 @@
 """Lightning side of training: one module for every phase."""
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -152,7 +153,7 @@ class PhaseModule(L.LightningModule):
         if phase.objective == "tokeniser":
             return tokeniser_loss(self.model, batch, phase.kl_weight, draws)
         if phase.objective == "understanding":
-            return understanding_loss(self.model, batch, phase.dropout, draws, lens=phase.lens, patches=phase.patches)
+            return self.understanding_step(batch, phase.dropout, draws)
         if phase.objective == "motion":
             return motion_loss(self.model, batch, phase.dropout, draws)
         if phase.objective == "composite":
@@ -163,16 +164,20 @@ class PhaseModule(L.LightningModule):
                     stack.enter_context(sized(model, batch))
             return self.world_step(batch, draws)
 
+    def understanding_step(self, batch: Batch, dropout: Mapping[str, float], generator: Draws) -> dict[str, Tensor]:
+        """Loss of the heads of stage 1."""
+        how = {name: getattr(self.phase, name) for name in ("lens", "patches", "fused_teaches")}
+        return understanding_loss(self.model, batch, dropout, generator, **how)
+
     def world_step(self, batch: Batch, generator: Draws) -> dict[str, Tensor]:
         """Loss of the ingredient that this step draws."""
         phase = self.phase
         pick = phase.pick(self.seed, self.global_step)
         dropout = phase.dropout if pick.dropout is None else pick.dropout
-        understanding = partial(understanding_loss, lens=phase.lens, patches=phase.patches)
         proposal = partial(proposal_loss, drop=pick.drop, decided=phase.decided, jitter=phase.jitter)
-        alone = {"understanding": understanding, "proposal": proposal}.get(pick.mode)
+        alone = {"understanding": self.understanding_step, "proposal": partial(proposal, self.model)}.get(pick.mode)
         if alone is not None:
-            losses = alone(self.model, batch, dropout, generator)
+            losses = alone(batch, dropout, generator)
             return {"loss": losses.pop("loss"), **{f"{pick.mode}/{name}": value for name, value in losses.items()}}
         latents = self.history_latents(batch) if pick.images else None
         if pick.mode == "image":
