@@ -83,9 +83,9 @@ class Phase:
     guidance needs both. A network without conditions learns without. `decided` is the rate at which a chunk of modes
     `policy` and `proposal` continues actions that are known, for real-time chunking, and `jitter` the noise on what
     these modes measure of the robot (see `transforms.jittered`). `lens` and `patches` change the pictures of an
-    `understanding` phase, and `fused_teaches` says what they learn from (see `losses.understanding_loss`). An `edit` phase learns from pairs of clips:
-    `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what objective `distill` learns from a
-    teacher about the modes of its mixture.
+    `understanding` phase, and `fused_teaches` says what they learn from (see `losses.understanding_loss`). An `edit`
+    phase learns from pairs of clips: `pairs` weighs their kinds, `rates` are those of `RATES`. `distillation` says what
+    objective `distill` learns from a teacher about the modes of its mixture.
 
     `weights` are those of the parts of the loss: each stream's, `proposal` and `actions`, the lambda of
     L_video + lambda L_action. With `buckets` each batch has the sizes of one of them, drawn by weight, and
