@@ -48,6 +48,7 @@ def settings(dataset: Path, run: Path, *more: str) -> list[str]:
         "phases.understanding.steps=2",
         "phases.understanding.batch_size=3",
         "phases.understanding.lens=1.0",
+        "phases.understanding.patches=0",
         "phases.understanding.dropout.text=0.5",
         *more,
     ]

@@ -224,7 +224,8 @@ def test_windows_and_the_delta_rule_count_as_needed_on_a_gpu():
 def test_a_teacher_is_passes_of_its_student():
     config = composed(*SMALL)
     spec, values = make_spec(config["data"]["spec"]), config["phases"]["synthesis"]
-    extra = {"objective": "distill", "mixture": [{"mode": "video_prediction", "weight": 1.0}], "given": {}}
+    extra = {"objective": "distill", "trains": ["denoiser", "expert"], "given": {}}
+    extra["mixture"] = [{"mode": "video_prediction", "weight": 1.0}]
 
     def teacher(**settings: Any) -> tuple[float, Count]:
         phase = make_phases(

@@ -160,7 +160,7 @@ def test_configurations_compose_to_a_model_without_a_stream_of_forces() -> None:
     spec = config["data"]["spec"]
     sizes = {"proprio": 5, "action": 2, "points": 3, "camera_translation": 3}
     fields = {name: {"mean": [0.1] * size, "std": [0.5] * size} for name, size in sizes.items()}
-    model = build_model(config["model"], make_spec(spec), {"embodiments": {"pusht": fields}})
+    model = build_model(config["model"], make_spec(spec), {"instructions": [], "embodiments": {"pusht": fields}})
     assert model.denoiser.streams == ("video", "camera", "points")
     assert (spec["cameras"], spec["sensors"], spec["fps"], spec["action"]) == (["front"], [], 10.0, 2)
     protocol = settings("protocol=pusht")
