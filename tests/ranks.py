@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,34 +41,49 @@ def fork(
     disturb: Callable[[list[Any]], None] | None = None,
     timeout: float = 300,
 ) -> list[int | None]:
-    """Runs a function in `ranks` processes that find one another as those of torchrun do."""
+    """Runs a function in `ranks` processes that find one another as those of torchrun do; tells what each said last."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = [context.Process(target=one_rank, args=(rank, ranks, port, function, arguments)) for rank in range(ranks)]
-    for process in group:
-        process.start()
-    if disturb is not None:
-        disturb(group)
-    deadline = time.monotonic() + timeout
-    for process in group:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in group:
-        if process.is_alive():
-            os.kill(process.pid or 0, signal.SIGKILL)
-            process.join()
+    with tempfile.TemporaryDirectory() as said:
+        for rank in range(ranks):
+            Path(said, f"{rank}.txt").touch()
+        group = [
+            context.Process(target=one_rank, args=(rank, ranks, port, said, function, arguments))
+            for rank in range(ranks)
+        ]
+        for process in group:
+            process.start()
+        if disturb is not None:
+            disturb(group)
+        deadline = time.monotonic() + timeout
+        for process in group:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in group:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+                process.join()
+        for rank, process in enumerate(group):
+            lines = Path(said, f"{rank}.txt").read_text(errors="replace").splitlines()
+            words = [line for line in lines if line.strip() and "it/s" not in line]
+            print(f"rank {rank} ended with {process.exitcode}:", *words[-60:], sep="\n  ")
     return [process.exitcode for process in group]
 
 
-def one_rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """One of the processes."""
+def one_rank(
+    rank: int, ranks: int, port: int, said: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """One of the processes; what it prints, and where it crashes, goes to a file of its own in `said`."""
     import faulthandler
     import warnings
 
     import torch
 
+    with open(Path(said, f"{rank}.txt"), "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
