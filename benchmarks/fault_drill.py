@@ -57,7 +57,7 @@ def main() -> None:
         for task in given.tasks or TRAIN_TASKS:
             scene = scenes(task)
             for name, policy in policies.items():
-                make = partial(_controller, policy, realtime=not given.plain, thinks=given.delay)
+                make = partial(_controller, policy, realtime=not given.plain)
                 for trial in range(given.trials):
                     fault = name.removesuffix(", needed")
                     results[name].append(drill_trial(make, scene, task, trial, fault, rollout=rollout))
@@ -70,11 +70,11 @@ def main() -> None:
     print(table(report["rows"]))
 
 
-def _controller(policy: Any, *, realtime: bool, thinks: int) -> Any:
+def _controller(policy: Any, *, realtime: bool) -> Any:
     """A controller with an episode of its own, asked once for each picture."""
     from export.runtime import Controller
 
-    return Controller(policy.fork(), replan=policy.stride, realtime=realtime, thinks=thinks)
+    return Controller(policy.fork(), replan=policy.stride, realtime=realtime)
 
 
 def summary(found: Sequence[Any]) -> dict[str, Any]:

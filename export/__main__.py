@@ -169,7 +169,11 @@ def _drive(settings: dict[str, Any]) -> None:
             f"drive: replan {settings['replan']}; a policy that steps is asked every {spec['stride']} control steps"
         )
     result = run_closed_loop(
-        averaged(exported, settings["ensemble"], realtime=settings["realtime"], reactive=settings["reactive"]),
+        averaged(
+            exported,
+            settings["ensemble"],
+            **{name: settings[name] for name in ("realtime", "reactive", "delay")},
+        ),
         settings["tasks"] or source.train_tasks,
         robots=source.told_apart(robots),
         trials=settings["trials"],

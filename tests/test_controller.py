@@ -77,17 +77,32 @@ def test_the_policy_sees_what_it_would_see_step_by_step(robot_artefact: Path) ->
         np.testing.assert_array_equal(controller.policy.inputs()[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("thinks", [0, 1, 2])
-def test_the_first_chunk_continues_what_is_done_while_it_is_awaited(robot_artefact: Path, thinks: int) -> None:
-    controller = Controller(OnnxPolicy(robot_artefact), realtime=True, thinks=thinks)
+@pytest.mark.parametrize("halted", [False, True])
+@pytest.mark.parametrize("took", [0, 1, 3])
+def test_what_an_arm_at_rest_has_waited_for_begins_with_its_first_row(
+    robot_artefact: Path, took: int, halted: bool
+) -> None:
+    """At the start of an episode, and where the chunks before have run out."""
+    controller = Controller(OnnxPolicy(robot_artefact), realtime=True, stop_after=2.0)
     controller.reset(0.0)
-    controller.receive(0.0, observed(0), 0.0)
-    question = controller.ask(0.0)
-    assert question is not None and len(question.decided) == thinks
-    for row in question.decided:
-        assert np.array_equal(controller.command((question.begun + len(question.decided) - 1) / FPS), row)
-    with pytest.raises(RuntimeContractError, match="thinks 99; expected 0 to"):
-        Controller(OnnxPolicy(robot_artefact), thinks=99)
+    step = 24 if halted else 0
+    if halted:
+        assert set(drive(controller, 0, 4)) == {"run"}
+        assert drive(controller, 4, step, lose=("rgb", "proprio", "points", "wrench", "taxels"))[-1] == "hold"
+    controller.receive(step / FPS, observed(step), step / FPS)
+    question = controller.ask(step / FPS)
+    assert question is not None and question.waits and not len(question.decided)
+    chunk = controller.think(question)
+    assert chunk is not None
+    for now in range(step, step + took):
+        controller.command(now / FPS)
+    controller.take(question, chunk, (step + took) / FPS)
+    np.testing.assert_allclose(controller.command((step + took) / FPS), chunk[0], atol=1e-6)
+    left = controller.policy.horizon - took
+    states = [
+        controller.state for row in range(1, left + 1) if controller.command((step + took + row) / FPS) is not None
+    ]
+    assert states == ["run"] * (left - 1) + ["hold"], "the deadline is counted from the picture"
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])

@@ -41,6 +41,18 @@ def test_every_step_is_the_weighted_mean_of_what_was_said_of_it():
         assert policy.act().ravel() == pytest.approx([(3 + 22 / 4) / 1.25, 13, 23])
 
 
+def test_the_first_chunk_counts_from_when_it_is_there():
+    policy = EnsembleFactory(lambda _: Counting(), math.log(2), delay=1)("arm")
+    for _ in range(2):
+        policy.reset()
+        policy.observe({})
+        assert policy.act().ravel().tolist() == [1, 11, 21]
+        for _ in range(2):
+            policy.observe({})
+        # It began a step ago, not two.
+        assert policy.act().ravel() == pytest.approx([(2 + 5.5) / 1.5, (12 + 10.5) / 1.5, 22])
+
+
 def test_decay_decides_which_chunk_counts():
     for decay, expected in ((math.inf, 2.0), (0.0, 6.5), (-10.0, 11.0)):
         policy = EnsembleFactory(lambda _: Counting(), decay)("arm")

@@ -55,9 +55,9 @@ def test_a_model_without_a_state_policy_proposes_nothing(tiny_model: WorldModel)
 def test_a_schedule_keeps_the_correction_and_takes_the_newest_proposal() -> None:
     schedule = Schedule(np.zeros(1), 1)
     rows = np.arange(4.0)[:, None]
-    schedule.add(0, 10 + rows, proposed=rows)
-    assert schedule.action(0) == 0.0, "the chunk is not there yet"
-    assert schedule.action(2) == 12.0
+    schedule.add(-1, 10 + rows, proposed=rows)
+    assert schedule.action(-1) == 0.0, "the chunk is not there yet"
+    assert schedule.action(0) == 10.0 and schedule.action(2) == 12.0
     schedule.follow(1, 100 * (1 + rows))
     np.testing.assert_array_equal(schedule.ahead(1, 2), [[11 + 100 - 1], [12 + 200 - 2]])
     schedule.follow(2, None)
@@ -87,11 +87,14 @@ def test_every_action_follows_what_is_measured_then(delay: int) -> None:
     rollout(scene, Proposing(), "task", 0)
     for step, value in enumerate(scene.done):
         asked = (step - delay) // 4 * 4
+        first = delay if asked == 0 else asked  # the arm waits for its first chunk
         # Where nothing is proposed, what was proposed a step before is followed.
         followed = step - asked - (step % 3 == 2)
         # At step 8 nothing was proposed: without a delay the chunk asked for then corrects nothing.
         followed = 0 if asked == 8 and not delay else followed
-        assert value == (0.0 if asked < 0 else 100.0 * asked + step - asked + followed)
+        # Nothing was at step 2 either, and what was proposed before is older than the first row.
+        followed = 0 if step == delay == 2 else followed
+        assert value == (0.0 if asked < 0 else 100.0 * asked + step - first + followed)
 
 
 def test_what_cannot_follow_is_refused() -> None:
@@ -140,7 +143,7 @@ def test_a_controller_follows_as_an_evaluation_does(robot_artefact: Path, delay:
     usual = np.stack(scene.told)
 
     def make(reactive: bool = True) -> Controller:
-        return Controller(policy, replan=4, realtime=delay > 0, reactive=reactive, thinks=delay)
+        return Controller(policy, replan=4, realtime=delay > 0, reactive=reactive)
 
     drill_trial(make, scene, "task", 0, "none", rollout=rollout)
     np.testing.assert_allclose(np.stack(scene.told), usual, atol=1e-5)

@@ -100,7 +100,7 @@ class Rollout:
     """Trials per task and robot whose images are kept."""
     delay: int = 0
     """Control steps that the policy thinks: its chunk is there that much later than what it answers to. Meanwhile the
-    robot goes on with the chunk before, or holds still where there is none yet."""
+    robot goes on with the chunk before; for the first it waits and holds still (see `schedule.Schedule`)."""
     realtime: bool = False
     """Tells the policy what is done meanwhile (`contracts.RealtimePolicy`), so that its chunk continues it."""
     reactive: bool = False

@@ -18,6 +18,7 @@ from worldmodel.data.shard_writer import write_json
 from worldmodel.data.shards import ShardReader
 from worldmodel.ensemble import averaged
 from worldmodel.errors import ConfigError
+from worldmodel.schedule import RULES
 from worldmodel.stamp import package_versions
 from worldmodel.viz import encode_mp4, enlarged
 
@@ -109,16 +110,21 @@ def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
     )
     # Refuses what does not fit together before anything runs.
     Rollout(replan=own.replan, max_steps=own.max_steps, image_every=own.image_every, delay=own.delay)
-    averaged(contender.factory, own.ensemble, realtime=contender.realtime, reactive=contender.reactive)
+    _averaged(contender, own)
     return own
 
 
+def _averaged(contender: Contender, own: Protocol) -> PolicyFactory:
+    how = {"realtime": contender.realtime, "reactive": contender.reactive, "delay": own.delay}
+    return averaged(contender.factory, own.ensemble, **how)
+
+
 def result_key(contender: Contender, protocol: Protocol) -> str:
-    """Digest of the weights, the policy's settings, the protocol and the simulator's version."""
+    """Digest of the weights, the policy's settings, the protocol, `RULES` and the simulator's version."""
     files = sorted(path for path in contender.weights.glob("*") if path.suffix in WEIGHTS) if contender.weights else []
     if contender.weights and not files:
         raise ConfigError(f"{contender.policy}: no weights ({', '.join(WEIGHTS)}) in {contender.weights}")
-    how = (contender.factory, contender.images, contender.realtime, contender.reactive, protocol)
+    how = (contender.factory, contender.images, contender.realtime, contender.reactive, protocol, RULES)
     digest = sha256(repr((*how, sorted(package_versions().items()))).encode())
     for path in files:
         digest.update(sha256(path.read_bytes()).digest())
@@ -127,7 +133,7 @@ def result_key(contender: Contender, protocol: Protocol) -> str:
 
 def _try(contender: Contender, protocol: Protocol, make_scene: SceneFactory, workers: int | None) -> dict[str, Any]:
     result = run_closed_loop(
-        averaged(contender.factory, protocol.ensemble, realtime=contender.realtime, reactive=contender.reactive),
+        _averaged(contender, protocol),
         protocol.tasks,
         robots=protocol.robots,
         trials=protocol.trials,

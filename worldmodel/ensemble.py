@@ -17,22 +17,23 @@ class EnsemblePolicy:
 
     Temporal ensembling (Zhao et al. 2023, arXiv 2304.13705, algorithm 2): the chunk answered `age` control steps ago
     has the weight exp(-`decay` `age`). A negative `decay` trusts older chunks more, as that paper does; infinity takes
-    the newest alone.
+    the newest alone. The first chunk begins `delay` control steps after its question, as the loop executes it (see
+    `schedule.Schedule`).
 
     Raises:
         ConfigError: `decay` is not a number, or below -10.
     """
 
-    def __init__(self, policy: Policy, decay: float) -> None:
+    def __init__(self, policy: Policy, decay: float, delay: int = 0) -> None:
         if not decay >= -10:
             raise ConfigError(f"ensemble: decay {decay}; expected a number from -10 (the oldest chunk) to infinity")
-        self.policy, self.decay = policy, decay
+        self.policy, self.decay, self.delay = policy, decay, delay
         self.reset()
 
     def reset(self) -> None:
         """Starts an episode."""
         self.policy.reset()
-        self._now = 0
+        self._now, self._late = 0, self.delay
         self._chunks: deque[tuple[int, np.ndarray]] = deque()
 
     def observe(self, observation: dict[str, Any]) -> None:
@@ -53,11 +54,14 @@ class EnsemblePolicy:
             weight = math.exp(-self.decay * age) if age else 1.0
             total[: len(rest)] += weight * rest
             weights[: len(rest)] += weight
+        # Nothing was before the first, which begins when it is there.
+        self._chunks[-1] = (self._now + self._late, self._chunks[-1][1])
+        self._late = 0
         return (total / weights).astype(np.float32)
 
 
 def averaged(
-    make: Callable[[str], Policy], decay: float | None, *, realtime: bool, reactive: bool
+    make: Callable[[str], Policy], decay: float | None, *, realtime: bool, reactive: bool, delay: int = 0
 ) -> Callable[[str], Policy]:
     """The factory of a policy, around it `EnsembleFactory` unless `decay` is None.
 
@@ -69,7 +73,7 @@ def averaged(
     if realtime or reactive:
         other, what = ("realtime", "continue what is decided") if realtime else ("reactive", "follow what is measured")
         raise ConfigError(f"ensemble {decay:g}: chunks that {what} are not averaged; leave out `ensemble` or `{other}`")
-    return EnsembleFactory(make, decay)
+    return EnsembleFactory(make, decay, delay)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class EnsembleFactory:
 
     make: Callable[[str], Policy]
     decay: float
+    delay: int = 0
 
     def __call__(self, robot: str) -> EnsemblePolicy:
         """The policy for a robot."""
-        return EnsemblePolicy(self.make(robot), self.decay)
+        return EnsemblePolicy(self.make(robot), self.decay, self.delay)

@@ -42,13 +42,15 @@ class Question(NamedTuple):
     instruction: str | None
     decided: np.ndarray  # (d, D) what is commanded from `begun` on in any case
     previous: np.ndarray | None  # (2, D) what was commanded before
+    waits: bool  # the robot stands still until the answer is there
 
 
 class Controller:
     """Commands a robot from time-stamped observations; every command is finite and inside the limits of the manifest.
 
     `command` answers at once and makes no array; `ask` and `think` are for a thread of their own. A chunk answers to
-    the time of the newest picture, and the row for now is executed whenever the chunk arrives. A value that is not
+    the time of the newest picture, and the row for now is executed whenever the chunk arrives; one that a robot at rest
+    has waited for, its first for one, begins with its first row when it is there. A value that is not
     finite, out of range or older than what is kept is dropped, single points and sensors by themselves; a camera that
     repeats itself or is silent is absent: its sense is masked where the policy allows it, else the policy is not asked.
     Without a new chunk the rows of the last are executed to the end or to the deadline, then the robot is brought to
@@ -59,10 +61,9 @@ class Controller:
         replan: control steps between two questions; half a chunk by default.
         ensemble: commands the mean of chunks that overlap, see `Overlap`; not with `realtime`, whose chunks continue
             what is done.
-        realtime: tells the policy what is commanded while it thinks; for models trained with a rate `decided`.
+        realtime: tells the policy what is commanded while it thinks, as long as its last answers took; for models
+            trained with a rate `decided`.
         reactive: lets commands follow what is measured while a chunk is executed, see `react`; not with `ensemble`.
-        thinks: control steps that the first answer is expected to take, later ones what the last took; a chunk that
-            comes later than was expected does not continue what the robot did, and success suffers.
         deadline: seconds from the picture that a chunk answers to, after which no row of it is commanded; at most, and
             by default, the length of a chunk.
         stop_after: seconds of holding.
@@ -82,7 +83,6 @@ class Controller:
         ensemble: float | None = None,
         realtime: bool = False,
         reactive: bool = False,
-        thinks: int = 1,
         deadline: float | None = None,
         stop_after: float = 1.0,
         stale_after: dict[str, float] | None = None,
@@ -91,7 +91,7 @@ class Controller:
     ) -> None:
         control = policy.manifest["control"]
         self.policy, self.fps, self.realtime, self.stop_after = policy, policy.fps, realtime, stop_after
-        self.replan, self.thinks = policy.horizon // 2 if replan is None else replan, thinks
+        self.replan = policy.horizon // 2 if replan is None else replan
         self.deadline = policy.horizon / self.fps if deadline is None else deadline
         if not (1 <= self.replan <= policy.horizon and 0 < self.deadline <= policy.horizon / self.fps):
             raise RuntimeContractError(
@@ -105,8 +105,6 @@ class Controller:
             raise RuntimeContractError("controller: reactive needs an artefact that was built with the path `proposal`")
         self._reflex = Reflex(policy) if reactive else None
         self._overlap = Overlap(ensemble)
-        if not 0 <= thinks <= policy.horizon // 2:
-            raise RuntimeContractError(f"controller: thinks {thinks}; expected 0 to {policy.horizon // 2} steps")
         self.stale_after = {**control["stale_after"], **(stale_after or {})}
         if set(self.stale_after) != {"images", "sensors"} or not min(self.stale_after.values()) > 0:
             raise RuntimeContractError(
@@ -131,12 +129,12 @@ class Controller:
             self.state, self.reason = HOLD, "nothing observed yet"
             self._episode += 1
             self._start, self._step, self._first = now, -1, -1
-            self._began, self._asked, self._open, self._held = -1, -1, False, 0
+            self._began, self._saw, self._asked, self._open, self._held = -1, -1, -1, False, 0
             self._chunk: np.ndarray | None = None
             if self._reflex is not None:
                 self._reflex.forget()
             self._overlap.forget()
-            self._thought = [self.thinks] * PATIENCE
+            self._thought = [0] * PATIENCE
             self._answers, self._heavy, self._peak = 0, 0.0, 0.0
             self._heavy_at = self._measured_at = -math.inf
 
@@ -180,8 +178,8 @@ class Controller:
                 return None
             if self._first < 0:
                 self._first = begun
-            step = self._number(now)
-            expected = step + max(self._thought) if self.realtime else begun
+            step, waits = self._number(now), self.state != RUN
+            expected = step + max(self._thought) if self.realtime and not waits else begun
             count = min(max(0, expected - begun), self.policy.horizon // 2)
             decided = np.zeros((count, len(self._out)), np.float32)
             for row in range(count):
@@ -189,7 +187,7 @@ class Controller:
             done = [self._log[s % len(self._log)] for s in (begun - 2, begun - 1) if 0 <= s <= self._step]
             previous = np.stack(done) if len(done) == 2 else None
             self._asked, self._open = begun, True
-            return Question(self._episode, begun, step, history, self._inbox.instruction, decided, previous)
+            return Question(self._episode, begun, step, history, self._inbox.instruction, decided, previous, waits)
 
     def think(self, question: Question) -> np.ndarray | None:
         """The chunk (A, D); None if the model refuses the observation or its answer is not finite. Takes long."""
@@ -227,28 +225,27 @@ class Controller:
                 self._reflex.follow(proposal, step)
 
     def take(self, question: Question, chunk: np.ndarray | None, now: float) -> None:
-        """Takes the answer, which is commanded from the row for now on; not one that is not finite, too late or of an
-        earlier episode."""
+        """Takes the answer, which is commanded from the row for now on, or from its first if the robot has waited; not
+        one that is not finite, too late or of an earlier episode."""
         with self._lock:
             if question.episode != self._episode:
                 return
             self._open = False
             took = self._number(now) - question.asked
-            if not self._answers:
-                self._thought = [0] * PATIENCE
             self._thought[self._answers % PATIENCE] = max(0, took)
             self._answers += 1
             if chunk is None or chunk.shape != (self.policy.horizon, len(self._out)) or not np.isfinite(chunk).all():
                 return
             if now - self._start - question.begun / self.fps >= self.deadline:
                 self.reason = f"the chunk came {took} control steps after its question, too late"
-            elif question.begun >= self._began:
-                if self.state != RUN:  # what was planned before a halt is over
-                    self._overlap.forget()
-                self._chunk = self._overlap(chunk, question.begun - self._began)
-                self._began = question.begun
-                if self._reflex is not None:
-                    self._reflex.take()
+                return
+            began = self._number(now) if question.waits and self.state != RUN else question.begun
+            if self.state != RUN or began < self._began:  # what was planned before a halt is over
+                self._overlap.forget()
+            self._chunk = self._overlap(chunk, began - self._began)
+            self._began, self._saw = began, question.begun
+            if self._reflex is not None:
+                self._reflex.take()
 
     def command(self, now: float) -> np.ndarray:
         """What to command at this control step, (D,) in the robot's units; the array is written anew at the next.
@@ -263,7 +260,7 @@ class Controller:
             if step <= self._step:
                 return self._out
             row = step - self._began if self._chunk is not None and self.state != STOP else -1
-            fresh = 0 <= row < self.policy.horizon and row < self.deadline * self.fps - 1e-6
+            fresh = 0 <= row < self.policy.horizon and step - self._saw < self.deadline * self.fps - 1e-6
             if fresh:
                 self._row(step, self._wanted)
                 self.state, self.reason, self._held = RUN, "", 0
