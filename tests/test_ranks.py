@@ -93,7 +93,10 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize(
     ("experiment", "ranks", "more"),
     [
-        ("base", 4, ["trainer.strategy=fsdp", "trainer.checkpointing=selective"]),
+        ("base", 2, ["trainer.strategy=fsdp", "trainer.checkpointing=selective"]),
+        pytest.param(
+            "base", 4, ["trainer.strategy=fsdp", "trainer.checkpointing=selective"], marks=pytest.mark.exhaustive
+        ),
         pytest.param("base", 2, ["trainer.strategy=ddp"], marks=pytest.mark.exhaustive),
         pytest.param("base", 4, ["trainer.strategy=fsdp", "trainer.shards=2"], marks=pytest.mark.exhaustive),
         pytest.param("small", 2, ["trainer.strategy=fsdp"], marks=pytest.mark.exhaustive),
