@@ -3,11 +3,11 @@
   python benchmarks/delay.py RUN OUT [--delays 0 1 2 4] [--trials 20]
 
 A chunk arrives so many control steps after the observation that it answers; the robot goes on with the chunk before
-until then. `plain` does not know of it, `realtime` is given the actions of that time and continues them from the state
-that foresight expects; `reactive` is `realtime` whose every action follows what is measured when it is executed. All
-are the same network, start states and noise. With `--noise` the arm does not do exactly what it is told. `RUN` should
-have been trained with a rate `decided` in its phases. Prints a Markdown table with 95 % Wilson intervals; results stay
-in OUT and are not made twice.
+until then, and for its first it waits. `plain` does not know of it, `realtime` is given the actions of that time and
+continues them from the state that foresight expects; `reactive` is `realtime` whose every action follows what is
+measured when it is executed. All are the same network, start states and noise. With `--noise` the arm does not do
+exactly what it is told. `RUN` should have been trained with a rate `decided` in its phases. Prints a Markdown table
+with 95 % Wilson intervals; results stay in OUT and are not made twice.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,19 +57,22 @@ def fork(
         ]
         for process in group:
             process.start()
-        if disturb is not None:
-            disturb(group)
-        deadline = time.monotonic() + timeout
-        for process in group:
-            process.join(max(0.0, deadline - time.monotonic()))
-        for process in group:
-            if process.is_alive():
-                os.kill(process.pid or 0, signal.SIGKILL)
-                process.join()
-        for rank, process in enumerate(group):
-            lines = Path(said, f"{rank}.txt").read_text(errors="replace").splitlines()
-            words = [line for line in lines if line.strip() and "it/s" not in line]
-            print(f"rank {rank} ended with {process.exitcode}:", *words[-60:], sep="\n  ")
+        try:
+            if disturb is not None:
+                disturb(group)
+            deadline = time.monotonic() + timeout
+            for process in group:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            # An abort leaves the stacks of those that hang; who ignores it is killed.
+            for end in (signal.SIGABRT, signal.SIGKILL):
+                for process in (one for one in group if one.is_alive()):
+                    os.kill(process.pid or 0, end)
+                    process.join(10)
+            for rank, process in enumerate(group):
+                lines = Path(said, f"{rank}.txt").read_text(errors="replace").splitlines()
+                words = [line for line in lines if line.strip() and "it/s" not in line]
+                print(f"rank {rank} ended with {process.exitcode}:", *words[-60:], sep="\n  ")
     return [process.exitcode for process in group]
 
 
@@ -84,6 +88,7 @@ def one_rank(
     with open(Path(said, f"{rank}.txt"), "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

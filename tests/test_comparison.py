@@ -45,7 +45,7 @@ class Room:
         return ({"rgb.front": np.zeros((64, 64, 3), np.uint8)} if images else {}), self.steps >= 6
 
 
-def test_closed_loop_results_are_kept_until_something_changes(tmp_path: Path) -> None:
+def test_closed_loop_results_are_kept_until_something_changes(tmp_path: Path, monkeypatch: Any) -> None:
     weights = tmp_path / "artefact"
     weights.mkdir()
     (weights / "policy.onnx").write_bytes(b"one")
@@ -64,6 +64,9 @@ def test_closed_loop_results_are_kept_until_something_changes(tmp_path: Path) ->
     assert {k: v for k, v in again.items() if k != "reused"} == {k: v for k, v in first.items() if k != "reused"}
     key = result_key(contender, protocol)
     assert result_key(contender, replace(protocol, seed=1)) != key
+    with monkeypatch.context() as later:
+        later.setattr("worldmodel.comparison.RULES", 99)
+        assert result_key(contender, protocol) != key, "another way of executing chunks"
     assert result_key(replace(contender, factory=Still(weights, chunk=8)), protocol) != key
     (weights / "policy.onnx").write_bytes(b"two")
     assert result_key(contender, protocol) != key

@@ -51,6 +51,13 @@ def test_the_first_chunk_counts_from_when_it_is_there():
             policy.observe({})
         # It began a step ago, not two.
         assert policy.act().ravel() == pytest.approx([(2 + 5.5) / 1.5, (12 + 10.5) / 1.5, 22])
+        policy.observe({})
+        # The second began when it was asked for: a step ago; the first two steps ago.
+        assert policy.act()[0] == pytest.approx((3 + 12 / 2 + 21 / 4) / 1.75)
+    policy.reset()
+    policy.act()
+    with pytest.raises(ConfigError, match="asked again before 1 control steps"):
+        policy.act()
 
 
 def test_decay_decides_which_chunk_counts():

@@ -101,7 +101,7 @@ def test_what_cannot_follow_is_refused() -> None:
     with pytest.raises(ContractError, match="reactive: Counting cannot do that"):
         Rollout(max_steps=4, reactive=True, image_every=0)(Recording(), Counting(), "task", 0)
     with pytest.raises(ConfigError, match="follow what is measured are not averaged"):
-        averaged(lambda robot: Counting(), 0.1, realtime=False, reactive=True)
+        averaged(lambda robot: Counting(), 0.1, realtime=False, reactive=True, delay=0)
 
 
 def test_nothing_is_proposed_where_nothing_is_measured(tiny_model: WorldModel, robot_artefact: Path) -> None:
@@ -149,6 +149,32 @@ def test_a_controller_follows_as_an_evaluation_does(robot_artefact: Path, delay:
     np.testing.assert_allclose(np.stack(scene.told), usual, atol=1e-5)
     drill_trial(lambda: make(False), scene, "task", 0, "none", rollout=rollout)
     assert np.abs(np.stack(scene.told) - usual).max() > 1e-2, "following changes something"
+
+
+@pytest.mark.parametrize("ensemble", [None, 0.1])
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_a_controller_executes_late_chunks_and_means_as_an_evaluation_does(
+    robot_artefact: Path, delay: int, ensemble: float | None
+) -> None:
+    """And the policy is told the same of what was done before."""
+    policy, scene, told = OnnxPolicy(robot_artefact), Standing(), []
+    before = policy._before
+
+    def listen(given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        told.append(before(given))
+        return told[-1]
+
+    policy._before = listen  # pyright: ignore[reportAttributeAccessIssue]
+    rollout = Rollout(max_steps=STEPS, delay=delay)
+    rollout(scene, averaged(lambda _: policy, ensemble, realtime=False, reactive=False, delay=delay)("arm"), "task", 0)
+    usual, first = np.stack(scene.told), list(told)
+    told.clear()
+    drill_trial(lambda: Controller(policy, replan=4, ensemble=ensemble), scene, "task", 0, "none", rollout=rollout)
+    np.testing.assert_allclose(np.stack(scene.told), usual, atol=1e-5)
+    assert len(first) == len(told) > 2
+    for (one, has), (other, also) in zip(first, told, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        assert (has == also).all()
 
 
 def test_a_controller_says_what_it_lacks_to_follow(robot_artefact: Path) -> None:

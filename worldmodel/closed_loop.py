@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from worldmodel.contracts import Policy, ReactivePolicy, RealtimePolicy
+from worldmodel.contracts import CommandedPolicy, Policy, ReactivePolicy, RealtimePolicy
 from worldmodel.data.sources.registry import SOURCES
 from worldmodel.errors import ConfigError, ContractError
 from worldmodel.schedule import Schedule
@@ -154,9 +154,12 @@ class Rollout:
                         f"{bool(np.isfinite(chunk).all())}; expected at least {least} finite rows"
                     )
                 schedule.add(step, chunk, reactive.propose(ahead) if reactive else None)
+            action = schedule.action(step)
+            if isinstance(policy, CommandedPolicy):
+                policy.commanded(action)
             wanted = bool(self.image_every) and (step + 1) % self.image_every == 0
             wanted |= recording and (step + 1) % self.replan == 0
-            observation, success = scene.step(schedule.action(step), images=wanted)
+            observation, success = scene.step(action, images=wanted)
             if success:
                 return Trial(task, trial, True, step + 1, redrawn, limit, robot, frames)
         return Trial(task, trial, False, limit, redrawn, limit, robot, frames)

@@ -272,6 +272,15 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class CommandedPolicy(Policy, Protocol):
+    """A policy whose chunks heed what the robot was commanded before, which need not be the rows of its own."""
+
+    def commanded(self, action: "np.ndarray") -> None:
+        """Is told what is executed (D,) at the step that was observed last."""
+        ...
+
+
+@runtime_checkable
 class RealtimePolicy(Policy, Protocol):
     """A policy whose chunks can continue what the robot does while it thinks."""
 

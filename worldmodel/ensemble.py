@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from worldmodel.contracts import Policy
+from worldmodel.contracts import CommandedPolicy, Policy
 from worldmodel.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ class EnsemblePolicy:
     `schedule.Schedule`).
 
     Raises:
-        ConfigError: `decay` is not a number, or below -10.
+        ConfigError: `decay` is not a number, or below -10; or `act` is asked again before the first chunk has begun.
     """
 
     def __init__(self, policy: Policy, decay: float, delay: int = 0) -> None:
@@ -41,8 +41,15 @@ class EnsemblePolicy:
         self.policy.observe(observation)
         self._now += 1
 
+    def commanded(self, action: np.ndarray) -> None:
+        """Hands on what is executed."""
+        if isinstance(self.policy, CommandedPolicy):
+            self.policy.commanded(action)
+
     def act(self) -> np.ndarray:
         """Actions (A, D) in the robot's units."""
+        if self._chunks and self._now < self._chunks[-1][0]:
+            raise ConfigError(f"ensemble: asked again before {self.delay} control steps, those of the delay, are over")
         self._chunks.append((self._now, np.asarray(self.policy.act())))
         length = len(self._chunks[-1][1])
         while self._now - self._chunks[0][0] >= len(self._chunks[0][1]):
@@ -61,7 +68,7 @@ class EnsemblePolicy:
 
 
 def averaged(
-    make: Callable[[str], Policy], decay: float | None, *, realtime: bool, reactive: bool, delay: int = 0
+    make: Callable[[str], Policy], decay: float | None, *, realtime: bool, reactive: bool, delay: int
 ) -> Callable[[str], Policy]:
     """The factory of a policy, around it `EnsembleFactory` unless `decay` is None.
 

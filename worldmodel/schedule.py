@@ -19,10 +19,11 @@ class Planned(NamedTuple):
 
 
 class Schedule:
-    """Executes chunks that arrive `delay` steps after what they answer to; holds until the first is there.
+    """Executes chunks that arrive `delay` steps after what they answer to; holds where there is none.
 
     While a robot waits for its first chunk it stands still and nothing is decided, so that one begins when it is there,
-    whole: it is the answer to a world that is still the same. Each later one is for the steps from its question on.
+    with its first action: it answers to a world that is still the same. Each later one is for the steps from its
+    question on.
 
     An action can follow what is measured when it is executed: the newest proposal takes the place of the one that its
     chunk corrected, while the correction stays. A correction that is added to a chunk at every control step is that of

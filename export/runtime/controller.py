@@ -50,7 +50,8 @@ class Controller:
 
     `command` answers at once and makes no array; `ask` and `think` are for a thread of their own. A chunk answers to
     the time of the newest picture, and the row for now is executed whenever the chunk arrives; one that a robot at rest
-    has waited for, its first for one, begins with its first row when it is there. A value that is not
+    has waited for, its first for one, begins with its first row when it is there, and ends early by as much. A value
+    that is not
     finite, out of range or older than what is kept is dropped, single points and sensors by themselves; a camera that
     repeats itself or is silent is absent: its sense is masked where the policy allows it, else the policy is not asked.
     Without a new chunk the rows of the last are executed to the end or to the deadline, then the robot is brought to
@@ -129,7 +130,7 @@ class Controller:
             self.state, self.reason = HOLD, "nothing observed yet"
             self._episode += 1
             self._start, self._step, self._first = now, -1, -1
-            self._began, self._saw, self._asked, self._open, self._held = -1, -1, -1, False, 0
+            self._began, self._saw, self._ran, self._asked, self._open, self._held = -1, -1, -1, -1, False, 0
             self._chunk: np.ndarray | None = None
             if self._reflex is not None:
                 self._reflex.forget()
@@ -178,7 +179,8 @@ class Controller:
                 return None
             if self._first < 0:
                 self._first = begun
-            step, waits = self._number(now), self.state != RUN
+            step = self._number(now)
+            waits = self._ran < begun and not self._fresh(max(step, self._step + 1))
             expected = step + max(self._thought) if self.realtime and not waits else begun
             count = min(max(0, expected - begun), self.policy.horizon // 2)
             decided = np.zeros((count, len(self._out)), np.float32)
@@ -239,8 +241,10 @@ class Controller:
             if now - self._start - question.begun / self.fps >= self.deadline:
                 self.reason = f"the chunk came {took} control steps after its question, too late"
                 return
-            began = self._number(now) if question.waits and self.state != RUN else question.begun
-            if self.state != RUN or began < self._began:  # what was planned before a halt is over
+            rested = question.waits and self._ran < question.begun
+            began = max(self._number(now), self._step + 1) if rested else question.begun
+            # What was planned before a halt is over; and what had to wait may begin after what answers a later picture.
+            if rested or self.state != RUN or began < self._began:
                 self._overlap.forget()
             self._chunk = self._overlap(chunk, began - self._began)
             self._began, self._saw = began, question.begun
@@ -259,11 +263,10 @@ class Controller:
             step = self._number(now)
             if step <= self._step:
                 return self._out
-            row = step - self._began if self._chunk is not None and self.state != STOP else -1
-            fresh = 0 <= row < self.policy.horizon and step - self._saw < self.deadline * self.fps - 1e-6
+            fresh = self._fresh(step)
             if fresh:
                 self._row(step, self._wanted)
-                self.state, self.reason, self._held = RUN, "", 0
+                self.state, self.reason, self._held, self._ran = RUN, "", 0, step
             else:
                 self.guard.rest(self._wanted)
                 # Steps that nobody asked for count too.
@@ -284,12 +287,17 @@ class Controller:
         """The control step of a time."""
         return round((time - self._start) * self.fps)
 
+    def _fresh(self, step: int) -> bool:
+        """Whether a row of the chunk is commanded at a step."""
+        if self._chunk is None or self.state == STOP or not 0 <= step - self._began < self.policy.horizon:
+            return False
+        return step - self._saw < self.deadline * self.fps - 1e-6
+
     def _planned(self, step: int, out: np.ndarray) -> None:
         """What was or will be commanded at a step as things are."""
-        row = step - self._began
         if 0 <= step <= self._step:
             out[:] = self._log[step % len(self._log)]
-        elif self._chunk is not None and 0 <= row < self.policy.horizon:
+        elif self._fresh(step):
             self._row(step, out)
         else:
             self.guard.rest(self._wanted)

@@ -94,12 +94,20 @@ class OnnxPolicy(Observed):
         self._forget()
         self._random = np.random.default_rng(self._seed)
         self._chunk: np.ndarray | None = None
+        self._commands: list[np.ndarray] = []
         self.report: Report | None = None
 
     def load(self, history: Sequence[dict[str, np.ndarray]], instruction: str | None = None) -> None:
         """As that of `Observed`; what was answered before is forgotten."""
         super().load(history, instruction)
-        self._chunk = None
+        self._chunk, self._commands = None, []
+
+    def commanded(self, action: np.ndarray) -> None:
+        """Is told what is executed (D,) at the step that was observed last, where that is not a row of the last chunk:
+        one that comes late, or a mean. The robot keeps to its range of commands whatever it is told."""
+        bounds = self.robot["envelope"]["command_range"]
+        command = np.clip(action, *np.asarray(bounds, float).T) if bounds else action
+        self._commands = [*self._commands[-1:], np.array(command, np.float32)]
 
     def inputs(self) -> dict[str, np.ndarray]:
         """The inputs of the graph that answers next, without `COMMANDS`; see `feed`."""
@@ -113,7 +121,8 @@ class OnnxPolicy(Observed):
         Args:
             noise: (A, padded D) standard normal values to start the flow from; drawn from the seed by default.
             previous: (2, D) the commands that were executed last, oldest first, for limits of velocity and
-                acceleration. By default the rows of the last chunk, one for each step observed since it was answered.
+                acceleration. By default what `commanded` was told, or if it never was the rows of the last chunk, one
+                for each step observed since it was answered.
 
         Raises:
             RuntimeContractError: see `inputs`; the noise has another shape; or the model answered non-finite values.
@@ -192,6 +201,8 @@ class OnnxPolicy(Observed):
         size = len(self.action_names)
         if given is not None:
             rows[0, :, :size], has[...] = checked("previous", given, (2, size), "float32"), True
+        elif self._commands:
+            rows[0, -len(self._commands) :, :size], has[0, -len(self._commands) :] = self._commands, True
         elif self._chunk is not None:
             # A chunk that ran out is held at its last row.
             for place, row in enumerate((self._executed - 2, self._executed - 1)):
