@@ -9,6 +9,8 @@ from test_model import draws, future_of, generator, observation_of
 from worldmodel.contracts import Batch
 from worldmodel.data.transforms import hide, jittered
 from worldmodel.errors import ConfigError
+from worldmodel.fitting import carried_along
+from worldmodel.policy.foresight import Foresight
 from worldmodel.policy.realtime import first_actions
 from worldmodel.policy.state_policy import measure
 from worldmodel.proposal_loss import foresight_error, proposal_loss
@@ -135,11 +137,20 @@ def test_points_go_where_foresight_expects_them_but_for_what_the_streams_correct
         if mode == "forward_dynamics":
             chosen = model.normaliser.standardise("action", future.actions, s.embodiment)
         steps = {"frames": model.spec.future, "stride": model.spec.stride}
-        expected = model.expert.foresight.follow(measure(s), chosen, s.embodiment, **steps)
+        expected, hand = model.expert.foresight.follow(measure(s), chosen, s.embodiment, **steps)
         before = model.predict(o, future, mode, generator=generator()).points
-        for part in model.denoiser.embed_out["points"].parameters():
-            part.zero_()
-        found = model.predict(o, future, mode, generator=generator()).points
+        model.get_buffer("carried")[1] = 1.0
+        for name in ("points", "camera"):
+            for part in model.denoiser.embed_out[name].parameters():
+                part.zero_()
+        prediction = model.predict(o, future, mode, generator=generator())
+    found = prediction.points
+    way = model.normaliser.restore("points", hand, s.embodiment)
+    way = way - o.proprio[:, -1:][..., model.normaliser.effector]
+    gone = prediction.camera_to_base - o.camera_to_base[:, -1:]
+    assert way.abs().max() > 1e-2
+    torch.testing.assert_close(gone[:, :, 1, :3, 3], way, atol=1e-5, rtol=1e-4)
+    assert gone[:, :, 0].abs().max() < 1e-5, "what the hand does not carry stays"
     expected = model.normaliser.restore("points", expected, s.embodiment)
     torch.testing.assert_close(found[:, :, 1:], expected[:, :, 1:])
     assert (expected[:, :, 1:] - o.points[:, -1:, 1:]).abs().max() > 1e-2
@@ -150,12 +161,14 @@ def test_points_go_where_foresight_expects_them_but_for_what_the_streams_correct
 def test_streams_do_not_teach_foresight_and_noisy_actions_do_not_move_it(model):
     s = model.normaliser(observation_of(model.spec), model.grid)
     memory, actions = model.remember(s, None), chunk(model)
-    foreseen = model.foresee(memory)
-    assert foreseen is not None and not foreseen.requires_grad
-    assert torch.equal(model.foresee(memory, actions, torch.full((2,), 0.5)), foreseen)
+    model.get_buffer("carried").fill_(1.0)
+    foreseen, noisy = model.foresee(memory), model.foresee(memory, actions, torch.full((2,), 0.5))
     told = model.foresee(memory, actions, torch.tensor([0.0, 0.5]))
-    assert torch.equal(told[1], foreseen[1]) and not torch.allclose(told[0], foreseen[0])
-    assert model.foresee(memory._replace(measured=None)) is None
+    assert set(foreseen) == {"points", "camera"}
+    for name, value in foreseen.items():
+        assert not value.requires_grad and torch.equal(noisy[name], value)
+        assert torch.equal(told[name][1], value[1]) and not torch.allclose(told[name][0], value[0])
+    assert model.foresee(memory._replace(measured=None)) == {}
 
 
 def test_jitter_leaves_the_hand_where_it_is(tiny_model):
@@ -184,3 +197,23 @@ def test_what_is_far_outside_the_data_is_taken_for_its_edge(model):
     torch.testing.assert_close(wild.points, tame.points)
     far = model.expert.foresight(now._replace(proprio=now.proprio + 100), edge, robot)
     assert wild.proprio.abs().max() <= 5 and far.proprio.abs().max() <= 5
+
+
+def test_how_far_the_hand_carries_a_camera_is_fitted(model):
+    """One that stands, one on the hand whose pose is known in half of the rows, whatever stands there otherwise."""
+    o, future = observation_of(model.spec, 16), future_of(model.spec, 16)
+    stride, effector, frames = model.spec.stride, model.normaliser.effector, model.spec.future
+    ends = future.proprio[:, stride - 1 : frames * stride : stride][..., effector]
+    way = ends - o.proprio[:, -1:, effector]
+    poses = o.camera_to_base[:, -1:].expand(-1, frames, -1, -1, -1).clone()
+    known = torch.arange(16) % 2 == 0
+    poses[:, :, 1, :3, 3] += torch.where(known[:, None, None], way, -5.0)
+    o = o._replace(has_camera=torch.stack([torch.ones(16, dtype=torch.bool), known], 1), has_proprio=torch.ones(16) > 0)
+    s = model.normaliser(o, model.grid)
+    share = carried_along(model, s, o, future._replace(camera_to_base=poses))
+    torch.testing.assert_close(share.float(), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
+
+
+def test_cameras_are_carried_only_where_foresight_leads():
+    with pytest.raises(ConfigError, match="carries is part of leads"):
+        Foresight(proprio=4, points=2, action=3, embodiments=1, hidden=8, blocks=1, chunk=4, carries=True)

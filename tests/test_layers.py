@@ -16,7 +16,7 @@ TIERS = [
     {"synthesis"},
     {"policy"},
     {"guess", "joint", "conditioning", "editing"},
-    {"model"},
+    {"model", "fitting"},
     {"acceleration", "adapters", "checkpoint", "convert", "flops", "schedule", "sized", "streaming"},
     {
         "losses",

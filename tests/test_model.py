@@ -17,6 +17,7 @@ from worldmodel.data.statistics import statistics_hash
 from worldmodel.data.transforms import hide, modality_dropout
 from worldmodel.draws import Draws
 from worldmodel.errors import ConfigError, DataError
+from worldmodel.fitting import fit_guess
 from worldmodel.policy.state_policy import measure
 from worldmodel.synthesis.flow import add_noise, clean_to_velocity, shift_sigma, velocity_target
 from worldmodel.synthesis.sampler import integrate, sampling_sigmas
@@ -285,7 +286,7 @@ def test_an_untrained_model_says_that_nothing_moves(tiny_model):
     tiny_model.autoencoder.shortcut.fit(
         torch.cat([o.rgb[:, :1], still.rgb], 1).movedim(1, 3).flatten(0, 1).float() / 127.5 - 1
     )
-    tiny_model.fit_guess(o, still)
+    fit_guess(tiny_model, o, still)
     with torch.no_grad():
         target = tiny_model.future_latents(o, still)
         guess = tiny_model.still_latents(tiny_model.history_latents(o)[:, -1:])

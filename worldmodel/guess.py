@@ -76,7 +76,7 @@ class Guess(nn.Module):
         clean value lies from a guess: for video that the picture stands still or, where there is a source, is the
         source's, for actions the state policy's proposal, for the other streams the newest value or the mean, which are
         zero in their units. A picture with nothing before it is guessed as the mean, zero, too. `lead` adds to the
-        guess: how conditions move a picture, and where foresight expects the points.
+        guess: how conditions move a picture, and where foresight expects points and cameras.
         """
         if self.predicts == "velocity":
             return answer if lead is None else answer - lead

@@ -87,6 +87,8 @@ class JointTransformer(Guess):
                 f"synthesis.denoiser.latent_size makes {denoiser.rows} × {denoiser.columns} tokens of an image, but "
                 f"data.spec of {spec.height} × {spec.width} pixels makes {cells[0]} × {cells[1]}"
             )
+        if expert.foresight is not None and expert.foresight.carries:
+            self.register_buffer("carried", torch.zeros(len(spec.cameras)))
         self.metadata: dict[str, Any] = {}
         self.shift()  # says at once what is wrong with it
 
@@ -108,29 +110,6 @@ class JointTransformer(Guess):
         frames = future.rgb.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1.0
         latents = self.autoencoder.encode_future(last, frames)
         return latents.unflatten(0, (b, v)).transpose(1, 2)
-
-    @torch.no_grad()
-    def fit_guess(self, observation: Observation, future: Future) -> None:
-        """Fits to sample clips what a network that predicts `clean` starts from: nothing moves but what is foreseen.
-
-        `still` maps the latent of the newest image to that of a film in which it stands still (least squares; the
-        tokeniser has two codes for one image). `stream_scale` is how far futures stray from that guess (root mean
-        square), the unit of the network's answer.
-        """
-        last = self.history_latents(observation)[:, -1]
-        frozen = observation.rgb[:, -1:].expand_as(future.rgb)
-        target = self.future_latents(observation, future._replace(rgb=frozen))[:, 0]
-        known = nn.functional.pad(last.movedim(2, -1).flatten(0, 3), (0, 1), value=1.0)
-        # In float64: a solver's last bits depend on where its memory lies, and seeds must repeat.
-        solution = torch.linalg.lstsq(known.double(), target.movedim(2, -1).flatten(0, 3).double()).solution
-        self.get_buffer("still").copy_(solution)
-        s = self.normaliser(observation, self.grid)
-        state = self.future_state(s, future, self.future_latents(observation, future))
-        foreseen = self.foresee(self.remember(s, self.history_latents(observation)))
-        moved = state.points if foreseen is None else state.points - foreseen
-        state = state._replace(video=state.video - self.still_latents(last[:, None]), points=moved)
-        scales = [value[future.valid].square().mean().sqrt() for value in state]
-        self.get_buffer("stream_scale").copy_(torch.stack(scales).clamp(min=0.02))
 
     def relative(self, value: Tensor, anchor: Tensor) -> Tensor:
         """Anchored streams as amplified differences to now."""
@@ -276,8 +255,9 @@ class JointTransformer(Guess):
         if stream is not None and state is not None and levels is not None:
             follows = memory.source is not None
             answers = self.denoiser.decode(stream.x, stream.embedding, memory.streams, follows=follows, given=given)
-            leads = {"points": self.foresee(memory, actions, action_level)}
-            leads["video"] = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
+            leads = self.foresee(memory, actions, action_level)
+            moved = None if given is None or "video" not in answers else self.denoiser.lead(stream.x, given)
+            leads |= {} if moved is None else {"video": moved}
             velocities = {
                 name: self.to_velocity(
                     name,
@@ -294,19 +274,27 @@ class JointTransformer(Guess):
             action_velocity = self.to_velocity("actions", answer, memory, actions, action_level)
         return velocities, action_velocity
 
-    def foresee(self, memory: Memory, actions: Tensor | None = None, level: Tensor | None = None) -> Tensor | None:
-        """Where foresight expects the points (B, F, K, 3), as `future_points`; None if it leads no stream.
+    def foresee(self, memory: Memory, actions: Tensor | None = None, level: Tensor | None = None) -> dict[str, Tensor]:
+        """What foresight expects of the streams that it leads: `points` (B, F, K, 3) as `future_points`, and `camera`
+        (B, F, V, 9) as `future_camera`.
 
         It is asked what follows from the `actions` (B, A, D) that are known, those of noise `level` 0, (B,) or (B, A),
         and from the state policy's proposal in place of others.
         """
         foresight, now, chosen = self.expert.foresight, memory.measured, memory.proposal
         if foresight is None or now is None or chosen is None:
-            return None
+            return {}
         if actions is not None and level is not None:
             chosen = torch.where(level.reshape(level.shape[0], -1, 1) == 0, actions, chosen)
-        points = foresight.follow(now, chosen, memory.embodiment, frames=self.spec.future, stride=self.spec.stride)
-        return torch.where(now.tracked.unsqueeze(1), self.relative(points, now.points.unsqueeze(1)), 0.0)
+        frames, stride = self.spec.future, self.spec.stride
+        points, hand = foresight.follow(now, chosen, memory.embodiment, frames=frames, stride=stride)
+        leads = {"points": torch.where(now.tracked.unsqueeze(1), self.relative(points, now.points.unsqueeze(1)), 0.0)}
+        if foresight.carries:
+            moved = self.relative(hand, now.effector.unsqueeze(1)) * now.has_proprio.unsqueeze(1)
+            moved = moved * self.normaliser.ratio("points", "camera_translation", memory.embodiment).unsqueeze(1)
+            carried = moved.unsqueeze(2) * self.get_buffer("carried")[:, None]
+            leads["camera"] = nn.functional.pad(carried, (0, 6))
+        return leads
 
     def open_streams(self, memory: Memory, state: WorldState, levels: Tensor, given: Given | None) -> Track:
         """Noisy streams and their noise levels (B, 4) as tokens (B, F, N, W), ready for the first block."""

@@ -88,6 +88,10 @@ class Normaliser(nn.Module):
         mean, std = self.moments(name, embodiment, x)
         return x * std + mean
 
+    def ratio(self, name: str, other: str, embodiment: Tensor) -> Tensor:
+        """Factor (B, size) on differences in the units of `name` that makes them those of `other`."""
+        return self.get_buffer(f"{name}_std")[embodiment] / self.get_buffer(f"{other}_std")[embodiment]
+
     def compress_wrench(self, wrench: Tensor, embodiment: Tensor) -> Tensor:
         """Wrench (B, ..., S, 6) in N and N·m -> asinh of the standardised value over its knee."""
         flat = self.standardise("wrench", wrench.flatten(-2), embodiment)

@@ -28,6 +28,7 @@ from worldmodel.data.mixture import make_sources
 from worldmodel.data.shards import ShardReader
 from worldmodel.errors import ConfigError
 from worldmodel.finetune import FROM_INIT
+from worldmodel.fitting import fit_guess
 from worldmodel.model import WorldModel
 from worldmodel.parallel import make_strategy
 from worldmodel.phases import DATA, MIXED, Phase
@@ -101,7 +102,7 @@ def run_phase(
         # Rows of the fit are cells of images: where images are large, few clips are enough.
         count = max(64 * 64 // math.prod(model.grid), 8)
         sample = sample_batch(reader, spec, count=count, on_error=chosen["on_error"])
-        model.fit_guess(sample.observation, sample.future)
+        fit_guess(model, sample.observation, sample.future)
     sizes = phase.batch_sizes(token_counts(model))
     settings, mesh = config["trainer"], None
     if settings["strategy"] == "fsdp":

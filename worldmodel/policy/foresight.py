@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from worldmodel.errors import ConfigError
 from worldmodel.policy.realtime import Decided
 from worldmodel.policy.state_policy import Measured, ResidualLayers
 
@@ -25,7 +26,8 @@ class Foresight(nn.Module):
     only slows or speeds it (a grasp stops the fingers, a door the hand). And every point moves in proportion to the end
     effector, so that what moves by itself is foreseen to stay.
 
-    With `leads`, stage 2 says how points will move as a correction of what is foreseen here.
+    With `leads`, stage 2 says how points will move as a correction of what is foreseen here, and with `carries` too how
+    cameras on the hand do.
     """
 
     def __init__(
@@ -39,9 +41,12 @@ class Foresight(nn.Module):
         blocks: int,
         chunk: int,
         leads: bool = False,
+        carries: bool = False,
     ) -> None:
         super().__init__()
-        self.leads = leads
+        if carries and not leads:
+            raise ConfigError("policy.expert.foresight: carries is part of leads; set leads: true as well")
+        self.leads, self.carries = leads, carries
         self.reach = chunk // 2
         self.embodiment = nn.Embedding(embodiments, hidden)
         self.robot = Change(proprio + 3 + action + hidden, proprio + 3, hidden=hidden, blocks=blocks)
@@ -77,18 +82,22 @@ class Foresight(nn.Module):
             )
         return now._replace(proprio=now.proprio.detach(), effector=now.effector.detach(), points=now.points.detach())
 
-    def follow(self, now: Measured, actions: Tensor, embodiment: Tensor, *, frames: int, stride: int) -> Tensor:
-        """Points (B, frames, K, 3) after every `stride` normalised actions (B, A, D); after the last nothing moves.
+    def follow(
+        self, now: Measured, actions: Tensor, embodiment: Tensor, *, frames: int, stride: int
+    ) -> tuple[Tensor, Tensor]:
+        """Points (B, frames, K, 3) and end effector (B, frames, 3) after every `stride` normalised actions (B, A, D).
 
-        Beyond half a chunk, too: what it says there is not acted on. Only its own error teaches foresight.
+        After the last action nothing moves. Beyond half a chunk, too: what it says there is not acted on. Only its own
+        error teaches foresight.
         """
         found = []
         for step in range(frames * stride):
             if step < actions.shape[1]:
                 now = self(now, actions[:, step], embodiment)
             if (step + 1) % stride == 0:
-                found.append(now.points)
-        return torch.stack(found, 1).detach()
+                found.append((now.points, now.effector))
+        points, effector = (torch.stack(values, 1).detach() for values in zip(*found, strict=True))
+        return points, effector
 
 
 class Change(nn.Module):
