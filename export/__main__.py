@@ -172,7 +172,9 @@ def _drive(settings: dict[str, Any]) -> None:
         averaged(
             exported,
             settings["ensemble"],
-            **{name: settings[name] for name in ("realtime", "reactive", "delay")},
+            realtime=settings["realtime"],
+            reactive=settings["reactive"],
+            delay=settings["delay"],
         ),
         settings["tasks"] or source.train_tasks,
         robots=source.told_apart(robots),

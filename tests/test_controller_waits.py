@@ -23,6 +23,11 @@ def asked(controller: Controller, step: int, picture: int | None = None) -> tupl
     return question, chunk
 
 
+def commands(controller: Controller, first: int, end: int) -> np.ndarray:
+    """What is commanded at the steps from one to before another."""
+    return np.stack([np.array(controller.command(step / FPS)) for step in range(first, end)])
+
+
 @pytest.mark.parametrize("halted", [False, True])
 @pytest.mark.parametrize("took", [0, 1, 3])
 def test_what_an_arm_at_rest_has_waited_for_begins_with_its_first_row(
@@ -63,13 +68,12 @@ def test_a_question_between_a_chunk_and_its_first_row_continues_that_chunk(robot
     controller = Controller(OnnxPolicy(robot_artefact), realtime=True, replan=4)
     controller.reset(0.0)
     first, chunk = asked(controller, 0)
-    for step in range(4):
-        controller.command(step / FPS)
+    commands(controller, 0, 4)
     controller.take(first, chunk, 4 / FPS)
     second, later = asked(controller, 4)
     assert not second.waits and len(second.decided) == 4
     np.testing.assert_allclose(second.decided, chunk[:4], atol=1e-6)
-    done = [np.array(controller.command(step / FPS)) for step in range(4, 8)]
+    done = commands(controller, 4, 8)
     np.testing.assert_allclose(done, chunk[:4], atol=1e-6)
     controller.take(second, later, 8 / FPS)
     np.testing.assert_allclose(controller.command(8 / FPS), later[4], atol=1e-6)
@@ -81,12 +85,10 @@ def test_an_arm_that_moved_when_the_picture_was_taken_has_not_waited(robot_artef
         controller = Controller(OnnxPolicy(robot_artefact), realtime=True)
         controller.reset(0.0)
         controller.take(*asked(controller, 0), 0.0)
-        for step in range(ask):
-            controller.command(step / FPS)
+        commands(controller, 0, ask)
         question, chunk = asked(controller, ask, picture=7)
         assert not question.waits
-        for step in range(ask, 11):
-            controller.command(step / FPS)
+        commands(controller, ask, 11)
         assert controller.state == "hold"
         controller.take(question, chunk, 11 / FPS)
         np.testing.assert_allclose(controller.command(11 / FPS), chunk[4], atol=1e-6)
@@ -96,23 +98,20 @@ def test_what_is_decided_is_what_the_deadline_leaves(robot_artefact: Path) -> No
     controller = Controller(OnnxPolicy(robot_artefact), realtime=True, replan=6)
     controller.reset(0.0)
     question, chunk = asked(controller, 0)
-    for step in range(3):
-        controller.command(step / FPS)
+    commands(controller, 0, 3)
     controller.take(question, chunk, 3 / FPS)
-    for step in range(3, 6):
-        controller.command(step / FPS)
+    commands(controller, 3, 6)
     second, _ = asked(controller, 6)
-    done = [np.array(controller.command(step / FPS)) for step in range(6, 9)]
+    done = commands(controller, 6, 9)
     assert controller.state == "hold"
-    np.testing.assert_allclose(second.decided[:, :3], np.stack(done)[:, :3], atol=1e-6)
+    np.testing.assert_allclose(second.decided[:, :3], done[:, :3], atol=1e-6)
 
 
 def test_an_answer_that_takes_longer_than_the_next_question_is_not_averaged(robot_artefact: Path) -> None:
     controller = Controller(OnnxPolicy(robot_artefact), replan=2, ensemble=0.1)
     controller.reset(0.0)
     first, chunk = asked(controller, 0)
-    for step in range(3):
-        controller.command(step / FPS)
+    commands(controller, 0, 3)
     controller.take(first, chunk, 3 / FPS)
     controller.command(3 / FPS)
     second, later = asked(controller, 3, picture=2)

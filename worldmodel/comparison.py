@@ -115,8 +115,13 @@ def own_protocol(contender: Contender, protocol: Protocol) -> Protocol:
 
 
 def _averaged(contender: Contender, own: Protocol) -> PolicyFactory:
-    how = {"realtime": contender.realtime, "reactive": contender.reactive, "delay": own.delay}
-    return averaged(contender.factory, own.ensemble, **how)
+    return averaged(
+        contender.factory,
+        own.ensemble,
+        realtime=contender.realtime,
+        reactive=contender.reactive,
+        delay=own.delay,
+    )
 
 
 def result_key(contender: Contender, protocol: Protocol) -> str:

@@ -33,7 +33,7 @@ class EnsemblePolicy:
     def reset(self) -> None:
         """Starts an episode."""
         self.policy.reset()
-        self._now, self._late = 0, self.delay
+        self._now = 0
         self._chunks: deque[tuple[int, np.ndarray]] = deque()
 
     def observe(self, observation: dict[str, Any]) -> None:
@@ -50,6 +50,7 @@ class EnsemblePolicy:
         """Actions (A, D) in the robot's units."""
         if self._chunks and self._now < self._chunks[-1][0]:
             raise ConfigError(f"ensemble: asked again before {self.delay} control steps, those of the delay, are over")
+        late = 0 if self._chunks else self.delay
         self._chunks.append((self._now, np.asarray(self.policy.act())))
         length = len(self._chunks[-1][1])
         while self._now - self._chunks[0][0] >= len(self._chunks[0][1]):
@@ -62,8 +63,7 @@ class EnsemblePolicy:
             total[: len(rest)] += weight * rest
             weights[: len(rest)] += weight
         # Nothing was before the first, which begins when it is there.
-        self._chunks[-1] = (self._now + self._late, self._chunks[-1][1])
-        self._late = 0
+        self._chunks[-1] = (self._now + late, self._chunks[-1][1])
         return (total / weights).astype(np.float32)
 
 

@@ -15,7 +15,8 @@ def fit_guess(model: JointTransformer, observation: Observation, future: Future)
     has two codes for one image). `carried` says how far each camera goes where the hand goes. `stream_scale` is how far
     futures stray from the guess (root mean square), the unit of the network's answer.
     """
-    last = model.history_latents(observation)[:, -1]
+    latents = model.history_latents(observation)
+    last = latents[:, -1]
     frozen = observation.rgb[:, -1:].expand_as(future.rgb)
     target = model.future_latents(observation, future._replace(rgb=frozen))[:, 0]
     known = nn.functional.pad(last.movedim(2, -1).flatten(0, 3), (0, 1), value=1.0)
@@ -26,7 +27,7 @@ def fit_guess(model: JointTransformer, observation: Observation, future: Future)
     if model.expert.foresight is not None and model.expert.foresight.carries:
         model.get_buffer("carried").copy_(carried_along(model, s, observation, future))
     state = model.future_state(s, future, model.future_latents(observation, future))
-    foreseen = model.foresee(model.remember(s, model.history_latents(observation)))
+    foreseen = model.foresee(model.remember(s, latents))
     moved = {name: getattr(state, name) - lead for name, lead in foreseen.items()}
     state = state._replace(video=state.video - model.still_latents(last[:, None]), **moved)
     scales = [value[future.valid].square().mean().sqrt() for value in state]
@@ -36,7 +37,7 @@ def fit_guess(model: JointTransformer, observation: Observation, future: Future)
 def carried_along(model: JointTransformer, s: Senses, observation: Observation, future: Future) -> Tensor:
     """(V,) the share of the hand's way that each camera goes, 0 for one that stands and 1 for one on the hand.
 
-    Least squares over the translations of all latent frames at whose end an action was done.
+    Least squares over the translations of all latent frames at whose end an action was done, all robots together.
     """
     stride, effector = model.spec.stride, model.normaliser.effector
     frames = min(model.spec.future, future.proprio.shape[1] // stride)

@@ -51,11 +51,10 @@ class Controller:
     `command` answers at once and makes no array; `ask` and `think` are for a thread of their own. A chunk answers to
     the time of the newest picture, and the row for now is executed whenever the chunk arrives; one that a robot at rest
     has waited for, its first for one, begins with its first row when it is there, and ends early by as much. A value
-    that is not
-    finite, out of range or older than what is kept is dropped, single points and sensors by themselves; a camera that
-    repeats itself or is silent is absent: its sense is masked where the policy allows it, else the policy is not asked.
-    Without a new chunk the rows of the last are executed to the end or to the deadline, then the robot is brought to
-    rest and holds (`hold`); after `stop_after` seconds of this it stays there until `reset` (`stop`).
+    that is not finite, out of range or older than what is kept is dropped, single points and sensors by themselves; a
+    camera that repeats itself or is silent is absent: its sense is masked where the policy allows it, else the policy
+    is not asked. Without a new chunk the rows of the last are executed to the end or to the deadline, then the robot is
+    brought to rest and holds (`hold`); after `stop_after` seconds of this it stays there until `reset` (`stop`).
 
     Args:
         policy: used by this controller alone.
