@@ -173,6 +173,7 @@ class Senses(NamedTuple):
     has_taxels: Tensor
     has_proprio: Tensor
     has_text: Tensor
+    new_text: Tensor  # (B,) bool, whether there is an instruction that is not read because it was not trained on
 
     def newest(self, frames: int) -> "Senses":
         """The same with the last `frames` frames of its history, which may be longer than H."""

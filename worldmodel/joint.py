@@ -4,7 +4,7 @@ The only file that sees all three stages; `model.py` builds the modes of use on 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class JointTransformer(Guess):
             )
         if expert.foresight is not None and expert.foresight.carries:
             self.register_buffer("carried", torch.zeros(len(spec.cameras)))
+        self.known_words: Tensor | None
+        self.register_buffer("known_words", None, persistent=False)  # (N, W), set by `train`
         self.metadata: dict[str, Any] = {}
         self.shift()  # says at once what is wrong with it
 
@@ -97,6 +99,16 @@ class JointTransformer(Guess):
         at the present size of pictures."""
         frames = self.spec.future if frames is None else frames
         return flow_shift(self.stream_shift, self.denoiser.counts["video"], frames)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module. Evaluation begins by reading the instructions of the training data, once for all, where
+        the state policy hedges between them."""
+        super().train(mode)
+        known, self.known_words = self.normaliser.known_text, None
+        if self.expert.hedges and not mode and known is not None and len(known) > 1:
+            with torch.no_grad():
+                self.known_words = self.encoder.words(known[1:], torch.ones_like(known[1:, 0], dtype=torch.bool))[2]
+        return self
 
     def history_latents(self, observation: Observation) -> Tensor:
         """Single-frame latents of every observed image (B, H, V, C, h', w')."""
@@ -182,7 +194,7 @@ class JointTransformer(Guess):
         seen = None
         if fused is not None and self.expert.state is not None:
             seen = self.encoder.locate(s, fused, images="rgb" in senses).detach()
-        action_context, condition, proposal = self.expert.extend(context, s, seen, decided)
+        action_context, condition, proposal = self.expert.extend(context, s, seen, decided, self.known_words)
         video_context = self.denoiser.read(action_context if self.expert.shares_token else context)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, then, unread.rays, presence, streams)

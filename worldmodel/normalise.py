@@ -124,7 +124,7 @@ class Normaliser(nn.Module):
 
     def forward(self, o: Observation, grid: tuple[int, int]) -> Senses:
         """Observation in physical units -> what the stages read; `grid` is the size of a latent frame."""
-        e = o.embodiment
+        e, known = o.embodiment, self.knows(o.text)
         taxel_scale = self.get_buffer("taxels_std")[e][:, None, None, :, None, None]
         effector = self.standardise("points", o.proprio[..., self.effector], e)
         return Senses(
@@ -145,5 +145,6 @@ class Normaliser(nn.Module):
             has_wrench=o.has_wrench,
             has_taxels=o.has_taxels,
             has_proprio=o.has_proprio,
-            has_text=o.has_text & self.knows(o.text),
+            has_text=o.has_text & known,
+            new_text=o.has_text & ~known,
         )
