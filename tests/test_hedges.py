@@ -1,4 +1,4 @@
-"""Told of a task that it was not trained on, a policy hedges between those that it was trained on."""
+"""Told of a task that it was not trained on, the model foresees what lies between those that it was trained on."""
 
 from pathlib import Path
 from typing import Any
@@ -6,24 +6,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import compose
-from test_model import observation_of
+from test_model import generator, observation_of
 
-from export.build import make_path
-from export.envelope import Envelope
-from export.onnx import OnnxRunner, write_onnx
-from export.parity import check_parity, make_examples
-from export.still import still_pictures
-from export.torchscript import TorchScriptRunner, write_torchscript
-from export.trust import Trust, no_trust
 from worldmodel.checkpoint import build_model, describe, load_model, make_spec, save_model
 from worldmodel.contracts import Observation
 from worldmodel.data.align import text_ids
 from worldmodel.data.statistics import statistics_hash
 from worldmodel.data.transforms import hide
 from worldmodel.errors import ConfigError
+from worldmodel.guess import Memory
 from worldmodel.model import WorldModel
-from worldmodel.policy.action_expert import ActionExpert
-from worldmodel.policy.realtime import first_actions
+from worldmodel.policy.foresight import Foresight
 
 torch.set_num_threads(1)
 
@@ -33,11 +26,14 @@ KNOWN = ("Press the red button.", "Open the door.", "Push the puck.", "Close the
 def saved(statistics: dict[str, Any], folder: Path, *known: str, hedges: bool = True) -> WorldModel:
     """`kairos_tiny` with random weights that was trained on the instructions `known`, as it is loaded."""
     torch.manual_seed(0)
-    config = compose("experiment=kairos_tiny", f"policy.expert.hedges={hedges}")
+    config = compose("experiment=kairos_tiny", f"policy.expert.foresight.hedges={hedges}")
     statistics = statistics | {"instructions": list(known)}
     spec = make_spec(config["data"]["spec"])
     model = build_model(config["model"], spec, statistics)
-    torch.nn.init.normal_(model.expert.embed_out.weight, std=0.2)
+    for name, parameter in model.expert.named_parameters():
+        if name in ("foresight.robot.out.weight", "foresight.contact.out.weight"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.get_buffer("carried").fill_(1.0)
     digest = statistics_hash(statistics)
     return load_model(save_model(model, folder, describe(config["model"], spec, statistics, digest, {"seed": 0})))
 
@@ -49,35 +45,52 @@ def told(model: WorldModel, *sentences: str) -> Observation:
     return Observation(*(t.expand(n, *t.shape[1:]) for t in o))._replace(text=text)
 
 
+@torch.no_grad()
+def remembered(model: WorldModel, o: Observation) -> Memory:
+    """The memory of its low-dimensional senses."""
+    return model.remember(model.normaliser(o, model.grid), None)
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_the_median_of_what_is_proposed_for_each_known_instruction(statistics, tmp_path, count):
-    model, known = saved(statistics, tmp_path, *KNOWN[:count]), KNOWN[:count]
-    o = told(model, *known, "Fold the towel.")
+def test_what_follows_from_the_median_of_the_known_tasks_is_foreseen(statistics, tmp_path, count):
+    model = saved(statistics, tmp_path, *KNOWN[:count])
+    memory = remembered(model, told(model, *KNOWN[:count], "Fold the towel."))
+    assert memory.proposal is not None and memory.measured is not None
+    median = memory.proposal[:count].quantile(0.5, dim=0, keepdim=True).expand_as(memory.proposal)
+    foresight, now, spec = model.expert.foresight, memory.measured, model.spec
+    assert foresight is not None
     with torch.no_grad():
-        proposed = model.propose(o)
-        expected = proposed[:count].quantile(0.5, dim=0)
-        torch.testing.assert_close(proposed[count], expected, atol=1e-5, rtol=1e-5)
-        proposal = model.remember(model.normaliser(o, model.grid), None).proposal
-        assert proposal is not None
-        torch.testing.assert_close(model.normaliser.restore("action", proposal, o.embodiment), proposed)
-        decided = first_actions(proposed * 0 + 0.25, torch.full((count + 1,), 3))
-        begun = model.propose(o, decided)
-    assert (begun[:, :3] - 0.25).abs().max() < 1e-6
-    torch.testing.assert_close(begun[count, 3:], begun[:count, 3:].quantile(0.5, dim=0), atol=1e-5, rtol=1e-5)
+        points, _ = foresight.follow(now, median, memory.embodiment, frames=spec.future, stride=spec.stride)
+        lead = model.foresee(memory)["points"]
+    hedged = model.relative(points, now.points.unsqueeze(1))[count]
+    torch.testing.assert_close(lead[count], hedged, atol=1e-4, rtol=1e-4)
+    if count > 1:
+        assert all((lead[i] - hedged).abs().max() > 1e-3 for i in range(count))
 
 
-def test_without_any_instruction_it_goes_by_what_it_senses(statistics, tmp_path):
-    """That may well be a known task, which the state tells; only another instruction tells that it is not."""
-    hedging, plain = saved(statistics, tmp_path, *KNOWN), saved(statistics, tmp_path, *KNOWN, hedges=False)
+def test_neither_known_tasks_nor_actions_are_hedged(statistics, tmp_path):
+    """Nor is a moment without instruction, whose task the state may well tell."""
+    hedging, plain = (saved(statistics, tmp_path / str(h), *KNOWN, hedges=h) for h in (True, False))
     o = told(hedging, *KNOWN, "Fold the towel.")
+    first, second, silent = remembered(hedging, o), remembered(plain, o), remembered(hedging, hide(o, ["text"]))
+    assert first.proposal is not None and second.proposal is not None and silent.proposal is not None
+    assert torch.equal(first.proposal, second.proposal) and torch.equal(first.proposal[4], silent.proposal[4])
     with torch.no_grad():
-        assert torch.equal(hedging.propose(hide(o, ["text"])), plain.propose(hide(o, ["text"])))
-        first, second = hedging.propose(o), plain.propose(o)
-    assert torch.equal(first[:4], second[:4]) and (first[4] - second[4]).abs().max() > 1e-4
+        leads, others, quiet = hedging.foresee(first), plain.foresee(second), hedging.foresee(silent)
+        known = (torch.randn(first.proposal.shape, generator=generator(1)), torch.zeros(5))
+        given, usual = hedging.foresee(first, *known), plain.foresee(second, *known)
+    for name in ("points", "camera"):
+        torch.testing.assert_close(leads[name][:4], others[name][:4])
+        torch.testing.assert_close(quiet[name][4], others[name][4])
+        assert (leads[name][4] - others[name][4]).abs().max() > 1e-4
+        torch.testing.assert_close(given[name], usual[name])
 
 
 def test_a_model_that_reads_every_instruction_hedges_nothing(tiny_model):
-    assert not tiny_model.training and tiny_model.expert.hedges and tiny_model.known_words is None
+    assert tiny_model.expert.foresight is not None and tiny_model.expert.foresight.hedges
+    assert not tiny_model.training and tiny_model.known_words is None
+    with pytest.raises(ConfigError, match="hedges is part of leads"):
+        Foresight(proprio=4, points=2, action=3, embodiments=1, hidden=8, blocks=1, chunk=4, hedges=True)
 
 
 def test_training_forgets_what_evaluation_read(statistics, tmp_path):
@@ -89,28 +102,3 @@ def test_training_forgets_what_evaluation_read(statistics, tmp_path):
             parameter.mul_(1.1 if name.startswith("text.") else 1.0)
     again = model.eval().known_words
     assert again is not None and again.shape == read.shape and (again - read).abs().max() > 1e-4
-
-
-def test_hedging_needs_a_state_policy():
-    sizes = dict.fromkeys(("width", "attention_width", "hidden", "context", "action", "chunk", "history"), 8)
-    with pytest.raises(ConfigError, match="hedges is about what the state policy proposes"):
-        ActionExpert(**sizes, heads=2, layers=1, stride=1, embodiments=1, state=None, proprio=3, hedges=True)
-
-
-def test_exported_graphs_hedge_too(statistics, tmp_path):
-    model = saved(statistics, tmp_path, *KNOWN)
-    path = make_path(
-        "proposal", model, Envelope(model.spec, model.statistics), Trust(no_trust(128, model.spec.proprio))
-    )
-    path.eval()
-    with still_pictures(model):
-        write_torchscript(path, tmp_path / "graph.pt")
-        write_onnx(path, tmp_path / "graph.onnx", opset=18, dynamic=False)
-    runners = {"pt": TorchScriptRunner(tmp_path / "graph.pt"), "onnx": OnnxRunner(tmp_path / "graph.onnx")}
-    examples = make_examples(path, [(one, [told(model, one)]) for one in (KNOWN[1], "Fold the towel.")])
-    check_parity(path, runners, examples)
-    new = next(example for example in examples if example.key.startswith("Fold")).ticks[0]
-    with torch.no_grad():
-        hedged = path(*new)[0]
-        model.known_words = None
-        assert (path(*new)[0] - hedged).abs().max() > 1e-3, "among the examples is one that is hedged"

@@ -66,9 +66,7 @@ def test_pictures_learn_from_the_camera_alone_where_they_are_told_to(tiny_model)
 def reader(statistics: dict[str, Any], known_only: bool) -> tuple[Any, Observation]:
     """`kairos_tiny` with random weights, and two rows that differ in their instruction: one known, one new."""
     torch.manual_seed(0)
-    config = compose(
-        "experiment=kairos_tiny", f"model.normaliser.known_text_only={known_only}", "policy.expert.hedges=false"
-    )
+    config = compose("experiment=kairos_tiny", f"model.normaliser.known_text_only={known_only}")
     model = build_model(config["model"], make_spec(config["data"]["spec"]), statistics).eval()
     o = observation_of(model.spec, 1)
     texts = ("Press the red button.", "Press the red button!")

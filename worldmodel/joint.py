@@ -102,10 +102,10 @@ class JointTransformer(Guess):
 
     def train(self, mode: bool = True) -> Self:
         """As of every module. Evaluation begins by reading the instructions of the training data, once for all, where
-        the state policy hedges between them."""
+        foresight hedges between them."""
         super().train(mode)
-        known, self.known_words = self.normaliser.known_text, None
-        if self.expert.hedges and not mode and known is not None and len(known) > 1:
+        known, foresight, self.known_words = self.normaliser.known_text, self.expert.foresight, None
+        if not mode and foresight is not None and foresight.hedges and known is not None and len(known) > 1:
             with torch.no_grad():
                 self.known_words = self.encoder.words(known[1:], torch.ones_like(known[1:, 0], dtype=torch.bool))[2]
         return self
@@ -194,7 +194,7 @@ class JointTransformer(Guess):
         seen = None
         if fused is not None and self.expert.state is not None:
             seen = self.encoder.locate(s, fused, images="rgb" in senses).detach()
-        action_context, condition, proposal = self.expert.extend(context, s, seen, decided, self.known_words)
+        action_context, condition, proposal = self.expert.extend(context, s, seen, decided)
         video_context = self.denoiser.read(action_context if self.expert.shares_token else context)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not read_only):
             tokens = self.denoiser.embed(state, then, unread.rays, presence, streams)
@@ -214,6 +214,7 @@ class JointTransformer(Guess):
             s.embodiment,
             streams,
             measured=measure(s, seen) if self.expert.foresight is not None and self.expert.foresight.leads else None,
+            unread=s.new_text,
         )
 
     def remember_nothing(self, s: Senses, has_rgb: Tensor) -> Memory:
@@ -291,11 +292,15 @@ class JointTransformer(Guess):
         (B, F, V, 9) as `future_camera`.
 
         It is asked what follows from the `actions` (B, A, D) that are known, those of noise `level` 0, (B,) or (B, A),
-        and from the state policy's proposal in place of others.
+        and from the state policy's proposal in place of others. Where an instruction is not read, `hedges` takes the
+        median of what it would propose for each that is.
         """
         foresight, now, chosen = self.expert.foresight, memory.measured, memory.proposal
         if foresight is None or now is None or chosen is None:
             return {}
+        if self.known_words is not None and memory.unread is not None and self.expert.state is not None:
+            hedged = self.expert.state.median(now, self.known_words, memory.embodiment)
+            chosen = torch.where(memory.unread[:, None, None], hedged, chosen)
         if actions is not None and level is not None:
             chosen = torch.where(level.reshape(level.shape[0], -1, 1) == 0, actions, chosen)
         frames, stride = self.spec.future, self.spec.stride

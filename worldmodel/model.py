@@ -104,8 +104,7 @@ class WorldModel(JointTransformer):
         """
         s, known = self.normaliser(observation, self.grid), self.own_units(decided, observation.embodiment)
         seen = self.encoder.locate(s, images=images)
-        words = self.encoder.instruction(s)
-        _, proposal = self.expert.propose(words, s, seen, known, self.known_words)
+        _, proposal = self.expert.propose(self.encoder.instruction(s), s, seen, known)
         return self.normaliser.restore("action", proposal, s.embodiment)
 
     def own_units(self, decided: Decided | None, embodiment: Tensor) -> Decided | None:

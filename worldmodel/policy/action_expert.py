@@ -63,10 +63,9 @@ class ActionExpert(nn.Module):
     context, or, without one, two layers over the newest proprioception. `shares_token` gives that token to the video
     transformer too; `conditioned` lets it modulate every block beside the timestep. `slots` are learned embeddings of
     the place in the chunk and of the embodiment. `rope` places actions by their `time` between the video's frames, or
-    by their number in the chunk alone (`step`). `embed_context`, `gate`: as in the video transformer. `hedges`: where
-    an instruction is new and not read, the state policy proposes the median of what it would for each that is. With no
-    state policy, a shared token, an embedded context and no slots, condition or modulated head this is the network of
-    Kairos 3.
+    by their number in the chunk alone (`step`). `embed_context`, `gate`: as in the video transformer. With no state
+    policy, a shared token, an embedded context and no slots, condition or modulated head this is the network of Kairos
+    3.
     """
 
     def __init__(
@@ -94,15 +93,12 @@ class ActionExpert(nn.Module):
         embed_context: bool = False,
         gate: float = 0.5,
         frequencies: int = 256,
-        hedges: bool = False,
     ) -> None:
         super().__init__()
         if rope not in ROPES:
             raise ConfigError(f"policy.expert.rope: unknown {rope!r}; one of {', '.join(ROPES)}")
         if state is None and proprio < 1:
             raise ConfigError("policy.expert: without a state policy, `proprio` says how long the measured state is")
-        if state is None and hedges:
-            raise ConfigError("policy.expert.hedges is about what the state policy proposes, but `state` is null")
         if state is None and foresight is not None:
             raise ConfigError("policy.expert.foresight says what the state policy will see, but `state` is null")
         self.head_dim, self.rope_kind, self.shares_token = attention_width // heads, rope, shares_token
@@ -110,7 +106,7 @@ class ActionExpert(nn.Module):
         self.embed_in = nn.Linear(action, width)
         self.position = nn.Parameter(torch.randn(chunk, width) * 0.5) if slots else None
         self.embodiment = nn.Embedding(embodiments, width) if slots else None
-        self.state, self.foresight, self.hedges = state, foresight, hedges
+        self.state, self.foresight = state, foresight
         size = proprio if state is None else state.out.in_features + context
         self.token = FeedForward(width=size, hidden=context, out=context)
         self.condition = FeedForward(width=context, hidden=context, out=width) if conditioned else None
@@ -134,25 +130,19 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.embed_out.bias)
 
     def extend(
-        self,
-        context: Fused,
-        senses: Senses,
-        seen: Tensor | None,
-        decided: Decided | None = None,
-        known: Tensor | None = None,
+        self, context: Fused, senses: Senses, seen: Tensor | None, decided: Decided | None = None
     ) -> tuple[Fused, Tensor | None, Tensor | None]:
         """Adds what the robot measures now as one token, and as the condition of every block beside the timestep.
 
         `seen` (B, K, 3) are the points as stage 1 believes them to be. With `decided` actions it is what will be
-        measured when they are done, where there is foresight. `known` (N, W) are the instructions to hedge between,
-        where one is not read. Returns the context with the token, the condition (B, W) and the state policy's proposal
-        (B, A, D), which the transformer corrects, where it has them.
+        measured when they are done, where there is foresight. Returns the context with the token, the condition (B, W)
+        and the state policy's proposal (B, A, D), which the transformer corrects, where it has them.
         """
         if self.state is None:
             present, proposal = senses.has_proprio, None
             token = self.token(senses.proprio[:, -1] * present.unsqueeze(-1)) * present.unsqueeze(-1)
         else:
-            features, proposal = self.propose(context.instruction, senses, seen, decided, known)
+            features, proposal = self.propose(context.instruction, senses, seen, decided)
             token = self.token(torch.cat([features, self.mean(context)], -1))
             present = torch.ones_like(senses.has_proprio)
         tokens = torch.cat([context.tokens, token.unsqueeze(1)], 1)
@@ -161,12 +151,7 @@ class ActionExpert(nn.Module):
         return context._replace(tokens=tokens, mask=mask), condition, proposal
 
     def propose(
-        self,
-        instruction: Tensor,
-        senses: Senses,
-        seen: Tensor | None,
-        decided: Decided | None = None,
-        known: Tensor | None = None,
+        self, instruction: Tensor, senses: Senses, seen: Tensor | None, decided: Decided | None = None
     ) -> tuple[Tensor, Tensor]:
         """Features (B, hidden) and proposal (B, A, D) of the state policy; arguments as in `extend`.
 
@@ -174,14 +159,11 @@ class ActionExpert(nn.Module):
         """
         if self.state is None:
             raise ConfigError("this model proposes nothing from the measured state: policy.expert.state is null")
-        now, before = measure(senses, seen), None if self.foresight is None else decided
-        if self.foresight is not None and before is not None:
-            now = self.foresight.after(now, before, senses.embodiment)
+        now, known = measure(senses, seen), None if self.foresight is None else decided
+        if self.foresight is not None and known is not None:
+            now = self.foresight.after(now, known, senses.embodiment)
         features, proposal = self.state(now, instruction, senses.embodiment)
-        if known is not None:
-            hedged = self.state.median(now, known, senses.embodiment)
-            proposal = torch.where(senses.new_text[:, None, None], hedged, proposal)
-        return features, proposal if before is None else before.after(proposal)
+        return features, proposal if known is None else known.after(proposal)
 
     def read(self, context: Fused) -> Fused:
         """The context as the blocks read it."""
