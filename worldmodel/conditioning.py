@@ -248,6 +248,23 @@ class GuidedFlow:
         return streams if action is None else {**streams, "actions": action}
 
 
+def cautious(
+    values: Mapping[str, Tensor], s: Senses, share: float, given: Given | None, *, informed: bool
+) -> dict[str, Tensor]:
+    """Predicted streams that go only `share` of the way from now, where an instruction is not read.
+
+    Nothing then tells what will be done, and what the state alone reminds of is too sure. Left as they are: pictures,
+    and rows whose actions are known, all of them if `informed`.
+    """
+    if share == 1 or informed:
+        return dict(values)
+    unsure = (s.new_text if given is None else s.new_text & ~given.has_actions)[:, None, None, None]
+    # The others are differences from now themselves.
+    now = {"camera": 0.0, "points": 0.0, "force": s.force.mean(2)[:, -1:]}
+    part = {name: now[name] + share * (x - now[name]) for name, x in values.items() if name in now}
+    return {name: torch.where(unsure, part[name], x) if name in part else x for name, x in values.items()}
+
+
 def check_guidance(scales: Mapping[str, float], given: Sequence[str]) -> None:
     """Raises `ConfigError` for a condition that cannot guide, or that is not given and so would change nothing."""
     for name in scales:

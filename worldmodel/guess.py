@@ -30,7 +30,6 @@ class Memory(NamedTuple):
     embodiment: Tensor
     streams: tuple[str, ...]
     measured: Measured | None = None  # what foresight starts from, where it leads a stream
-    unread: Tensor | None = None  # (B,) bool, whether there is an instruction that is not read
     source: Source | None = None  # another clip that the future follows
 
 

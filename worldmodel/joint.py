@@ -4,7 +4,7 @@ The only file that sees all three stages; `model.py` builds the modes of use on 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class JointTransformer(Guess):
         predicts: str,
         motion: MotionEncoder | None = None,
         compositor: Compositor | None = None,
+        unread_share: float = 1.0,
     ) -> None:
         super().__init__(predicts=predicts, channels=autoencoder.channels)
         if coupling not in COUPLINGS:
@@ -74,7 +75,9 @@ class JointTransformer(Guess):
                 f"the action transformer has {len(expert.blocks)} layers and the video transformer "
                 f"{len(denoiser.blocks)}; they run layer by layer and must have the same number"
             )
-        self.spec, self.coupling = spec, coupling
+        if not 0 <= unread_share <= 1:
+            raise ConfigError(f"model.unread_share is {unread_share}; expected 0 to 1, all of what is predicted")
+        self.spec, self.coupling, self.unread_share = spec, coupling, unread_share
         self.stream_steps, self.action_steps = stream_steps, action_steps
         self.stream_shift, self.action_shift = stream_shift, action_shift
         self.normaliser, self.autoencoder = normaliser, autoencoder
@@ -89,8 +92,6 @@ class JointTransformer(Guess):
             )
         if expert.foresight is not None and expert.foresight.carries:
             self.register_buffer("carried", torch.zeros(len(spec.cameras)))
-        self.known_words: Tensor | None
-        self.register_buffer("known_words", None, persistent=False)  # (N, W), set by `train`
         self.metadata: dict[str, Any] = {}
         self.shift()  # says at once what is wrong with it
 
@@ -99,16 +100,6 @@ class JointTransformer(Guess):
         at the present size of pictures."""
         frames = self.spec.future if frames is None else frames
         return flow_shift(self.stream_shift, self.denoiser.counts["video"], frames)
-
-    def train(self, mode: bool = True) -> Self:
-        """As of every module. Evaluation begins by reading the instructions of the training data, once for all, where
-        foresight hedges between them."""
-        super().train(mode)
-        known, foresight, self.known_words = self.normaliser.known_text, self.expert.foresight, None
-        if not mode and foresight is not None and foresight.hedges and known is not None and len(known) > 1:
-            with torch.no_grad():
-                self.known_words = self.encoder.words(known[1:], torch.ones_like(known[1:, 0], dtype=torch.bool))[2]
-        return self
 
     def history_latents(self, observation: Observation) -> Tensor:
         """Single-frame latents of every observed image (B, H, V, C, h', w')."""
@@ -214,7 +205,6 @@ class JointTransformer(Guess):
             s.embodiment,
             streams,
             measured=measure(s, seen) if self.expert.foresight is not None and self.expert.foresight.leads else None,
-            unread=s.new_text,
         )
 
     def remember_nothing(self, s: Senses, has_rgb: Tensor) -> Memory:
@@ -292,15 +282,11 @@ class JointTransformer(Guess):
         (B, F, V, 9) as `future_camera`.
 
         It is asked what follows from the `actions` (B, A, D) that are known, those of noise `level` 0, (B,) or (B, A),
-        and from the state policy's proposal in place of others. Where an instruction is not read, `hedges` takes the
-        median of what it would propose for each that is.
+        and from the state policy's proposal in place of others.
         """
         foresight, now, chosen = self.expert.foresight, memory.measured, memory.proposal
         if foresight is None or now is None or chosen is None:
             return {}
-        if self.known_words is not None and memory.unread is not None and self.expert.state is not None:
-            hedged = self.expert.state.median(now, self.known_words, memory.embodiment)
-            chosen = torch.where(memory.unread[:, None, None], hedged, chosen)
         if actions is not None and level is not None:
             chosen = torch.where(level.reshape(level.shape[0], -1, 1) == 0, actions, chosen)
         frames, stride = self.spec.future, self.spec.stride

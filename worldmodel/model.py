@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldmodel.conditioning import Flags, GuidedFlow, check_guidance, give
+from worldmodel.conditioning import Flags, GuidedFlow, cautious, check_guidance, give
 from worldmodel.contracts import (
     MODES,
     STREAMS,
@@ -252,6 +252,7 @@ class WorldModel(JointTransformer):
         count = steps or (self.stream_steps if do_streams else self.action_steps)
         done = integrate(flow, free, sampling_sigmas(count, self.shift() if do_streams else self.action_shift))
         all_given = conditions[None]
+        done = cautious(done, s, self.unread_share, all_given, informed=informed)
         if do_streams and all_given is not None:
             done = {name: all_given.fill(name, value) if name in STREAMS else value for name, value in done.items()}
         film = None if all_given is None else all_given.film

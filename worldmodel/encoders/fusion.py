@@ -83,10 +83,10 @@ class FusionEncoder(nn.Module):
         """Newest images (B, V, 3, h, w) -> tokens (B, V, cells, W) that know nothing but the image and its view."""
         return self.image(rgb) + self.view
 
-    def words(self, text: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Instructions (B, L) alone: tokens (B, M, W), presence (B, M), their mean (B, W); zero where absent."""
-        tokens, mask = self.text(text)
-        tokens, mask = tokens * has_text[:, None, None], mask & has_text.unsqueeze(-1)
+    def words(self, s: Senses) -> tuple[Tensor, Tensor, Tensor]:
+        """The instruction alone: tokens (B, M, W), presence (B, M), mean of the present ones (B, W); zero if absent."""
+        tokens, mask = self.text(s.text)
+        tokens, mask = tokens * s.has_text[:, None, None], mask & s.has_text.unsqueeze(-1)
         weight = mask.unsqueeze(-1).to(tokens.dtype)
         return tokens, mask, (tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
@@ -95,7 +95,7 @@ class FusionEncoder(nn.Module):
 
         The mean stays that of the instruction alone, since the state policy learns without pictures.
         """
-        tokens, mask, mean = self.words(s.text, s.has_text)
+        tokens, mask, mean = self.words(s)
         if isinstance(self.text, SeeingTextEncoder):
             tokens, mask = self.text.see(s.text, s.has_text, s.rgb, s.has_rgb)
             tokens = tokens * mask.unsqueeze(-1)
@@ -103,7 +103,7 @@ class FusionEncoder(nn.Module):
 
     def instruction(self, s: Senses) -> Tensor:
         """The instruction alone, (B, W), zero where absent."""
-        return self.words(s.text, s.has_text)[2]
+        return self.words(s)[2]
 
     def context(self, s: Senses, fused: Fused | None) -> Fused:
         """What the other stages read by cross-attention; only where it gives the text alone it needs no `fused`."""

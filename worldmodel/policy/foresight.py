@@ -27,9 +27,7 @@ class Foresight(nn.Module):
     effector, so that what moves by itself is foreseen to stay.
 
     With `leads`, stage 2 says how points will move as a correction of what is foreseen here, and with `carries` too how
-    cameras on the hand do. Where an instruction is new and not read, nothing tells what will be done, and what is
-    foreseen with `hedges` is what follows from the median of the actions that are proposed for each known instruction.
-    Actions themselves are not hedged: a motion between those of two tasks does neither.
+    cameras on the hand do.
     """
 
     def __init__(
@@ -44,13 +42,11 @@ class Foresight(nn.Module):
         chunk: int,
         leads: bool = False,
         carries: bool = False,
-        hedges: bool = False,
     ) -> None:
         super().__init__()
-        for name, wanted in (("carries", carries), ("hedges", hedges)):
-            if wanted and not leads:
-                raise ConfigError(f"policy.expert.foresight: {name} is part of leads; set leads: true as well")
-        self.leads, self.carries, self.hedges = leads, carries, hedges
+        if carries and not leads:
+            raise ConfigError("policy.expert.foresight: carries is part of leads; set leads: true as well")
+        self.leads, self.carries = leads, carries
         self.reach = chunk // 2
         self.embodiment = nn.Embedding(embodiments, hidden)
         self.robot = Change(proprio + 3 + action + hidden, proprio + 3, hidden=hidden, blocks=blocks)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.contracts import Senses
-from worldmodel.nn import FeedForward, repeat_rows
+from worldmodel.nn import FeedForward
 
 
 class Measured(NamedTuple):
@@ -99,14 +99,3 @@ class StatePolicy(nn.Module):
         """State, instruction (B, W), embodiment (B,) -> features (B, hidden), actions (B, A, D)."""
         features = self.layers(torch.cat([now.features(), instruction + self.embodiment(embodiment)], -1))
         return features, self.out(features).unflatten(-1, (self.chunk, -1))
-
-    def median(self, now: Measured, instructions: Tensor, embodiment: Tensor) -> Tensor:
-        """Of what it proposes for each of the instructions (N, W), dimension by dimension: (B, A, D).
-
-        It is where the expected absolute error is least if the task is as likely one of these as another.
-        """
-        (b,), n = embodiment.shape, len(instructions)
-        rows = Measured(*(repeat_rows(x, n) for x in now))
-        _, proposals = self(rows, instructions.repeat(b, 1), embodiment.repeat_interleave(n))
-        ranked = proposals.unflatten(0, (b, n)).sort(1).values
-        return (ranked[:, (n - 1) // 2] + ranked[:, n // 2]) / 2
