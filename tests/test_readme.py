@@ -53,6 +53,7 @@ def test_the_steps_by_hand_are_what_the_demo_runs():
         "benchmarks/rivals.py --help",
         "benchmarks/delay.py --help",
         "benchmarks/imagination.py --help",
+        "benchmarks/unread_share.py --help",
         "benchmarks/server.py --help",
         "-m worldmodel.plan --help",
     ],
