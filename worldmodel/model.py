@@ -191,7 +191,9 @@ class WorldModel(JointTransformer):
         `given` says what else of `future` is given where streams are predicted: views (`video`), the path of the
         `camera`, tracks of `points`, for all rows, per row or per slot. `guidance` has a scale for `camera`, `points`,
         `actions`, `embodiment` or `text`: above 1 the answer follows it more than the data did. Each scale but 1 costs
-        another pass of the transformers. Raises `ConfigError` for an unknown mode, for a dynamics mode without
+        another pass of the transformers. Streams of a task whose instruction is new and not read are `cautious`.
+
+        Raises `ConfigError` for an unknown mode, for a dynamics mode without
         `future`, for a dynamics mode under `history_only`, where streams and actions cannot see each other, and for
         conditions that do not fit.
         """
