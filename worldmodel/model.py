@@ -193,9 +193,8 @@ class WorldModel(JointTransformer):
         `actions`, `embodiment` or `text`: above 1 the answer follows it more than the data did. Each scale but 1 costs
         another pass of the transformers. Streams of a task whose instruction is new and not read are `cautious`.
 
-        Raises `ConfigError` for an unknown mode, for a dynamics mode without
-        `future`, for a dynamics mode under `history_only`, where streams and actions cannot see each other, and for
-        conditions that do not fit.
+        Raises `ConfigError` for an unknown mode, for a dynamics mode without `future`, for a dynamics mode under
+        `history_only`, where streams and actions cannot see each other, and for conditions that do not fit.
         """
         if mode not in MODES:
             raise ConfigError(f"unknown mode {mode!r}; one of {', '.join(MODES)}")
